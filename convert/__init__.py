@@ -1,0 +1,1 @@
+"""Offline conversion and quantization. Not built yet."""

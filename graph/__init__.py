@@ -1,0 +1,1 @@
+"""The op vocabulary, `Graph`, rewriting passes and the NumPy reference interpreter."""

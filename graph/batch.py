@@ -1,0 +1,48 @@
+"""`Batch`: what one step runs over. The boundary between the scheduler's world and a stage's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Tokens of one or more sequences, each sequence's tokens contiguous and at consecutive positions."""
+
+    token_ids: Int32  # [n]
+    positions: Int32  # [n] absolute position in the token's sequence
+    slots: Int32  # [n] where the token's K and V go: page * block_size + offset
+    sequence_starts: Int32  # [n_sequences + 1] offsets into the token axis
+    page_tables: Int32  # [n_sequences, max_pages] physical page of each logical block; entries past the end are 0
+    output_rows: Int32  # [n_outputs] ascending token indices whose logits are wanted
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def n_sequences(self) -> int:
+        return len(self.sequence_starts) - 1
+
+    def check(self, *, n_vocab: int, n_pages: int, block_size: int) -> None:
+        """Assert that every index is in range and that slots, positions and page tables tell the same story."""
+        n = self.n_tokens
+        assert n > 0 and len(self.positions) == len(self.slots) == n
+        assert 0 <= self.token_ids.min() and self.token_ids.max() < n_vocab
+        assert self.sequence_starts[0] == 0 and self.sequence_starts[-1] == n
+        for s in range(self.n_sequences):
+            a, b = int(self.sequence_starts[s]), int(self.sequence_starts[s + 1])
+            assert b > a, "a sequence without tokens"
+            positions = self.positions[a:b]
+            assert positions[0] >= 0 and (np.diff(positions) == 1).all()
+            pages = self.page_tables[s, positions // block_size]
+            assert (pages >= 0).all() and (pages < n_pages).all()
+            assert (self.slots[a:b] == pages * block_size + positions % block_size).all()
+        if len(self.output_rows):
+            assert (np.diff(self.output_rows) > 0).all()
+            assert self.output_rows[0] >= 0 and self.output_rows[-1] < n

@@ -1,0 +1,65 @@
+"""Rotary position embedding (arXiv:2104.09864) with the scalings that GGUF models carry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rope:
+    """How one kind of layer rotates its heads.
+
+    The first `n_dims` columns of a head are rotated. "interleaved" pairs columns (2i, 2i+1), as GGUF's llama does after its
+    q/k permutation; "half" pairs (i, i + n_dims/2), as NeoX does. Angle i of position p is p * frequencies()[i].
+    """
+
+    n_dims: int
+    pairing: Literal["interleaved", "half"]
+    base: float
+    scaling: Literal["none", "linear", "yarn"] = "none"
+    factor: float = 1.0  # context is `factor` times the original one
+    original_context: int = 0  # of the model before scaling, for yarn
+    attention_factor: float = 1.0  # yarn's extra factor on both cos and sin
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    frequency_factors: npt.NDArray[np.float32] | None = None  # rope_freqs.weight [n_dims/2]: llama 3.1 and later
+
+    def frequencies(self) -> npt.NDArray[np.float64]:
+        """Radians per position, float64 [n_dims/2]."""
+        i = np.arange(0, self.n_dims, 2, dtype=np.float64)
+        freq = self.base ** (-i / self.n_dims)
+        if self.frequency_factors is not None:
+            freq = freq / self.frequency_factors.astype(np.float64)
+        if self.scaling == "linear":
+            return freq / self.factor
+        if self.scaling == "yarn":
+            return self._yarn(freq)
+        return freq
+
+    def _yarn(self, freq: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """YaRN (arXiv:2309.00071): high frequencies stay, low ones are interpolated, a ramp joins them."""
+
+        def dim_of(rotations: float) -> float:
+            return self.n_dims * math.log(self.original_context / (rotations * 2 * math.pi)) / (2 * math.log(self.base))
+
+        low = max(0.0, math.floor(dim_of(self.beta_fast)))
+        high = min(self.n_dims - 1.0, math.ceil(dim_of(self.beta_slow)))
+        ramp = np.clip((np.arange(self.n_dims // 2) - low) / max(0.001, high - low), 0.0, 1.0)
+        return freq / self.factor * ramp + freq * (1.0 - ramp)
+
+    def magnitude(self) -> float:
+        """Factor on cos and sin: yarn's 1 + 0.1 ln(factor) times the model's own attention factor, else 1."""
+        if self.scaling != "yarn":
+            return 1.0
+        return self.attention_factor * (1.0 + 0.1 * math.log(self.factor)) if self.factor > 1 else self.attention_factor
+
+    def cos_sin(self, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """Float32 [len(positions), n_dims/2, 2]: cos and sin, computed in float64."""
+        angles = positions.astype(np.float64)[:, None] * self.frequencies()[None, :]
+        out = np.stack([np.cos(angles), np.sin(angles)], axis=-1) * self.magnitude()
+        return out.astype(np.float32)

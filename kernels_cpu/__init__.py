@@ -1,0 +1,1 @@
+"""Numba kernels, the thread pool and the lowering of a graph to a CPU program."""

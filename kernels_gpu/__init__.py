@@ -1,0 +1,1 @@
+"""The GPU backend. Not built yet: `open_backend("gpu")` says so."""

@@ -1,0 +1,1 @@
+"""The formats: GGUF reading, one codec a block type, `QuantTensor`."""

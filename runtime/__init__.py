@@ -1,0 +1,1 @@
+"""Models, tokenizer, templates, sampling, pages, scheduler, engine and `LLM`."""

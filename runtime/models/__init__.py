@@ -1,0 +1,1 @@
+"""Model architectures: each file turns GGUF metadata and tensors into a `Graph`."""
