@@ -1,0 +1,122 @@
+"""GGUF files, opened by mapping them: metadata as Python values, tensors as views that cost nothing until they are read."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+from pyinfer.errors import GGUFError, ModelError
+from pyinfer.quant.gguf_cursor import Cursor
+from pyinfer.quant.gguf_header import Header, read_header
+from pyinfer.quant.mapping import Mapping
+from pyinfer.quant.tensor import QuantTensor
+
+T = TypeVar("T")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_NATIVE_ORDER = "<" if sys.byteorder == "little" else ">"
+
+
+class GGUFFile:
+    """An open GGUF model, all its shards together. Use `GGUFFile.open`; tensors keep the mapping alive after `close`.
+
+    `metadata` holds int, float, bool and str values, NumPy arrays of numbers in native order, `list[str]`, and lists of arrays.
+    Strings inside arrays keep bytes that are not UTF-8 as surrogates (`surrogateescape`); in single strings they are U+FFFD.
+    Tensors of the machine's byte order are zero-copy; others are converted while opening.
+    """
+
+    def __init__(self, path: Path, shards: list[tuple[Mapping, Header]]) -> None:
+        self.path = path
+        self.size = sum(mapping.size for mapping, _ in shards)
+        self.version = shards[0][1].version
+        self.metadata: dict[str, Any] = shards[0][1].metadata
+        self.tensors: dict[str, QuantTensor] = {}
+        self._mappings = [mapping for mapping, _ in shards]
+        for mapping, header in shards:
+            _add_tensors(self.tensors, mapping, header, path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> GGUFFile:
+        """Open a file, or every shard of a split model given any one of them; GGUFError names what is wrong and where."""
+        path = Path(path)
+        mapping, header = _open_one(path)
+        count = header.metadata.get("split.count", 1)
+        if type(count) is not int or count < 0:
+            raise GGUFError(f"{path}: metadata 'split.count' is {count!r:.40}, not a count")
+        shards = [(mapping, header)] if count <= 1 else _open_shards(path, count)
+        return cls(path, shards)
+
+    def get(self, key: str, default: T) -> Any | T:
+        """The metadata value of `key`, or `default`."""
+        return self.metadata.get(key, default)
+
+    def require(self, key: str, kind: type[T]) -> T:
+        """The metadata value of `key` as an int, float, str, bool or list; ModelError if it is missing or of another kind.
+
+        An int serves as a float, and an array of numbers as a list.
+        """
+        if key not in self.metadata:
+            raise ModelError(f"{self.path.name}: metadata has no {key!r}; the file is no model of this kind or was converted wrongly")
+        value = self.metadata[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        elif kind is list and isinstance(value, np.ndarray):
+            value = value.tolist()
+        if type(value) is not kind:
+            raise ModelError(f"{self.path.name}: metadata {key!r} is a {type(value).__name__}, not a {kind.__name__}")
+        return value
+
+    def close(self) -> None:
+        """Let go of the mappings; arrays still in use keep theirs until they are gone."""
+        self.tensors = {}
+        for mapping in self._mappings:
+            mapping.close()
+        self._mappings = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _open_one(path: Path) -> tuple[Mapping, Header]:
+    mapping = Mapping(path)
+    return mapping, read_header(Cursor(mapping.buffer, path.name))
+
+
+def _open_shards(path: Path, count: int) -> list[tuple[Mapping, Header]]:
+    match = _SHARD.fullmatch(path.name)
+    if match is None or int(match["count"]) != count:
+        raise GGUFError(f"{path}: metadata 'split.count' is {count}, so the file must be named like NAME-00001-of-{count:05}.gguf")
+    shards = []
+    for number in range(count):
+        shard = path.with_name(f"{match['stem']}-{number + 1:05}-of-{count:05}.gguf")
+        if not shard.exists():
+            raise GGUFError(f"{shard}: shard {number + 1} of {count} is missing; put all shards into one folder")
+        mapping, header = _open_one(shard)
+        for key, expected in (("split.no", number), ("split.count", count)):
+            if header.metadata.get(key) != expected:
+                raise GGUFError(f"{shard}: metadata {key!r} is {header.metadata.get(key)!r:.40}, expected {expected}")
+        shards.append((mapping, header))
+    found = sum(len(header.tensors) for _, header in shards)
+    expected = shards[0][1].metadata.get("split.tensors.count", found)
+    if found != expected:
+        raise GGUFError(f"{path}: metadata 'split.tensors.count' is {expected!r:.40}, the {count} shards hold {found} tensors")
+    return shards
+
+
+def _add_tensors(tensors: dict[str, QuantTensor], mapping: Mapping, header: Header, path: Path) -> None:
+    for info in header.tensors:
+        if info.name in tensors:
+            raise GGUFError(f"{path}: tensor {info.name!r} is in two shards")
+        row_bytes = info.codec.row_bytes(info.shape[-1])
+        data = mapping.array[info.start : info.start + info.n_bytes].reshape(-1, row_bytes)
+        if header.order == _NATIVE_ORDER:
+            tensors[info.name] = QuantTensor(info.name, info.codec, info.shape, data, mapping)
+        else:
+            tensors[info.name] = QuantTensor(info.name, info.codec, info.shape, info.codec.swap_bytes(data))
