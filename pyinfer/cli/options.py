@@ -1,0 +1,151 @@
+"""The options that serve, run and bench share, and the dataclass they arrive in.
+
+A command takes them in one parameter:
+
+    @with_engine_options
+    def serve(model: Annotated[str, typer.Argument()] = "", *, engine: EngineOptions) -> None: ...
+
+On the command line `engine` becomes the flags below. app.py adds `--config`, `--debug` and `--log-level` to every command
+and lets every option also come from `PYINFER_<OPTION>` or a TOML file, so no command file does anything for that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from pyinfer.cli.common import with_signature
+from pyinfer.errors import BackendError, ConfigError
+from pyinfer.runtime.sizes import parse_size
+
+_ENGINE_PANEL = "Engine"
+KV_CACHE_DTYPES = ("f16", "f32")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a user can choose about the engine, checked; defaults are those of `LLM`."""
+
+    n_threads: int | None = None  # None: physical cores this process may use
+    n_ctx: int = 0  # 0: the model's, or what the KV pool holds
+    n_gpu_layers: int = 0
+    kv_cache_dtype: str = "f16"
+    kv_cache_memory: int | None = None  # bytes; None: chosen from the free memory
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    seed: int = 0
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `LLM` and `load_model`."""
+        return dataclasses.asdict(self)
+
+
+def parse_gpu_layers(text: str) -> int:
+    """`0` and `auto` are 0 here: no GPU backend exists; `all` or a number is refused in the open."""
+    word = text.strip().lower()
+    if word in ("auto", "0"):
+        return 0
+    if word == "all" or word.isdecimal():
+        raise BackendError(
+            f"-ngl {text} asks for layers on a GPU, and this version has no GPU backend; use -ngl 0 or auto",
+            param="n_gpu_layers",
+        )
+    raise ConfigError(f"-ngl {text!r} is not a number of layers, 'auto' or 'all'", param="n_gpu_layers")
+
+
+def _engine_options(
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "-t",
+            "--threads",
+            min=1,
+            metavar="N",
+            help="Threads.",
+            show_default="physical cores",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = None,
+    ctx_size: Annotated[
+        int,
+        typer.Option(
+            "-c",
+            "--ctx-size",
+            min=0,
+            metavar="N",
+            help="Context length in tokens; 0: the model's.",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = 0,
+    n_gpu_layers: Annotated[
+        str,
+        typer.Option(
+            "-ngl", "--n-gpu-layers", metavar="N|auto|all", help="Layers on the GPU.", rich_help_panel=_ENGINE_PANEL
+        ),
+    ] = "auto",
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(metavar="|".join(KV_CACHE_DTYPES), help="Type of keys and values.", rich_help_panel=_ENGINE_PANEL),
+    ] = "f16",
+    kv_cache_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for keys and values, like 2G.",
+            show_default="4 GiB, or half of what is free",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Sequences that run at the same time.", rich_help_panel=_ENGINE_PANEL),
+    ] = 256,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens in one step of the engine.", rich_help_panel=_ENGINE_PANEL)
+    ] = 512,
+    block_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens in one page of the KV cache.", rich_help_panel=_ENGINE_PANEL)
+    ] = 16,
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", help="Seed of the engine, for requests without one.", rich_help_panel=_ENGINE_PANEL),
+    ] = 0,
+) -> EngineOptions:
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        known = ", ".join(KV_CACHE_DTYPES)
+        raise ConfigError(f"--kv-cache-dtype {kv_cache_dtype!r} is not one of {known}", param="kv_cache_dtype")
+    memory = None if kv_cache_memory is None else parse_size(kv_cache_memory, param="kv_cache_memory")
+    return EngineOptions(
+        n_threads=threads,
+        n_ctx=ctx_size,
+        n_gpu_layers=parse_gpu_layers(n_gpu_layers),
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_memory=memory,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        seed=seed,
+    )
+
+
+def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the parameter `engine` of a command by the shared options, and gathers them again for the call."""
+    shared = inspect.signature(_engine_options, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True)
+    kept = [p for p in own.parameters.values() if p.name != "engine"]
+    flags = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared.values()]
+    signature = own.replace(parameters=[*kept, *flags])
+
+    @functools.wraps(command)
+    def call(*args: Any, **kwargs: Any) -> None:
+        engine = _engine_options(**{name: kwargs.pop(name) for name in shared})
+        command(*args, **kwargs, engine=engine)
+
+    return with_signature(call, signature)
