@@ -1,6 +1,7 @@
 """What every block type is: a fixed number of weights stored in a fixed number of bytes.
 
-A codec is the specification of its type in NumPy; the kernels are checked against it. Block layouts follow ggml's `ggml-common.h`.
+A codec is the specification of its type in NumPy; the kernels are checked against it.
+Block layouts follow ggml's `ggml-common.h`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ class Codec(ABC):
     type_id: ClassVar[int]  # ggml's number, as stored in a file
     block_size: ClassVar[int]  # weights in a block
     block_bytes: ClassVar[int]
-    wide_fields: ClassVar[tuple[tuple[int, int, int], ...]] = ()  # (offset in block, bytes an item, items): what a byte order touches
-
+    wide_fields: ClassVar[tuple[tuple[int, int, int], ...]] = ()  # (offset, bytes an item, items): all that swaps
     supported: ClassVar[bool] = True  # False: the geometry is known, the contents are not
 
     @abstractmethod
@@ -49,23 +49,31 @@ class Codec(ABC):
     def row_bytes(self, n_weights: int) -> int:
         """Bytes of a row of `n_weights`, which must be a multiple of the block size."""
         if n_weights % self.block_size:
-            raise ModelError(f"a row of {n_weights} weights is not a multiple of {self.name}'s block of {self.block_size}")
+            raise ModelError(f"a row of {n_weights} weights is no multiple of {self.name}'s block of {self.block_size}")
         return n_weights // self.block_size * self.block_bytes
 
     def dequantize(self, data: ByteArray) -> FloatArray:
         """Weights (..., n) of bytes (..., n // block_size * block_bytes)."""
         if data.shape[-1] % self.block_bytes:
-            raise ModelError(f"{data.shape[-1]} bytes are not a multiple of {self.name}'s block of {self.block_bytes} bytes")
+            raise ModelError(
+                f"{data.shape[-1]} bytes are no multiple of {self.name}'s block of {self.block_bytes} bytes"
+            )
         shape = (*data.shape[:-1], data.shape[-1] // self.block_bytes * self.block_size)
         blocks = data.reshape(-1, self.block_bytes)
         out = np.empty((len(blocks), self.block_size), np.float32)
-        for part in self._chunks(len(blocks)):
-            out[part] = self._dequantize_blocks(blocks[part])
+        with np.errstate(invalid="ignore", over="ignore"):  # a block may hold an infinite or NaN scale
+            for part in self._chunks(len(blocks)):
+                out[part] = self._dequantize_blocks(blocks[part])
         return out.reshape(shape)
 
     def quantize(self, weights: npt.ArrayLike) -> ByteArray:
-        """Bytes (..., n // block_size * block_bytes) of weights (..., n); ModelError where the type can only be read."""
+        """Bytes (..., n // block_size * block_bytes) of weights (..., n).
+
+        ModelError where the type can only be read, and for weights that are not finite (plain floats take any).
+        """
         values = np.ascontiguousarray(weights, dtype=np.float32)
+        if self.block_size > 1 and not np.isfinite(values).all():
+            raise ModelError(f"cannot quantize to {self.name}: a weight is NaN or infinite")
         shape = (*values.shape[:-1], self.row_bytes(values.shape[-1]))
         blocks = values.reshape(-1, self.block_size)
         out = np.empty((len(blocks), self.block_bytes), np.uint8)
@@ -90,8 +98,6 @@ class Codec(ABC):
         return f"<codec {self.name}: {self.block_size} weights in {self.block_bytes} bytes>"
 
 
-
-
 def half(field: ByteArray) -> FloatArray:
     """float32 (n, k) of float16 fields stored in bytes (n, 2k)."""
     return field.view(np.float16).astype(np.float32)
@@ -106,10 +112,10 @@ def half_bytes(values: FloatArray) -> ByteArray:
 def nibbles(packed: ByteArray, run: int) -> ByteArray:
     """Codes (n, 2m) of bytes (n, m): each `run` bytes hold `run` low nibbles, then `run` high nibbles."""
     runs = packed.reshape(len(packed), -1, 1, run)
-    return (np.concatenate([runs & 0x0F, runs >> 4], axis=2)).reshape(len(packed), -1)
+    return np.concatenate([runs & np.uint8(0x0F), runs >> np.uint8(4)], axis=2).reshape(len(packed), -1)
 
 
 def pack_nibbles(codes: ByteArray, run: int) -> ByteArray:
     """The inverse of `nibbles`, for codes 0..15."""
     runs = codes.reshape(len(codes), -1, 2, run)
-    return (runs[:, :, 0] | (runs[:, :, 1] << 4)).reshape(len(codes), -1)
+    return (runs[:, :, 0] | (runs[:, :, 1] << np.uint8(4))).reshape(len(codes), -1)

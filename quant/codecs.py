@@ -56,7 +56,8 @@ _BY_ID = {c.type_id: c for c in CODECS.values()}
 def codec_by_id(type_id: int) -> Codec:
     """The codec of ggml's type number; ModelError for a number that ggml never used or has withdrawn."""
     if type_id not in _BY_ID:
-        raise ModelError(f"unknown tensor type {type_id}; known: {', '.join(f'{c.type_id} {c.name}' for c in _BY_ID.values())}")
+        known = ", ".join(f"{c.type_id} {c.name}" for c in _BY_ID.values())
+        raise ModelError(f"unknown tensor type {type_id}; known: {known}")
     return _BY_ID[type_id]
 
 

@@ -1,4 +1,4 @@
-"""GGUF files, opened by mapping them: metadata as Python values, tensors as views that cost nothing until they are read."""
+"""GGUF files, mapped into memory: metadata as Python values, tensors as views that cost nothing until they are read."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from pyinfer.errors import GGUFError, ModelError
-from pyinfer.quant.gguf_cursor import Cursor
+from pyinfer.quant.gguf_cursor import ByteOrder, Cursor
 from pyinfer.quant.gguf_header import Header, read_header
 from pyinfer.quant.mapping import Mapping
 from pyinfer.quant.tensor import QuantTensor
 
 T = TypeVar("T")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_NATIVE_ORDER = "<" if sys.byteorder == "little" else ">"
+NATIVE_ORDER: ByteOrder = "<" if sys.byteorder == "little" else ">"
 
 
 class GGUFFile:
     """An open GGUF model, all its shards together. Use `GGUFFile.open`; tensors keep the mapping alive after `close`.
 
-    `metadata` holds int, float, bool and str values, NumPy arrays of numbers in native order, `list[str]`, and lists of arrays.
-    Strings inside arrays keep bytes that are not UTF-8 as surrogates (`surrogateescape`); in single strings they are U+FFFD.
+    `metadata` holds int, float, bool and str values, NumPy arrays of numbers in native order, `list[str]`, and lists of
+    arrays. Bytes that are not UTF-8 are kept as surrogates (`surrogateescape`) in string arrays, else they are U+FFFD.
     Tensors of the machine's byte order are zero-copy; others are converted while opening.
     """
 
@@ -41,7 +41,7 @@ class GGUFFile:
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
-        """Open a file, or every shard of a split model given any one of them; GGUFError names what is wrong and where."""
+        """Open a file, or every shard of a split model given any of them; GGUFError says what is wrong and where."""
         path = Path(path)
         mapping, header = _open_one(path)
         count = header.metadata.get("split.count", 1)
@@ -55,12 +55,14 @@ class GGUFFile:
         return self.metadata.get(key, default)
 
     def require(self, key: str, kind: type[T]) -> T:
-        """The metadata value of `key` as an int, float, str, bool or list; ModelError if it is missing or of another kind.
+        """The metadata value of `key` as int, float, str, bool or list; ModelError if it is missing or of another kind.
 
         An int serves as a float, and an array of numbers as a list.
         """
         if key not in self.metadata:
-            raise ModelError(f"{self.path.name}: metadata has no {key!r}; the file is no model of this kind or was converted wrongly")
+            raise ModelError(
+                f"{self.path.name}: metadata has no {key!r}; was the file converted from a model of this kind?"
+            )
         value = self.metadata[key]
         if kind is float and type(value) is int:
             value = float(value)
@@ -80,7 +82,9 @@ class GGUFFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -92,7 +96,7 @@ def _open_one(path: Path) -> tuple[Mapping, Header]:
 def _open_shards(path: Path, count: int) -> list[tuple[Mapping, Header]]:
     match = _SHARD.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
-        raise GGUFError(f"{path}: metadata 'split.count' is {count}, so the file must be named like NAME-00001-of-{count:05}.gguf")
+        raise GGUFError(f"{path}: 'split.count' is {count}, so the file's name must end in -00001-of-{count:05}.gguf")
     shards = []
     for number in range(count):
         shard = path.with_name(f"{match['stem']}-{number + 1:05}-of-{count:05}.gguf")
@@ -106,7 +110,7 @@ def _open_shards(path: Path, count: int) -> list[tuple[Mapping, Header]]:
     found = sum(len(header.tensors) for _, header in shards)
     expected = shards[0][1].metadata.get("split.tensors.count", found)
     if found != expected:
-        raise GGUFError(f"{path}: metadata 'split.tensors.count' is {expected!r:.40}, the {count} shards hold {found} tensors")
+        raise GGUFError(f"{path}: 'split.tensors.count' is {expected!r:.40}, the {count} shards hold {found} tensors")
     return shards
 
 
@@ -116,7 +120,7 @@ def _add_tensors(tensors: dict[str, QuantTensor], mapping: Mapping, header: Head
             raise GGUFError(f"{path}: tensor {info.name!r} is in two shards")
         row_bytes = info.codec.row_bytes(info.shape[-1])
         data = mapping.array[info.start : info.start + info.n_bytes].reshape(-1, row_bytes)
-        if header.order == _NATIVE_ORDER:
+        if header.order == NATIVE_ORDER:
             tensors[info.name] = QuantTensor(info.name, info.codec, info.shape, data, mapping)
         else:
             tensors[info.name] = QuantTensor(info.name, info.codec, info.shape, info.codec.swap_bytes(data))

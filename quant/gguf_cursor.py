@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import mmap
 import struct
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from pyinfer.errors import GGUFError
 
+ByteOrder = Literal["<", ">"]  # as in `struct`
+
 _MAX_NAME_BYTES = 65_535  # the specification's limit on keys; a longer one is a corrupt length
 
 
 class Cursor:
-    """Reads little- or big-endian values from `buffer` at `offset`, moving on; GGUFError names file, field and offset."""
+    """Reads values of either byte order from `buffer` at `offset`, moving on; errors name file, field and offset."""
 
     def __init__(self, buffer: mmap.mmap | bytes, file_name: str) -> None:
         self.buffer = buffer
@@ -24,8 +26,7 @@ class Cursor:
         self.file_name = file_name
         self.set_order("<")
 
-    def set_order(self, order: str) -> None:
-        """'<' or '>', as in `struct`."""
+    def set_order(self, order: ByteOrder) -> None:
         self.order = order
         self._u32 = struct.Struct(order + "I")
         self._u64 = struct.Struct(order + "Q")
@@ -36,7 +37,8 @@ class Cursor:
     def need(self, n_bytes: int, what: str) -> None:
         """Check that `n_bytes` more are in the file."""
         if n_bytes > self.size - self.offset:
-            self.fail(what, f"needs {n_bytes} bytes, the file has {self.size - self.offset} left; it is cut off or corrupt")
+            left = self.size - self.offset
+            self.fail(what, f"needs {n_bytes} bytes, the file has {left} left; it is cut off or corrupt")
 
     def u32(self, what: str) -> int:
         self.need(4, what)
@@ -79,7 +81,7 @@ class Cursor:
         return self.raw(self.u64(f"length of {what}"), what).decode("utf-8", "replace")
 
     def texts(self, count: int, what: str) -> list[str]:
-        """`count` string values. Bytes that are not UTF-8 survive as surrogates: `s.encode('utf-8', 'surrogateescape')` restores them."""
+        """`count` string values; `s.encode("utf-8", "surrogateescape")` restores bytes that are not UTF-8."""
         self.need(count * 8, what)
         buffer, size, position = self.buffer, self.size, self.offset
         unpack = self._u64.unpack_from

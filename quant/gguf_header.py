@@ -5,8 +5,9 @@ Format: ggml's `docs/gguf.md`, versions 2 and 3 (the same layout), in either byt
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from pyinfer.errors import ModelError
 from pyinfer.quant.codec import Codec
 from pyinfer.quant.codecs import codec_by_id
-from pyinfer.quant.gguf_cursor import Cursor
+from pyinfer.quant.gguf_cursor import ByteOrder, Cursor
 
 # Limits far above any real file, so that a corrupt count cannot cost seconds or gigabytes.
 MAX_KEYS = 65_536
@@ -25,7 +26,7 @@ MAX_ALIGNMENT = 65_536
 DEFAULT_ALIGNMENT = 32
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS = {
+_NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype(np.uint8), 1: np.dtype(np.int8), 2: np.dtype(np.uint16), 3: np.dtype(np.int16),
     4: np.dtype(np.uint32), 5: np.dtype(np.int32), 6: np.dtype(np.float32),
     10: np.dtype(np.uint64), 11: np.dtype(np.int64), 12: np.dtype(np.float64),
@@ -47,7 +48,7 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Header:
     version: int
-    order: str  # '<' or '>'
+    order: ByteOrder
     metadata: dict[str, Any]
     tensors: list[TensorInfo]  # in file order
     data_start: int
@@ -63,7 +64,7 @@ def read_header(cursor: Cursor) -> Header:
         cursor.set_order(">")
         version = int.from_bytes(version.to_bytes(4, "little"), "big")
     if version not in (2, 3):
-        cursor.fail("version", f"{version} is not supported, only 2 and 3 are; convert the model again with a current tool", 4)
+        cursor.fail("version", f"{version} is neither 2 nor 3; convert the model again with a current tool", 4)
     n_tensors = _count(cursor, "tensor count", MAX_TENSORS)
     n_keys = _count(cursor, "metadata count", MAX_KEYS)
     metadata = _read_metadata(cursor, n_keys)
@@ -115,8 +116,8 @@ def _read_array(cursor: Cursor, key: str, depth: int) -> Any:
     if kind == _STRING:
         return cursor.texts(count, what)
     if kind == _BOOL:
-        flags = cursor.numbers(np.dtype(np.uint8), count, what)
-        if flags.size and int(flags.max()) > 1:  # type: ignore[call-overload]
+        flags = np.frombuffer(cursor.raw(count, what), np.uint8)
+        if (flags > 1).any():
             cursor.fail(what, "holds a byte that is not a bool (0 or 1)", at)
         return flags.astype(np.bool_)
     if kind in _NUMBERS:
@@ -124,58 +125,66 @@ def _read_array(cursor: Cursor, key: str, depth: int) -> Any:
     if kind != _ARRAY:
         cursor.fail(f"item type of {what}", f"{kind} is not a GGUF value type", at)
     if depth or count > MAX_NESTED_ARRAYS:
-        cursor.fail(what, f"arrays of arrays may be two deep and {MAX_NESTED_ARRAYS} long, not {depth + 2} deep and {count} long", at)
+        cursor.fail(
+            what, f"holds {count} arrays at depth {depth + 1}; at most {MAX_NESTED_ARRAYS} at depth 1 are read", at
+        )
     return [_read_array(cursor, f"{key}[{index}]", depth + 1) for index in range(count)]
 
 
 def _alignment(cursor: Cursor, metadata: dict[str, Any]) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(value) is not int or not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
-        cursor.fail("metadata before this", f"general.alignment is {value!r:.40}, not a power of two in 8..{MAX_ALIGNMENT}")
+        cursor.fail("metadata before this", f"general.alignment {value!r:.40} is no power of two in 8..{MAX_ALIGNMENT}")
     return value
 
 
-def _read_tensor_info(cursor: Cursor, index: int) -> tuple[str, Codec, tuple[int, ...], int, int, int]:
-    """(name, codec, shape, offset in the data, bytes, where this line is)."""
+def _read_tensor_info(cursor: Cursor, index: int) -> TensorInfo:
+    """One line of the tensor table, with `start` still relative to the data and unchecked."""
     at = cursor.offset
     name = cursor.name(f"name of tensor {index}")
     n_dims = cursor.u32(f"dimension count of {name!r}")
     if not 1 <= n_dims <= MAX_DIMS:
         cursor.fail(f"dimension count of {name!r}", f"{n_dims} is outside 1..{MAX_DIMS}", cursor.offset - 4)
+    dims_at = cursor.offset
     dims = [cursor.u64(f"dimension {d} of {name!r}") for d in range(n_dims)]
-    type_at = cursor.offset
-    type_id = cursor.u32(f"type of {name!r}")
-    try:
-        codec = codec_by_id(type_id)
-    except ModelError as error:
-        cursor.fail(f"type of {name!r}", str(error), type_at)
-    if min(dims) == 0:
-        cursor.fail(f"dimensions of {name!r}", f"{dims} holds a zero", type_at - 8 * n_dims)
-    if dims[0] % codec.block_size:
-        problem = f"rows of {dims[0]} weights are not a multiple of {codec.name}'s block of {codec.block_size}"
-        cursor.fail(f"dimensions of {name!r}", problem, type_at - 8 * n_dims)
+    codec = _read_codec(cursor, name)
     n_bytes = math.prod(dims) // codec.block_size * codec.block_bytes
-    if n_bytes > cursor.size:
+    if min(dims) == 0:
+        problem = f"{dims} holds a zero"
+    elif dims[0] % codec.block_size:
+        problem = f"rows of {dims[0]} weights are no multiple of {codec.name}'s block of {codec.block_size}"
+    elif n_bytes > cursor.size:
         problem = f"{dims} of {codec.name} needs {n_bytes} bytes, the file has {cursor.size}"
-        cursor.fail(f"dimensions of {name!r}", problem, type_at - 8 * n_dims)
-    return name, codec, tuple(reversed(dims)), cursor.u64(f"offset of {name!r}"), n_bytes, at
+    else:
+        problem = ""
+    if problem:
+        cursor.fail(f"dimensions of {name!r}", problem, dims_at)
+    return TensorInfo(name, codec, tuple(reversed(dims)), cursor.u64(f"offset of {name!r}"), n_bytes, at)
 
 
-def _place(cursor: Cursor, table: list[tuple[str, Codec, tuple[int, ...], int, int, int]], data_start: int, alignment: int) -> list[TensorInfo]:
-    """Check names, alignment, bounds and overlap, and make the offsets absolute."""
+def _read_codec(cursor: Cursor, name: str) -> Codec:
+    at = cursor.offset
+    try:
+        return codec_by_id(cursor.u32(f"type of {name!r}"))
+    except ModelError as error:
+        cursor.fail(f"type of {name!r}", str(error), at)
+
+
+def _place(cursor: Cursor, table: list[TensorInfo], data_start: int, alignment: int) -> list[TensorInfo]:
+    """Check names, alignment, bounds and overlap, and make `start` absolute."""
     tensors: dict[str, TensorInfo] = {}
-    for name, codec, shape, offset, n_bytes, at in table:
-        if name in tensors:
-            cursor.fail("name of tensor", f"{name!r} appears twice", at)
-        if offset % alignment:
-            cursor.fail(f"offset of {name!r}", f"{offset} is not a multiple of the alignment {alignment}", at)
-        start = data_start + offset
-        if start + n_bytes > cursor.size:
-            problem = f"the tensor is bytes {start}..{start + n_bytes} of a file of {cursor.size}; it is cut off or corrupt"
-            cursor.fail(f"offset of {name!r}", problem, at)
-        tensors[name] = TensorInfo(name, codec, shape, start, n_bytes, at)
-    in_order = sorted(tensors.values(), key=lambda t: t.start)
-    for first, second in zip(in_order, in_order[1:], strict=False):
+    for info in table:
+        start = data_start + info.start
+        if info.name in tensors:
+            cursor.fail("name of tensor", f"{info.name!r} appears twice", info.at)
+        if info.start % alignment:
+            problem = f"{info.start} is no multiple of the alignment {alignment}"
+            cursor.fail(f"offset of {info.name!r}", problem, info.at)
+        if start + info.n_bytes > cursor.size:
+            problem = f"the tensor ends at {start + info.n_bytes}, the file at {cursor.size}; it is cut off or corrupt"
+            cursor.fail(f"offset of {info.name!r}", problem, info.at)
+        tensors[info.name] = replace(info, start=start)
+    for first, second in itertools.pairwise(sorted(tensors.values(), key=lambda t: t.start)):
         if first.start + first.n_bytes > second.start:
             cursor.fail(f"offset of {second.name!r}", f"the tensor overlaps {first.name!r}", second.at)
     return list(tensors.values())

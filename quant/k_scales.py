@@ -1,7 +1,7 @@
 """The 12 bytes in which Q4_K and Q5_K keep eight 6-bit scales and eight 6-bit minimums.
 
-Bytes 0..3: scales 0..3 in the low six bits, above them the high two bits of scales 4..7; bytes 4..7 likewise for the minimums;
-bytes 8..11: low four bits of scales 4..7 in the low nibble, of minimums 4..7 in the high nibble.
+Bytes 0..3: scales 0..3 in the low six bits, above them the high two bits of scales 4..7; bytes 4..7: the minimums
+likewise; bytes 8..11: low four bits of scales 4..7 in the low nibble, of minimums 4..7 in the high nibble.
 """
 
 from __future__ import annotations

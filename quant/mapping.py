@@ -12,7 +12,7 @@ from pyinfer.quant.codec import ByteArray
 
 
 class Mapping:
-    """`buffer` is the mapped file, `array` the same bytes as uint8 (size,). A file that shrinks while mapped kills the process."""
+    """`buffer` is the mapped file, `array` its bytes as uint8 (size,). The file must not shrink while it is mapped."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -26,7 +26,7 @@ class Mapping:
         self.array: ByteArray = np.frombuffer(self.buffer, np.uint8)
 
     def release(self, view: ByteArray) -> None:
-        """Let the OS drop the pages that lie wholly inside `view`, a contiguous view of `array`; later reads fetch them again."""
+        """Let the OS drop the pages wholly inside `view`, a contiguous part of `array`; a read fetches them again."""
         if not hasattr(self.buffer, "madvise"):  # not on Windows
             return
         first = view.__array_interface__["data"][0] - self.array.__array_interface__["data"][0]

@@ -8,7 +8,7 @@ from pyinfer.quant.codec import ByteArray, Codec, FloatArray, half
 
 
 class Q2_K(Codec):
-    """Block: 16 bytes, scale low and minimum high nibble | 64 bytes of codes, four a byte, 32 weights a bit pair | d f16 | dmin f16."""
+    """Block: 16 bytes, scale in the low, minimum in the high nibble | 64 bytes of bit pairs | d f16 | dmin f16."""
 
     name, type_id, block_size, block_bytes = "Q2_K", 10, 256, 84
     wide_fields = ((80, 2, 2),)
@@ -24,10 +24,11 @@ def bit_pairs(packed: ByteArray) -> ByteArray:
     """Codes (n, 256) 0..3 of bytes (n, 64): each run of 32 bytes holds four runs of 32 codes, lowest bits first."""
     runs = packed.reshape(-1, 2, 1, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
-    return ((runs >> shifts) & 3).reshape(-1, 256)
+    return ((runs >> shifts) & np.uint8(3)).reshape(-1, 256)
 
 
 def pack_bit_pairs(codes: ByteArray) -> ByteArray:
     """The inverse of `bit_pairs`."""
-    runs = codes.reshape(-1, 2, 4, 32)
-    return (runs[:, :, 0] | (runs[:, :, 1] << 2) | (runs[:, :, 2] << 4) | (runs[:, :, 3] << 6)).reshape(-1, 64)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)
+    packed: ByteArray = np.bitwise_or.reduce(codes.reshape(-1, 2, 4, 32) << shifts, axis=2)
+    return packed.reshape(-1, 64)

@@ -9,9 +9,9 @@ from pyinfer.quant.q2_k import bit_pairs
 
 
 class Q3_K(Codec):
-    """Block: 32 bytes of third bits, bit i for weights 32i.. | 64 bytes of low bit pairs as in Q2_K | 12 bytes of scales | d f16.
+    """Block: 32 bytes of third bits, bit i for weights 32i.. | 64 bytes of bit pairs as in Q2_K | 12 of scales | d f16.
 
-    Scales: low nibbles of 0..7, then of 8..15, in bytes 0..7; the high two bits of scale 4k+j sit in bits 2k.. of byte 8+j.
+    Scales: low nibbles of 0..7, then of 8..15, in bytes 0..7; the high two bits of scale 4k+j in bits 2k.. of byte 8+j.
     """
 
     name, type_id, block_size, block_bytes = "Q3_K", 11, 256, 110
@@ -22,11 +22,13 @@ class Q3_K(Codec):
         codes = bit_pairs(blocks[:, 32:96]) | (high.reshape(-1, 256) << 2)
         signed = codes.astype(np.float32) - np.float32(4)
         scales = half(blocks[:, 108:110]) * (unpack_q3_scales(blocks[:, 96:108]).astype(np.float32) - np.float32(32))
-        return (scales[:, :, None] * signed.reshape(-1, 16, 16)).reshape(-1, 256)
+        weights: FloatArray = scales[:, :, None] * signed.reshape(-1, 16, 16)
+        return weights.reshape(-1, 256)
 
 
 def unpack_q3_scales(packed: ByteArray) -> ByteArray:
     """Scales (n, 16), 0..63 with 32 meaning zero, of bytes (n, 12)."""
     low = np.concatenate([packed[:, :8] & 0x0F, packed[:, :8] >> 4], axis=-1)
     high = (packed[:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
-    return low | (high.reshape(-1, 16) << 4)
+    scales: ByteArray = low | (high.reshape(-1, 16) << 4)
+    return scales

@@ -9,7 +9,7 @@ from pyinfer.quant.k_scales import unpack_scales
 
 
 class Q4_K(Codec):
-    """Block: d f16 | dmin f16 | 12 bytes of scales and minimums | 128 bytes: four runs of 32 bytes, low nibbles then high nibbles."""
+    """Block: d f16 | dmin f16 | 12 bytes of scales and minimums | 128 bytes: runs of 32, low then high nibbles."""
 
     name, type_id, block_size, block_bytes = "Q4_K", 12, 256, 144
     wide_fields = ((0, 2, 2),)

@@ -20,4 +20,6 @@ class Q5_0(Codec):
 
     def _quantize_blocks(self, weights: FloatArray) -> ByteArray:
         scale, codes = signed_codes(weights, 16)
-        return np.concatenate([half_bytes(scale), pack_high_bits(codes), pack_nibbles(codes & 0x0F, 16)], axis=-1)
+        return np.concatenate(
+            [half_bytes(scale), pack_high_bits(codes), pack_nibbles(codes & np.uint8(0x0F), 16)], axis=-1
+        )

@@ -20,5 +20,5 @@ class Q5_1(Codec):
 
     def _quantize_blocks(self, weights: FloatArray) -> ByteArray:
         scale, low, codes = affine_codes(weights, 31)
-        nibble_bytes = pack_nibbles(codes & 0x0F, 16)
+        nibble_bytes = pack_nibbles(codes & np.uint8(0x0F), 16)
         return np.concatenate([half_bytes(scale), half_bytes(low), pack_high_bits(codes), nibble_bytes], axis=-1)

@@ -9,7 +9,7 @@ from pyinfer.quant.k_scales import unpack_scales
 
 
 class Q5_K(Codec):
-    """Block: d f16 | dmin f16 | 12 bytes of scales as in Q4_K | 32 bytes of fifth bits, bit g for group g | 128 bytes of nibbles."""
+    """Block: d f16 | dmin f16 | 12 bytes of scales (Q4_K) | 32 of fifth bits, bit g for group g | 128 of nibbles."""
 
     name, type_id, block_size, block_bytes = "Q5_K", 13, 256, 176
     wide_fields = ((0, 2, 2),)

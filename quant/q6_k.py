@@ -9,7 +9,7 @@ from pyinfer.quant.q2_k import bit_pairs
 
 
 class Q6_K(Codec):
-    """Block: 128 bytes of low nibbles in runs of 64 | 64 bytes of high bit pairs as in Q2_K | 16 int8 scales | d f16."""
+    """Block: 128 bytes of nibbles in runs of 64 | 64 bytes of high bit pairs as in Q2_K | 16 int8 scales | d f16."""
 
     name, type_id, block_size, block_bytes = "Q6_K", 14, 256, 210
     wide_fields = ((208, 2, 1),)

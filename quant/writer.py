@@ -1,0 +1,132 @@
+"""Writing GGUF files, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pyinfer.errors import GGUFError
+from pyinfer.quant.codec import ByteArray, Codec
+from pyinfer.quant.codecs import codec_by_name
+from pyinfer.quant.gguf import NATIVE_ORDER
+from pyinfer.quant.gguf_cursor import ByteOrder
+from pyinfer.quant.gguf_header import DEFAULT_ALIGNMENT
+
+TensorSource = tuple[str, tuple[int, ...], ByteArray]  # codec name, row-major shape, bytes in native order
+
+_KIND_OF_DTYPE = {
+    "uint8": 0, "int8": 1, "uint16": 2, "int16": 3, "uint32": 4, "int32": 5, "float32": 6, "bool": 7,
+    "uint64": 10, "int64": 11, "float64": 12,
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+
+
+def write_gguf(
+    path: str | Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, TensorSource],
+    *,
+    order: ByteOrder = NATIVE_ORDER,
+    version: int = 3,
+) -> None:
+    """Write a GGUF file under a temporary name beside `path` and rename it into place.
+
+    Metadata: bool, str, float (stored as float32), int (the first that holds it of uint32, int32, uint64, int64), NumPy
+    scalars and 1-D arrays (stored as what they are), and lists of these, all of one type. `tensors` is walked twice, an
+    item at a time, so a mapping that makes its bytes on demand never holds two. GGUFError for bytes that do not fit.
+    """
+    path = Path(path)
+    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(_header(metadata, tensors, order, version, alignment))
+            _pad(file, alignment)
+            for name, (codec_name, shape, data) in tensors.items():
+                codec = codec_by_name(codec_name)
+                if data.nbytes != _n_bytes(codec, shape):
+                    need = _n_bytes(codec, shape)
+                    raise GGUFError(f"tensor {name!r}: {codec.name} of {shape} takes {need} bytes, not {data.nbytes}")
+                file.write(np.ascontiguousarray(data if order == NATIVE_ORDER else codec.swap_bytes(data)).data)
+                _pad(file, alignment)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _header(
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], order: ByteOrder, version: int, alignment: int
+) -> bytes:
+    parts = [b"GGUF", struct.pack(order + "IQQ", version, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        kind, content = _value(order, value)
+        parts += [_string(order, key), struct.pack(order + "I", kind), content]
+    offset = 0
+    for name, (codec_name, shape, _) in tensors.items():
+        codec = codec_by_name(codec_name)
+        parts.append(_string(order, name))
+        parts.append(struct.pack(f"{order}I{len(shape)}Q", len(shape), *reversed(shape)))
+        parts.append(struct.pack(order + "IQ", codec.type_id, offset))
+        offset += -(-_n_bytes(codec, shape) // alignment) * alignment
+    return b"".join(parts)
+
+
+def _n_bytes(codec: Codec, shape: tuple[int, ...]) -> int:
+    rows = int(np.prod(shape[:-1], dtype=np.int64))
+    return rows * codec.row_bytes(shape[-1])
+
+
+def _pad(file: BinaryIO, alignment: int) -> None:
+    file.write(bytes(-file.tell() % alignment))
+
+
+def _string(order: ByteOrder, text: str) -> bytes:
+    content = text.encode("utf-8", "surrogateescape")
+    return struct.pack(order + "Q", len(content)) + content
+
+
+def _value(order: ByteOrder, value: Any) -> tuple[int, bytes]:
+    """(GGUF's value type, the bytes after it)."""
+    if isinstance(value, str):
+        return _STRING, _string(order, value)
+    if isinstance(value, list | tuple):
+        return _ARRAY, _list(order, list(value))
+    if isinstance(value, bool):
+        value = np.bool_(value)
+    elif isinstance(value, float):
+        value = np.float32(value)
+    elif isinstance(value, int):
+        value = _narrowest([value])[0]
+    if not isinstance(value, np.ndarray | np.generic) or value.dtype.name not in _KIND_OF_DTYPE or value.ndim > 1:
+        raise GGUFError(f"metadata of type {type(value).__name__} cannot be stored in a GGUF file")
+    kind = _KIND_OF_DTYPE[value.dtype.name]
+    content = np.asarray(value).astype(value.dtype.newbyteorder(order)).tobytes()
+    if value.ndim == 0:
+        return kind, content
+    return _ARRAY, struct.pack(order + "IQ", kind, len(value)) + content
+
+
+def _list(order: ByteOrder, items: list[Any]) -> bytes:
+    """An array's item type, length and items. Plain numbers share one type; an empty list is stored as int32."""
+    if items and all(type(item) is int for item in items):
+        return _value(order, _narrowest(items))[1]
+    if items and all(type(item) in (int, float) for item in items):
+        return _value(order, np.array(items, np.float32))[1]
+    values = [_value(order, item) for item in items]
+    kinds = {kind for kind, _ in values} or {_KIND_OF_DTYPE["int32"]}
+    if len(kinds) > 1:
+        raise GGUFError(f"a metadata list mixes {sorted({type(item).__name__ for item in items})}")
+    return struct.pack(order + "IQ", kinds.pop(), len(items)) + b"".join(content for _, content in values)
+
+
+def _narrowest(numbers: list[int]) -> np.ndarray[Any, np.dtype[Any]]:
+    for dtype in (np.uint32, np.int32, np.uint64, np.int64):
+        limits = np.iinfo(dtype)
+        if limits.min <= min(numbers) and max(numbers) <= limits.max:
+            return np.array(numbers, dtype)
+    raise GGUFError(f"metadata integers {min(numbers)}..{max(numbers)} do not fit 64 bits")
