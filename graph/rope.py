@@ -32,7 +32,7 @@ class Rope:
     def frequencies(self) -> npt.NDArray[np.float64]:
         """Radians per position, float64 [n_dims/2]."""
         i = np.arange(0, self.n_dims, 2, dtype=np.float64)
-        freq = self.base ** (-i / self.n_dims)
+        freq: npt.NDArray[np.float64] = self.base ** (-i / self.n_dims)
         if self.frequency_factors is not None:
             freq = freq / self.frequency_factors.astype(np.float64)
         if self.scaling == "linear":

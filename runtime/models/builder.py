@@ -1,0 +1,108 @@
+"""`DecoderBuilder`: emits the ops of decoder-only models, one method a step, under GGUF's tensor names."""
+
+from __future__ import annotations
+
+from pyinfer.graph.graph import Graph, KVLayer
+from pyinfer.graph.ops import (
+    Activation,
+    Add,
+    ApplyRope,
+    Attention,
+    Embed,
+    GatedActivation,
+    MatMul,
+    Op,
+    RMSNorm,
+    SelectRows,
+    StoreKV,
+    Value,
+)
+from pyinfer.graph.rope import Rope
+from pyinfer.runtime.models.common import ModelReader, Sizes
+
+
+class DecoderBuilder:
+    """Appends ops in execution order; tensor names are given without their `.weight` or `.bias`."""
+
+    def __init__(self, reader: ModelReader, sizes: Sizes) -> None:
+        self.reader = reader
+        self.sizes = sizes
+        self.ops: list[Op] = []
+        self.kv_layers: list[KVLayer] = []
+
+    def embed(self, scale: float = 1.0) -> Value:
+        out = Value("embedding", self.sizes.n_embd)
+        self.ops.append(
+            Embed(out, self.reader.matrix("token_embd.weight", self.sizes.n_vocab, self.sizes.n_embd), scale)
+        )
+        return out
+
+    def norm(self, name: str, x: Value, width: int | None = None) -> Value:
+        """RMSNorm over the row, or over each group of `width` columns."""
+        out = Value(name, x.width, x.rows)
+        weight = self.reader.vector(f"{name}.weight", width or x.width)
+        self.ops.append(RMSNorm(out, x, weight, self.sizes.eps))
+        return out
+
+    def matmul(self, name: str, x: Value, width: int) -> Value:
+        """x @ weight.T, plus the bias when the file holds one."""
+        out = Value(name, width, x.rows)
+        weight = self.reader.matrix(f"{name}.weight", width, x.width)
+        bias = self.reader.optional_vector(f"{name}.bias", width)
+        self.ops.append(MatMul((out,), x, (weight,), (bias,)))
+        return out
+
+    def rope(self, x: Value, rope: Rope) -> Value:
+        out = Value(f"{x.name}.rope", x.width)
+        self.ops.append(ApplyRope(out, x, self.sizes.head_dim, rope))
+        return out
+
+    def attention(self, q: Value, k: Value, v: Value, scale: float, window: int | None = None) -> Value:
+        """Store this layer's keys and values, then attend; opens the next KV layer."""
+        layer = len(self.kv_layers)
+        self.kv_layers.append(KVLayer(self.sizes.n_kv_heads, self.sizes.head_dim, window))
+        out = Value(f"attention.{layer}", q.width)
+        self.ops.append(StoreKV(k, v, layer))
+        self.ops.append(Attention(out, q, layer, self.sizes.n_heads, scale))
+        return out
+
+    def feed_forward(self, prefix: str, x: Value, activation: Activation) -> Value:
+        """down(activation(gate(x)) * up(x))."""
+        gate = self.matmul(f"{prefix}.ffn_gate", x, self.sizes.n_ff)
+        up = self.matmul(f"{prefix}.ffn_up", x, self.sizes.n_ff)
+        gated = Value(f"{prefix}.ffn_gated", self.sizes.n_ff, x.rows)
+        self.ops.append(GatedActivation(gated, gate, up, activation))
+        return self.matmul(f"{prefix}.ffn_down", gated, self.sizes.n_embd)
+
+    def add(self, a: Value, b: Value) -> Value:
+        out = Value(f"{a.name}+", a.width, a.rows)
+        self.ops.append(Add(out, a, b))
+        return out
+
+    def select_outputs(self, *values: Value) -> tuple[Value, ...]:
+        """Only the rows whose logits are asked for, of each value: what follows skips the others."""
+        outs = tuple(Value(f"{value.name}.outputs", value.width, "outputs") for value in values)
+        self.ops.extend(SelectRows(out, value) for out, value in zip(outs, values, strict=True))
+        return outs
+
+    def finish(self, x: Value) -> Graph:
+        """Final norm and logits; a file without `output.weight` ties it to the embedding."""
+        x = self.norm("output_norm", x)
+        if self.reader.has("output.weight"):
+            logits = self.matmul("output", x, self.sizes.n_vocab)
+        else:
+            logits = Value("output", self.sizes.n_vocab, x.rows)
+            table = self.reader.matrix("token_embd.weight", self.sizes.n_vocab, self.sizes.n_embd)
+            bias = self.reader.optional_vector("output.bias", self.sizes.n_vocab)
+            self.ops.append(MatMul((logits,), x, (table,), (bias,)))
+        self.reader.check_all_taken()
+        graph = Graph(
+            ops=tuple(self.ops),
+            logits=logits,
+            kv_layers=tuple(self.kv_layers),
+            n_vocab=self.sizes.n_vocab,
+            n_embd=self.sizes.n_embd,
+            n_ctx_train=self.sizes.n_ctx_train,
+        )
+        graph.check()
+        return graph
