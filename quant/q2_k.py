@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyinfer.quant.codec import ByteArray, Codec, FloatArray, half
+from pyinfer.quant.codec import ByteArray, Codec, FloatArray, half, half_bytes
+from pyinfer.quant.k_search import fit_affine
 
 
 class Q2_K(Codec):
@@ -18,6 +19,12 @@ class Q2_K(Codec):
         minimums = half(blocks[:, 82:84]) * (blocks[:, :16] >> 4).astype(np.float32)
         codes = bit_pairs(blocks[:, 16:80]).reshape(-1, 16, 16).astype(np.float32)
         return (scales[:, :, None] * codes - minimums[:, :, None]).reshape(-1, 256)
+
+    def _quantize_blocks(self, weights: FloatArray) -> ByteArray:
+        fit = fit_affine(weights, group=16, top=3, scale_top=15, steps=10)
+        packed_scales = fit.scales | (fit.minimums << np.uint8(4))
+        codes = pack_bit_pairs(fit.codes)
+        return np.concatenate([packed_scales, codes, half_bytes(fit.d), half_bytes(fit.dmin)], axis=-1)
 
 
 def bit_pairs(packed: ByteArray) -> ByteArray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyinfer.quant.codec import ByteArray, Codec, FloatArray, half, nibbles
-from pyinfer.quant.k_scales import unpack_scales
+from pyinfer.quant.codec import ByteArray, Codec, FloatArray, half, half_bytes, nibbles, pack_nibbles
+from pyinfer.quant.k_scales import pack_scales, unpack_scales
+from pyinfer.quant.k_search import fit_affine
 
 
 class Q4_K(Codec):
@@ -20,3 +21,8 @@ class Q4_K(Codec):
         minimums = half(blocks[:, 2:4]) * minimum_codes.astype(np.float32)
         codes = nibbles(blocks[:, 16:], 32).reshape(-1, 8, 32).astype(np.float32)
         return (scales[:, :, None] * codes - minimums[:, :, None]).reshape(-1, 256)
+
+    def _quantize_blocks(self, weights: FloatArray) -> ByteArray:
+        fit = fit_affine(weights, group=32, top=15, scale_top=63, steps=10)
+        scales = pack_scales(fit.scales, fit.minimums)
+        return np.concatenate([half_bytes(fit.d), half_bytes(fit.dmin), scales, pack_nibbles(fit.codes, 32)], axis=-1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyinfer.quant.codec import ByteArray, Codec, FloatArray, half, nibbles
-from pyinfer.quant.k_scales import unpack_scales
+from pyinfer.quant.codec import ByteArray, Codec, FloatArray, half, half_bytes, nibbles, pack_nibbles
+from pyinfer.quant.k_scales import pack_scales, unpack_scales
+from pyinfer.quant.k_search import fit_affine
 
 
 class Q5_K(Codec):
@@ -21,3 +22,10 @@ class Q5_K(Codec):
         high = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
         codes = (nibbles(blocks[:, 48:], 32).reshape(-1, 8, 32) | (high << 4)).astype(np.float32)
         return (scales[:, :, None] * codes - minimums[:, :, None]).reshape(-1, 256)
+
+    def _quantize_blocks(self, weights: FloatArray) -> ByteArray:
+        fit = fit_affine(weights, group=32, top=31, scale_top=63, steps=10)
+        scales = pack_scales(fit.scales, fit.minimums)
+        high = np.packbits((fit.codes >> 4).reshape(-1, 8, 32), axis=1, bitorder="little").reshape(-1, 32)
+        low = pack_nibbles(fit.codes & np.uint8(0x0F), 32)
+        return np.concatenate([half_bytes(fit.d), half_bytes(fit.dmin), scales, high, low], axis=-1)

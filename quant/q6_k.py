@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyinfer.quant.codec import ByteArray, Codec, FloatArray, half, nibbles
-from pyinfer.quant.q2_k import bit_pairs
+from pyinfer.quant.codec import ByteArray, Codec, FloatArray, half, half_bytes, nibbles, pack_nibbles
+from pyinfer.quant.k_search import fit_signed
+from pyinfer.quant.q2_k import bit_pairs, pack_bit_pairs
 
 
 class Q6_K(Codec):
@@ -19,3 +20,9 @@ class Q6_K(Codec):
         scales = half(blocks[:, 208:210]) * blocks[:, 192:208].view(np.int8).astype(np.float32)
         signed = (codes.astype(np.float32) - np.float32(32)).reshape(-1, 16, 16)
         return (scales[:, :, None] * signed).reshape(-1, 256)
+
+    def _quantize_blocks(self, weights: FloatArray) -> ByteArray:
+        fit = fit_signed(weights, group=16, zero=32, scale_low=-128, steps=9)
+        low = pack_nibbles(fit.codes & np.uint8(0x0F), 64)
+        high = pack_bit_pairs(fit.codes >> np.uint8(4))
+        return np.concatenate([low, high, fit.scales.astype(np.int8).view(np.uint8), half_bytes(fit.d)], axis=-1)

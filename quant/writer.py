@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from pyinfer.errors import GGUFError
 from pyinfer.quant.codec import ByteArray, Codec
@@ -36,9 +37,10 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file under a temporary name beside `path` and rename it into place.
 
-    Metadata: bool, str, float (stored as float32), int (the first that holds it of uint32, int32, uint64, int64), NumPy
-    scalars and 1-D arrays (stored as what they are), and lists of these, all of one type. `tensors` is walked twice, an
-    item at a time, so a mapping that makes its bytes on demand never holds two. GGUFError for bytes that do not fit.
+    Metadata: bool, str, float (stored as float32), int (the first that holds it of uint32, int32, uint64, int64; in a
+    list int32 is first), NumPy scalars and 1-D arrays (stored as what they are), and lists of these, all of one type.
+    `tensors` is walked twice, an item at a time, so a mapping that makes its bytes on demand never holds two.
+    GGUFError for values that no GGUF type holds and for bytes that are not the tensor's size.
     """
     path = Path(path)
     alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
@@ -101,20 +103,20 @@ def _value(order: ByteOrder, value: Any) -> tuple[int, bytes]:
     elif isinstance(value, float):
         value = np.float32(value)
     elif isinstance(value, int):
-        value = _narrowest([value])[0]
+        value = _integers([value], np.uint32, np.int32, np.uint64, np.int64)[0]
     if not isinstance(value, np.ndarray | np.generic) or value.dtype.name not in _KIND_OF_DTYPE or value.ndim > 1:
         raise GGUFError(f"metadata of type {type(value).__name__} cannot be stored in a GGUF file")
     kind = _KIND_OF_DTYPE[value.dtype.name]
     content = np.asarray(value).astype(value.dtype.newbyteorder(order)).tobytes()
     if value.ndim == 0:
         return kind, content
-    return _ARRAY, struct.pack(order + "IQ", kind, len(value)) + content
+    return _ARRAY, struct.pack(order + "IQ", kind, value.size) + content
 
 
 def _list(order: ByteOrder, items: list[Any]) -> bytes:
     """An array's item type, length and items. Plain numbers share one type; an empty list is stored as int32."""
     if items and all(type(item) is int for item in items):
-        return _value(order, _narrowest(items))[1]
+        return _value(order, _integers(items, np.int32, np.uint32, np.int64, np.uint64))[1]
     if items and all(type(item) in (int, float) for item in items):
         return _value(order, np.array(items, np.float32))[1]
     values = [_value(order, item) for item in items]
@@ -124,8 +126,9 @@ def _list(order: ByteOrder, items: list[Any]) -> bytes:
     return struct.pack(order + "IQ", kinds.pop(), len(items)) + b"".join(content for _, content in values)
 
 
-def _narrowest(numbers: list[int]) -> np.ndarray[Any, np.dtype[Any]]:
-    for dtype in (np.uint32, np.int32, np.uint64, np.int64):
+def _integers(numbers: list[int], *dtypes: type[np.integer[Any]]) -> npt.NDArray[Any]:
+    """The numbers in the first of `dtypes` that holds them all."""
+    for dtype in dtypes:
         limits = np.iinfo(dtype)
         if limits.min <= min(numbers) and max(numbers) <= limits.max:
             return np.array(numbers, dtype)
