@@ -5,7 +5,7 @@ A command takes them in one parameter:
     @with_engine_options
     def serve(model: Annotated[str, typer.Argument()] = "", *, engine: EngineOptions) -> None: ...
 
-On the command line `engine` becomes the flags below. app.py adds `--config`, `--debug` and `--log-level` to every command
+On the command line `engine` becomes the flags below. app.py adds `--config`, `--debug`, `--log-level` to every command
 and lets every option also come from `PYINFER_<OPTION>` or a TOML file, so no command file does anything for that.
 """
 
