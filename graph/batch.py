@@ -33,7 +33,7 @@ class Batch:
         """Assert that every index is in range and that slots, positions and page tables tell the same story."""
         n = self.n_tokens
         assert n > 0 and len(self.positions) == len(self.slots) == n
-        assert 0 <= self.token_ids.min() and self.token_ids.max() < n_vocab
+        assert self.token_ids.min() >= 0 and self.token_ids.max() < n_vocab
         assert self.sequence_starts[0] == 0 and self.sequence_starts[-1] == n
         for s in range(self.n_sequences):
             a, b = int(self.sequence_starts[s]), int(self.sequence_starts[s + 1])

@@ -14,8 +14,8 @@ import numpy.typing as npt
 class Rope:
     """How one kind of layer rotates its heads.
 
-    The first `n_dims` columns of a head are rotated. "interleaved" pairs columns (2i, 2i+1), as GGUF's llama does after its
-    q/k permutation; "half" pairs (i, i + n_dims/2), as NeoX does. Angle i of position p is p * frequencies()[i].
+    The first `n_dims` columns of a head are rotated. "interleaved" pairs columns (2i, 2i+1), as GGUF's llama does after
+    its q/k permutation; "half" pairs (i, i + n_dims/2), as NeoX does. Angle i of position p is p * frequencies()[i].
     """
 
     n_dims: int
@@ -49,7 +49,7 @@ class Rope:
 
         low = max(0.0, math.floor(dim_of(self.beta_fast)))
         high = min(self.n_dims - 1.0, math.ceil(dim_of(self.beta_slow)))
-        ramp = np.clip((np.arange(self.n_dims // 2) - low) / max(0.001, high - low), 0.0, 1.0)
+        ramp: npt.NDArray[np.float64] = np.clip((np.arange(self.n_dims // 2) - low) / max(0.001, high - low), 0.0, 1.0)
         return freq / self.factor * ramp + freq * (1.0 - ramp)
 
     def magnitude(self) -> float:

@@ -1,0 +1,203 @@
+"""The NumPy interpreter: what every op means, in float32 throughout. The oracle for every kernel; clear before fast."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from pyinfer.graph.activation import quantize_activation
+from pyinfer.graph.backend import Progress, StageConfig
+from pyinfer.graph.batch import Batch
+from pyinfer.graph.graph import Graph
+from pyinfer.graph.ops import (
+    Activation,
+    Add,
+    ApplyRope,
+    Attention,
+    Embed,
+    GatedActivation,
+    MatMul,
+    Op,
+    Quantize,
+    RMSNorm,
+    SelectRows,
+    StoreKV,
+    Value,
+)
+from pyinfer.graph.rope import Rope
+from pyinfer.quant.tensor import QuantTensor
+
+F32Array = npt.NDArray[np.float32]
+
+
+class ReferenceBackend:
+    """Runs any graph, optimized or not, on plain NumPy."""
+
+    name = "reference"
+
+    def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> ReferenceStage:
+        return ReferenceStage(graph, config, progress)
+
+
+class ReferenceStage:
+    """Float32 copies of all weights and the pages of keys and values."""
+
+    def __init__(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> None:
+        graph.check()
+        self._graph = graph
+        self._config = config
+        self._weights = _dequantize_weights(graph, progress)
+        dtype = np.float16 if config.kv_dtype == "f16" else np.float32
+        shapes = [(config.n_pages, config.block_size, layer.n_kv_heads, layer.head_dim) for layer in graph.kv_layers]
+        self._keys = [np.zeros(shape, dtype) for shape in shapes]
+        self._values = [np.zeros(shape, dtype) for shape in shapes]
+
+    def run(self, batch: Batch) -> F32Array:
+        """Logits float32 [n_outputs, n_vocab]."""
+        batch.check(n_vocab=self._graph.n_vocab, n_pages=self._config.n_pages, block_size=self._config.block_size)
+        rows = _Rows(self._graph)
+        for index, op in enumerate(self._graph.ops):
+            self._execute(op, batch, rows)
+            rows.forget(index)
+        return rows[self._graph.logits]
+
+    def copy_page(self, source: int, target: int) -> None:
+        for pages in (*self._keys, *self._values):
+            pages[target] = pages[source]
+
+    def close(self) -> None:
+        self._weights.clear()
+        self._keys.clear()
+        self._values.clear()
+
+    def _execute(self, op: Op, batch: Batch, rows: _Rows) -> None:
+        match op:
+            case Embed():
+                rows[op.out] = op.table.dequantize(batch.token_ids) * np.float32(op.scale)
+            case RMSNorm():
+                rows[op.out] = rms_norm(rows[op.x], op.weight, op.eps)
+            case Quantize():
+                rows[op.out] = rows[op.x]
+            case MatMul():
+                for out, weight, bias in zip(op.outs, op.weights, op.biases, strict=True):
+                    y = rows[op.x] @ self._weights[id(weight)].T
+                    if bias is not None:
+                        y = y + bias
+                    rows[out] = y if op.residual is None else y + rows[op.residual]
+            case ApplyRope():
+                rows[op.out] = apply_rope(rows[op.x], op.head_dim, op.rope, batch.positions)
+            case StoreKV():
+                self._store(self._keys[op.layer], rows[op.k], batch)
+                self._store(self._values[op.layer], rows[op.v], batch)
+            case Attention():
+                rows[op.out] = self._attend(op, rows[op.q], batch)
+            case GatedActivation():
+                rows[op.out] = activate(rows[op.gate], op.activation) * rows[op.up]
+            case Add():
+                rows[op.out] = rows[op.a] + rows[op.b]
+            case SelectRows():
+                rows[op.out] = rows[op.x][batch.output_rows]
+            case _:
+                raise AssertionError(f"no meaning for {type(op).__name__}")
+
+    def _store(self, pages: npt.NDArray[np.floating], x: F32Array, batch: Batch) -> None:
+        page, offset = np.divmod(batch.slots, self._config.block_size)
+        pages[page, offset] = x.reshape(len(x), *pages.shape[2:])
+
+    def _attend(self, op: Attention, q: F32Array, batch: Batch) -> F32Array:
+        layer = self._graph.kv_layers[op.layer]
+        out = np.empty_like(q)
+        for s in range(batch.n_sequences):
+            tokens = slice(int(batch.sequence_starts[s]), int(batch.sequence_starts[s + 1]))
+            positions = batch.positions[tokens]
+            n = int(positions[-1]) + 1
+            table = batch.page_tables[s, : -(-n // self._config.block_size)]
+            k = self._keys[op.layer][table].reshape(-1, layer.n_kv_heads, layer.head_dim)[:n].astype(np.float32)
+            v = self._values[op.layer][table].reshape(-1, layer.n_kv_heads, layer.head_dim)[:n].astype(np.float32)
+            distance = positions[:, None] - np.arange(n)[None, :]
+            visible = (distance >= 0) & (distance < (layer.window or n + 1))
+            heads = q[tokens].reshape(len(positions), op.n_heads, layer.head_dim)
+            for h in range(op.n_heads):
+                shared = h * layer.n_kv_heads // op.n_heads
+                scores = (heads[:, h] @ k[:, shared].T) * np.float32(op.scale)
+                weights = softmax(np.where(visible, scores, np.float32(-np.inf)))
+                columns = slice(h * layer.head_dim, (h + 1) * layer.head_dim)
+                out[tokens, columns] = weights @ v[:, shared]
+        return out
+
+
+class _Rows:
+    """The values of one run; an "a8" value is held as the float32 that its codes stand for."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._arrays: dict[int, F32Array] = {}
+        self._last_use: dict[int, list[int]] = {}  # op index -> ids of the values that nothing later reads
+        last = {id(value): index for index, op in enumerate(graph.ops) for value in (*op.inputs, *op.outputs)}
+        last[id(graph.logits)] = len(graph.ops)
+        for value_id, index in last.items():
+            self._last_use.setdefault(index, []).append(value_id)
+
+    def __getitem__(self, value: Value) -> F32Array:
+        return self._arrays[id(value)]
+
+    def __setitem__(self, value: Value, array: F32Array) -> None:
+        assert array.shape[1] == value.width and array.dtype == np.float32, value.name
+        self._arrays[id(value)] = array if value.dtype == "f32" else quantize_activation(array).dequantize()
+
+    def forget(self, index: int) -> None:
+        for value_id in self._last_use.get(index, ()):
+            del self._arrays[value_id]
+
+
+def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:
+    """x / sqrt(mean(x^2) + eps) * weight, over groups of weight.size columns."""
+    groups = x.reshape(len(x), -1, weight.size)
+    mean_square = np.mean(groups * groups, axis=2, keepdims=True)
+    out: F32Array = groups / np.sqrt(mean_square + np.float32(eps)) * weight
+    return out.reshape(x.shape)
+
+
+def apply_rope(x: F32Array, head_dim: int, rope: Rope, positions: npt.NDArray[np.int32]) -> F32Array:
+    """Rotate the first `rope.n_dims` columns of each head; the others pass."""
+    heads = x.reshape(len(x), -1, head_dim)
+    cos, sin = np.moveaxis(rope.cos_sin(positions)[:, None], -1, 0)  # each [n, 1, n_dims/2]
+    half = rope.n_dims // 2
+    if rope.pairing == "half":
+        first, second = slice(0, half), slice(half, rope.n_dims)
+    else:
+        first, second = slice(0, rope.n_dims, 2), slice(1, rope.n_dims, 2)
+    out = heads.copy()
+    out[..., first] = heads[..., first] * cos - heads[..., second] * sin
+    out[..., second] = heads[..., first] * sin + heads[..., second] * cos
+    return out.reshape(x.shape)
+
+
+def softmax(scores: F32Array) -> F32Array:
+    """Over the last axis."""
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    out: F32Array = weights / weights.sum(axis=-1, keepdims=True)
+    return out
+
+
+def activate(x: F32Array, activation: Activation) -> F32Array:
+    """SiLU (arXiv:1702.03118) or the tanh form of GELU (arXiv:1606.08415)."""
+    if activation == "silu":
+        with np.errstate(over="ignore"):  # exp(-x) = inf gives the right 0
+            gate = np.reciprocal(np.exp(-x) + np.float32(1))
+    else:
+        inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+        gate = (np.tanh(inner) + np.float32(1)) / np.float32(2)
+    out: F32Array = x * gate
+    return out
+
+
+def _dequantize_weights(graph: Graph, progress: Progress | None) -> dict[int, F32Array]:
+    tensors: dict[int, QuantTensor] = {id(w): w for op in graph.ops if isinstance(op, MatMul) for w in op.weights}
+    weights = {}
+    for done, (key, tensor) in enumerate(tensors.items()):
+        if progress is not None:
+            progress("loading weights", done / len(tensors))
+        weights[key] = tensor.dequantize()
+    return weights
