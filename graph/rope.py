@@ -24,7 +24,7 @@ class Rope:
     scaling: Literal["none", "linear", "yarn"] = "none"
     factor: float = 1.0  # context is `factor` times the original one
     original_context: int = 0  # of the model before scaling, for yarn
-    attention_factor: float = 1.0  # yarn's extra factor on both cos and sin
+    attention_factor: float = 1.0  # extra factor on both cos and sin
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     frequency_factors: npt.NDArray[np.float32] | None = None  # rope_freqs.weight [n_dims/2]: llama 3.1 and later
@@ -53,10 +53,10 @@ class Rope:
         return freq / self.factor * ramp + freq * (1.0 - ramp)
 
     def magnitude(self) -> float:
-        """Factor on cos and sin: yarn's 1 + 0.1 ln(factor) times the model's own attention factor, else 1."""
-        if self.scaling != "yarn":
-            return 1.0
-        return self.attention_factor * (1.0 + 0.1 * math.log(self.factor)) if self.factor > 1 else self.attention_factor
+        """Factor on cos and sin: the model's own attention factor, times yarn's 1 + 0.1 ln(factor)."""
+        if self.scaling == "yarn" and self.factor > 1:
+            return self.attention_factor * (1.0 + 0.1 * math.log(self.factor))
+        return self.attention_factor
 
     def cos_sin(self, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Float32 [len(positions), n_dims/2, 2]: cos and sin, computed in float64."""

@@ -20,6 +20,7 @@ from pyinfer.quant.tensor import QuantTensor
 T = TypeVar("T", int, float)
 F32Array = npt.NDArray[np.float32]
 _FLOAT_TYPES = ("F32", "F16", "BF16")
+_SCALINGS: dict[str, Literal["none", "linear", "yarn"]] = {"none": "none", "linear": "linear", "yarn": "yarn"}
 _KEY_MAX = 2**31 - 1
 
 
@@ -197,21 +198,18 @@ def read_rope(reader: ModelReader, sizes: Sizes, pairing: Literal["interleaved",
     factor = reader.number("rope.scaling.factor", reader.number("rope.scale_linear", 1.0)) or 1.0
     factors = reader.optional_vector("rope_freqs.weight", n_dims // 2)
     kind = reader.text("rope.scaling.type", "linear")
-    if kind == "yarn":
-        return Rope(
-            n_dims,
-            pairing,
-            base,
-            scaling="yarn",
-            factor=factor,
-            original_context=reader.integer("rope.scaling.original_context_length", sizes.n_ctx_train),
-            attention_factor=reader.number("rope.scaling.attn_factor", 1.0),
-            beta_fast=reader.number("rope.scaling.yarn_beta_fast", 32.0),
-            beta_slow=reader.number("rope.scaling.yarn_beta_slow", 1.0),
-            frequency_factors=factors,
-        )
-    if kind == "none" or (kind == "linear" and factor == 1):
-        return Rope(n_dims, pairing, base, frequency_factors=factors)
-    if kind == "linear":
-        return Rope(n_dims, pairing, base, scaling="linear", factor=factor, frequency_factors=factors)
-    raise reader.error(f"metadata key {reader.arch}.rope.scaling.type is {kind!r}; supported: none, linear, yarn")
+    scaling = _SCALINGS.get(kind)
+    if scaling is None:
+        raise reader.key_error("rope.scaling.type", f"is {kind!r}; supported: {', '.join(_SCALINGS)}")
+    return Rope(
+        n_dims,
+        pairing,
+        base,
+        scaling=scaling if factor != 1 or scaling == "yarn" else "none",
+        factor=factor if scaling != "none" else 1.0,
+        original_context=reader.integer("rope.scaling.original_context_length", sizes.n_ctx_train),
+        attention_factor=reader.number("rope.scaling.attn_factor", 1.0),
+        beta_fast=reader.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=reader.number("rope.scaling.yarn_beta_slow", 1.0),
+        frequency_factors=factors,
+    )
