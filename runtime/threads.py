@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyinfer.runtime.cgroup import cgroup_folders, read_text
+
 
 @dataclass(frozen=True)
 class CpuLimits:
@@ -59,7 +61,7 @@ def _core_of(cpu: int, root: Path) -> str:
     """The sibling list names the physical core: all its hyperthreads share it."""
     base = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     for name in ("core_cpus_list", "thread_siblings_list"):
-        text = _read(base / name)
+        text = read_text(base / name)
         if text:
             return text
     return str(cpu)
@@ -67,51 +69,21 @@ def _core_of(cpu: int, root: Path) -> str:
 
 def cgroup_quota(root: Path = Path("/")) -> float | None:
     """The smallest CPU quota from this process's cgroup up to the root of its hierarchy, in CPUs; None without one."""
-    quotas: list[float] = []
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        if not controllers:
-            mounts, read_quota = ("sys/fs/cgroup", "sys/fs/cgroup/unified"), _quota_v2
-        elif "cpu" in controllers.split(","):
-            mounts, read_quota = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct"), _quota_v1
-        else:
-            continue
-        # In a container the path in /proc may lie outside the mounted tree: the mount's root then holds the limit.
-        parts = [p for p in group.split("/") if p and p != ".."]
-        for mount in mounts:
-            for depth in range(len(parts), -1, -1):
-                quota = read_quota(root.joinpath(mount, *parts[:depth]))
-                if quota is not None:
-                    quotas.append(quota)
-    return min(quotas) if quotas else None
+    quotas = [_quota(version, folder) for version, folder in cgroup_folders("cpu", root)]
+    return min((q for q in quotas if q is not None), default=None)
 
 
-def _quota_v2(folder: Path) -> float | None:
-    fields = (_read(folder / "cpu.max") or "").split()
-    if len(fields) != 2 or fields[0] == "max":
-        return None
-    return _ratio(fields[0], fields[1])
-
-
-def _quota_v1(folder: Path) -> float | None:
-    quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-    return _ratio(quota, period) if quota and period else None
-
-
-def _ratio(quota: str, period: str) -> float | None:
+def _quota(version: int, folder: Path) -> float | None:
+    if version == 2:
+        quota, _, period = (read_text(folder / "cpu.max") or "").partition(" ")
+    else:
+        quota = read_text(folder / "cpu.cfs_quota_us") or ""
+        period = read_text(folder / "cpu.cfs_period_us") or ""
     try:
         q, p = int(quota), int(period)
     except ValueError:
-        return None
+        return None  # 'max', or not there
     return q / p if q > 0 and p > 0 else None
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None
 
 
 def _sysctl(name: str) -> int | None:

@@ -36,7 +36,7 @@ COMMANDS: dict[str, CommandSpec] = {
     "pull": CommandSpec("pyinfer.cli.pull", "pull"),
     "list": CommandSpec("pyinfer.cli.list", "list_models"),
     "rm": CommandSpec("pyinfer.cli.rm", "rm"),
-    # "doctor": CommandSpec("pyinfer.cli.doctor", "doctor"),
+    "doctor": CommandSpec("pyinfer.cli.doctor", "doctor"),
 }
 
 

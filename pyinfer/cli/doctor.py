@@ -1,0 +1,132 @@
+"""`pyinfer doctor`: what this machine offers, and what pyinfer would use of it and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import pyinfer
+from pyinfer.cli.console import print_facts
+
+_PACKAGES = ("numpy", "numba", "llvmlite", "gguf", "tokenizers", "jinja2", "fastapi", "uvicorn", "typer", "rich", "pip")
+Section = dict[str, Any]
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    no_bandwidth: Annotated[bool, typer.Option("--no-bandwidth", help="Do not measure the memory.")] = False,
+) -> None:
+    """Show the machine, the caches, and what would be used and why."""
+    sections: dict[str, Section] = {
+        "CPU": _cpu(),
+        "Threads": _threads(),
+        "Memory": _memory(measure=not no_bandwidth),
+        "GPU": {"backend": "none in this version: all layers run on the CPU, and -ngl accepts 0 or auto"},
+        "Caches": _caches(),
+        "Versions": _versions(),
+    }
+    if as_json:
+        print(json.dumps(sections, indent=2))
+        return
+    for title, facts in sections.items():
+        print_facts(title, facts.items())
+
+
+def _cpu() -> Section:
+    from pyinfer.kernels_cpu import isa
+
+    chosen, best = isa.current_isa(), isa.available()[0]
+    forced = os.environ.get("PYINFER_ISA")
+    reason = f"PYINFER_ISA is set; the best here is {best}" if forced else "the best that this CPU has and we emit"
+    return {
+        "model": _cpu_name(),
+        "compiles for": chosen.cpu,
+        "kernels": f"{chosen.name}, {32 * chosen.lanes}-bit vectors ({reason})",
+        "can run": ", ".join(isa.available()),
+    }
+
+
+def _cpu_name() -> str:
+    from pyinfer.runtime.cgroup import read_text
+
+    for line in (read_text(Path("/proc/cpuinfo")) or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _threads() -> Section:
+    from pyinfer.runtime.threads import cpu_limits
+
+    limits = cpu_limits()
+    reason = "physical cores that this process may use"
+    if limits.quota is not None and limits.n_threads < limits.n_physical:
+        reason = f"the control group grants {limits.quota:g} CPUs"
+    return {
+        "logical CPUs": limits.n_logical,
+        "allowed": f"{limits.n_allowed} (affinity)",
+        "physical cores": limits.n_physical,
+        "quota": "none" if limits.quota is None else f"{limits.quota:g} CPUs",
+        "default": f"{limits.n_threads} ({reason})",
+    }
+
+
+def _memory(*, measure: bool) -> Section:
+    from pyinfer.runtime.bandwidth import read_bandwidth
+    from pyinfer.runtime.memory import memory
+    from pyinfer.runtime.sizes import format_binary
+    from pyinfer.runtime.threads import default_threads
+
+    now = memory()
+    facts: Section = {"total": format_binary(now.total), "available": format_binary(now.available)}
+    if measure:
+        counts = sorted({1, 2, 4, 8, 16, 32, 64, default_threads()})
+        for n in (n for n in counts if n <= default_threads()):
+            facts[f"read, {n} thread{'s' if n > 1 else ''}"] = f"{read_bandwidth(n):.1f} GB/s"
+    return facts
+
+
+def _caches() -> Section:
+    from pyinfer.runtime import paths
+    from pyinfer.runtime.sizes import format_size
+
+    chosen = "set by PYINFER_HOME" if os.environ.get("PYINFER_HOME") else "PYINFER_HOME moves it"
+    facts: Section = {"home": f"{paths.home()} ({chosen})"}
+    for folder in (paths.models_dir(), paths.tokenizers_dir(), paths.kernels_dir(), paths.repack_dir()):
+        n_files, n_bytes = _folder_size(folder)
+        facts[folder.name] = f"{n_files} files, {format_size(n_bytes)}" if n_files else "empty"
+    return facts
+
+
+def _folder_size(folder: Path) -> tuple[int, int]:
+    n_files = n_bytes = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                n_bytes += os.lstat(os.path.join(parent, name)).st_size
+            except OSError:
+                continue  # removed meanwhile
+            n_files += 1
+    return n_files, n_bytes
+
+
+def _versions() -> Section:
+    facts: Section = {
+        "pyinfer": pyinfer.__version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": platform.platform(),
+    }
+    for package in _PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "not installed" + (": 'pyinfer pull' needs it" if package == "pip" else "")
+    return facts
