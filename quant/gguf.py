@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from pyinfer.errors import GGUFError, ModelError
-from pyinfer.quant.gguf_cursor import ByteOrder, Cursor
+from pyinfer.quant.gguf_cursor import ByteOrder, Cursor, show
 from pyinfer.quant.gguf_header import Header, read_header
 from pyinfer.quant.mapping import Mapping
 from pyinfer.quant.tensor import QuantTensor
@@ -29,15 +29,15 @@ class GGUFFile:
     Tensors of the machine's byte order are zero-copy; others are converted while opening.
     """
 
-    def __init__(self, path: Path, shards: list[tuple[Mapping, Header]]) -> None:
-        self.path = path
+    def __init__(self, shards: list[tuple[Mapping, Header]]) -> None:
+        self.path = shards[0][0].path
         self.size = sum(mapping.size for mapping, _ in shards)
         self.version = shards[0][1].version
         self.metadata: dict[str, Any] = shards[0][1].metadata
         self.tensors: dict[str, QuantTensor] = {}
         self._mappings = [mapping for mapping, _ in shards]
         for mapping, header in shards:
-            _add_tensors(self.tensors, mapping, header, path)
+            _add_tensors(self.tensors, mapping, header)
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
@@ -45,10 +45,10 @@ class GGUFFile:
         path = Path(path)
         mapping, header = _open_one(path)
         count = header.metadata.get("split.count", 1)
-        if type(count) is not int or count < 0:
-            raise GGUFError(f"{path}: metadata 'split.count' is {count!r:.40}, not a count")
+        if type(count) is not int:
+            raise GGUFError(f"{path}: metadata 'split.count' is {show(count)}, not a number")
         shards = [(mapping, header)] if count <= 1 else _open_shards(path, count)
-        return cls(path, shards)
+        return cls(shards)
 
     def get(self, key: str, default: T) -> Any | T:
         """The metadata value of `key`, or `default`."""
@@ -104,20 +104,21 @@ def _open_shards(path: Path, count: int) -> list[tuple[Mapping, Header]]:
             raise GGUFError(f"{shard}: shard {number + 1} of {count} is missing; put all shards into one folder")
         mapping, header = _open_one(shard)
         for key, expected in (("split.no", number), ("split.count", count)):
-            if header.metadata.get(key) != expected:
-                raise GGUFError(f"{shard}: metadata {key!r} is {header.metadata.get(key)!r:.40}, expected {expected}")
+            value = header.metadata.get(key)
+            if type(value) is not int or value != expected:
+                raise GGUFError(f"{shard}: metadata {key!r} is {show(value)}, expected {expected}")
         shards.append((mapping, header))
     found = sum(len(header.tensors) for _, header in shards)
-    expected = shards[0][1].metadata.get("split.tensors.count", found)
-    if found != expected:
-        raise GGUFError(f"{path}: 'split.tensors.count' is {expected!r:.40}, the {count} shards hold {found} tensors")
+    total = shards[0][1].metadata.get("split.tensors.count", found)
+    if type(total) is not int or total != found:
+        raise GGUFError(f"{path}: 'split.tensors.count' is {show(total)}, the {count} shards hold {found} tensors")
     return shards
 
 
-def _add_tensors(tensors: dict[str, QuantTensor], mapping: Mapping, header: Header, path: Path) -> None:
+def _add_tensors(tensors: dict[str, QuantTensor], mapping: Mapping, header: Header) -> None:
     for info in header.tensors:
         if info.name in tensors:
-            raise GGUFError(f"{path}: tensor {info.name!r} is in two shards")
+            raise GGUFError(f"{mapping.path}: tensor {show(info.name)} is in another shard too")
         row_bytes = info.codec.row_bytes(info.shape[-1])
         data = mapping.array[info.start : info.start + info.n_bytes].reshape(-1, row_bytes)
         if header.order == NATIVE_ORDER:

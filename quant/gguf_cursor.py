@@ -16,6 +16,12 @@ ByteOrder = Literal["<", ">"]  # as in `struct`
 _MAX_NAME_BYTES = 65_535  # the specification's limit on keys; a longer one is a corrupt length
 
 
+def show(value: object) -> str:
+    """A value out of a file, fit for one line of an error message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 class Cursor:
     """Reads values of either byte order from `buffer` at `offset`, moving on; errors name file, field and offset."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from pyinfer.errors import ModelError
 from pyinfer.quant.codec import Codec
 from pyinfer.quant.codecs import codec_by_id
-from pyinfer.quant.gguf_cursor import ByteOrder, Cursor
+from pyinfer.quant.gguf_cursor import ByteOrder, Cursor, show
 
 # Limits far above any real file, so that a corrupt count cannot cost seconds or gigabytes.
 MAX_KEYS = 65_536
@@ -25,6 +25,7 @@ MAX_NESTED_ARRAYS = 65_536
 MAX_ALIGNMENT = 65_536
 DEFAULT_ALIGNMENT = 32
 
+_ALIGNMENT_KEY = "general.alignment"
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype(np.uint8), 1: np.dtype(np.int8), 2: np.dtype(np.uint16), 3: np.dtype(np.int16),
@@ -68,7 +69,7 @@ def read_header(cursor: Cursor) -> Header:
     n_tensors = _count(cursor, "tensor count", MAX_TENSORS)
     n_keys = _count(cursor, "metadata count", MAX_KEYS)
     metadata = _read_metadata(cursor, n_keys)
-    alignment = _alignment(cursor, metadata)
+    alignment = metadata.get(_ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     table = [_read_tensor_info(cursor, index) for index in range(n_tensors)]
     data_start = -(-cursor.offset // alignment) * alignment
     return Header(version, cursor.order, metadata, _place(cursor, table, data_start, alignment), data_start)
@@ -88,29 +89,34 @@ def _read_metadata(cursor: Cursor, n_keys: int) -> dict[str, Any]:
         at = cursor.offset
         key = cursor.name(f"metadata key {index}")
         if key in metadata:
-            cursor.fail(f"metadata key {index}", f"{key!r} appears twice", at)
-        kind = cursor.u32(f"type of {key!r}")
-        metadata[key] = _read_array(cursor, key, 0) if kind == _ARRAY else _read_scalar(cursor, key, kind)
+            cursor.fail(f"metadata key {index}", f"{show(key)} appears twice", at)
+        kind = cursor.u32(f"type of {show(key)}")
+        value = _read_array(cursor, key, 0) if kind == _ARRAY else _read_scalar(cursor, key, kind)
+        if key == _ALIGNMENT_KEY and not (
+            type(value) is int and 8 <= value <= MAX_ALIGNMENT and value.bit_count() == 1
+        ):
+            cursor.fail(_ALIGNMENT_KEY, f"{show(value)} is no power of two in 8..{MAX_ALIGNMENT}", at)
+        metadata[key] = value
     return metadata
 
 
 def _read_scalar(cursor: Cursor, key: str, kind: int) -> int | float | bool | str:
     if kind == _STRING:
-        return cursor.text(f"value of {key!r}")
+        return cursor.text(f"value of {show(key)}")
     at = cursor.offset
     if kind == _BOOL:
-        byte = cursor.raw(1, f"value of {key!r}")[0]
+        byte = cursor.raw(1, f"value of {show(key)}")[0]
         if byte > 1:
-            cursor.fail(f"value of {key!r}", f"{byte} is not a bool (0 or 1)", at)
+            cursor.fail(f"value of {show(key)}", f"{byte} is not a bool (0 or 1)", at)
         return byte == 1
     if kind not in _NUMBERS:
-        cursor.fail(f"type of {key!r}", f"{kind} is not a GGUF value type", at - 4)
-    value: int | float = cursor.numbers(_NUMBERS[kind], 1, f"value of {key!r}")[0].item()
+        cursor.fail(f"type of {show(key)}", f"{kind} is not a GGUF value type", at - 4)
+    value: int | float = cursor.numbers(_NUMBERS[kind], 1, f"value of {show(key)}")[0].item()
     return value
 
 
 def _read_array(cursor: Cursor, key: str, depth: int) -> Any:
-    what = f"array {key!r}"
+    what = f"array {show(key)}"
     at = cursor.offset
     kind, count = cursor.u32(f"item type of {what}"), cursor.u64(f"length of {what}")
     if kind == _STRING:
@@ -131,22 +137,15 @@ def _read_array(cursor: Cursor, key: str, depth: int) -> Any:
     return [_read_array(cursor, f"{key}[{index}]", depth + 1) for index in range(count)]
 
 
-def _alignment(cursor: Cursor, metadata: dict[str, Any]) -> int:
-    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(value) is not int or not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
-        cursor.fail("metadata before this", f"general.alignment {value!r:.40} is no power of two in 8..{MAX_ALIGNMENT}")
-    return value
-
-
 def _read_tensor_info(cursor: Cursor, index: int) -> TensorInfo:
     """One line of the tensor table, with `start` still relative to the data and unchecked."""
     at = cursor.offset
     name = cursor.name(f"name of tensor {index}")
-    n_dims = cursor.u32(f"dimension count of {name!r}")
+    n_dims = cursor.u32(f"dimension count of {show(name)}")
     if not 1 <= n_dims <= MAX_DIMS:
-        cursor.fail(f"dimension count of {name!r}", f"{n_dims} is outside 1..{MAX_DIMS}", cursor.offset - 4)
+        cursor.fail(f"dimension count of {show(name)}", f"{n_dims} is outside 1..{MAX_DIMS}", cursor.offset - 4)
     dims_at = cursor.offset
-    dims = [cursor.u64(f"dimension {d} of {name!r}") for d in range(n_dims)]
+    dims = [cursor.u64(f"dimension {d} of {show(name)}") for d in range(n_dims)]
     codec = _read_codec(cursor, name)
     n_bytes = math.prod(dims) // codec.block_size * codec.block_bytes
     if min(dims) == 0:
@@ -158,16 +157,16 @@ def _read_tensor_info(cursor: Cursor, index: int) -> TensorInfo:
     else:
         problem = ""
     if problem:
-        cursor.fail(f"dimensions of {name!r}", problem, dims_at)
-    return TensorInfo(name, codec, tuple(reversed(dims)), cursor.u64(f"offset of {name!r}"), n_bytes, at)
+        cursor.fail(f"dimensions of {show(name)}", problem, dims_at)
+    return TensorInfo(name, codec, tuple(reversed(dims)), cursor.u64(f"offset of {show(name)}"), n_bytes, at)
 
 
 def _read_codec(cursor: Cursor, name: str) -> Codec:
     at = cursor.offset
     try:
-        return codec_by_id(cursor.u32(f"type of {name!r}"))
+        return codec_by_id(cursor.u32(f"type of {show(name)}"))
     except ModelError as error:
-        cursor.fail(f"type of {name!r}", str(error), at)
+        cursor.fail(f"type of {show(name)}", str(error), at)
 
 
 def _place(cursor: Cursor, table: list[TensorInfo], data_start: int, alignment: int) -> list[TensorInfo]:
@@ -176,15 +175,15 @@ def _place(cursor: Cursor, table: list[TensorInfo], data_start: int, alignment: 
     for info in table:
         start = data_start + info.start
         if info.name in tensors:
-            cursor.fail("name of tensor", f"{info.name!r} appears twice", info.at)
+            cursor.fail("name of tensor", f"{show(info.name)} appears twice", info.at)
         if info.start % alignment:
             problem = f"{info.start} is no multiple of the alignment {alignment}"
-            cursor.fail(f"offset of {info.name!r}", problem, info.at)
+            cursor.fail(f"offset of {show(info.name)}", problem, info.at)
         if start + info.n_bytes > cursor.size:
             problem = f"the tensor ends at {start + info.n_bytes}, the file at {cursor.size}; it is cut off or corrupt"
-            cursor.fail(f"offset of {info.name!r}", problem, info.at)
+            cursor.fail(f"offset of {show(info.name)}", problem, info.at)
         tensors[info.name] = replace(info, start=start)
     for first, second in itertools.pairwise(sorted(tensors.values(), key=lambda t: t.start)):
         if first.start + first.n_bytes > second.start:
-            cursor.fail(f"offset of {second.name!r}", f"the tensor overlaps {first.name!r}", second.at)
+            cursor.fail(f"offset of {show(second.name)}", f"the tensor overlaps {show(first.name)}", second.at)
     return list(tensors.values())

@@ -1,8 +1,8 @@
 """Finding scales for the K types: weighted least squares over a grid of candidate scales, then over the super-block.
 
 A group's codes depend on its scale only through rounding, so each candidate gives codes, and for fixed codes the best
-scale (and minimum) is a small linear least-squares problem. The best candidate's scales are themselves rounded to the few
-bits that the format has for them; then the float16 factors of the super-block are fitted once more to the final codes.
+scale (and minimum) is a small linear least-squares problem. The best scales are then rounded to the few bits that the
+format has for them, and the float16 factors of the super-block are fitted once more to the final codes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from pyinfer.quant.codec import ByteArray, FloatArray
 
 _SPREAD = 0.1  # distance of two candidates, in codes
+_LARGEST = np.float32(2**28)  # no K type can express more, and its fourth power still fits float32
 _ONE = np.float32(1)
 
 
@@ -39,7 +40,7 @@ class SignedBlocks:
 
 def fit_affine(weights: FloatArray, group: int, top: int, scale_top: int, steps: int) -> AffineBlocks:
     """Codes 0..top in groups of `group` weights, scales and minimums 0..scale_top; `steps` candidates either side."""
-    x = weights.reshape(len(weights), -1, group)
+    x = weights.reshape(len(weights), -1, group).clip(-_LARGEST, _LARGEST)
     importance = np.abs(x) + np.sqrt(np.square(x).mean(axis=-1, keepdims=True))  # large weights meet large errors
     scale, minimum = _search_affine(x, importance, top, steps)
     d, scales = _round_scales(scale[..., 0], scale_top)
@@ -57,7 +58,7 @@ def fit_affine(weights: FloatArray, group: int, top: int, scale_top: int, steps:
 
 def fit_signed(weights: FloatArray, group: int, zero: int, scale_low: int, steps: int) -> SignedBlocks:
     """Codes 0..2*zero-1 around `zero`, scales scale_low..-scale_low-1."""
-    x = weights.reshape(len(weights), -1, group)
+    x = weights.reshape(len(weights), -1, group).clip(-_LARGEST, _LARGEST)
     scale = _search_signed(x, zero, steps)[..., 0]
     at = np.abs(scale).argmax(axis=-1, keepdims=True)
     d = _to_half(np.take_along_axis(scale, at, axis=-1) / np.float32(scale_low))
@@ -91,10 +92,10 @@ def _search_affine(x: FloatArray, importance: FloatArray, top: int, steps: int) 
         sum_ll = (weighted * codes).sum(axis=-1, keepdims=True)
         sum_xl = (weighted * x).sum(axis=-1, keepdims=True)
         determinant = sum_w * sum_ll - sum_l * sum_l
-        scale = _ratio(sum_w * sum_xl - sum_x * sum_l, determinant)
-        offset = _ratio(sum_ll * sum_x - sum_l * sum_xl, determinant)
-        positive = offset > 0  # the format only subtracts a minimum
-        scale, offset = np.where(positive, _ratio(sum_xl, sum_ll), scale), np.where(positive, 0, offset)
+        solvable = determinant > np.float32(1e-5) * sum_w * sum_ll  # else all weights share a code
+        offset = np.where(solvable, _ratio(sum_ll * sum_x - sum_l * sum_xl, determinant), low)
+        offset = np.minimum(offset, 0)  # the format only subtracts a minimum
+        scale = _ratio(sum_xl - offset * sum_l, sum_ll)
         error = (importance * np.square(scale * codes + offset - x)).sum(axis=-1, keepdims=True)
         better = (error < best_error) & (scale > 0)
         best_error = np.where(better, error, best_error)

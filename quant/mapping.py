@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +17,24 @@ class Mapping:
 
     def __init__(self, path: Path) -> None:
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait forever
+                raise GGUFError(f"{path}: not a regular file")
             with path.open("rb") as file:
                 self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
             raise GGUFError(f"{path}: the file is empty") from None
         except OSError as error:
             raise GGUFError(f"{path}: cannot be opened: {error.strerror}") from None
+        self.path = path
         self.size = len(self.buffer)
         self.array: ByteArray = np.frombuffer(self.buffer, np.uint8)
+        self._address: int = self.array.__array_interface__["data"][0]
 
     def release(self, view: ByteArray) -> None:
         """Let the OS drop the pages wholly inside `view`, a contiguous part of `array`; a read fetches them again."""
         if not hasattr(self.buffer, "madvise"):  # not on Windows
             return
-        first = view.__array_interface__["data"][0] - self.array.__array_interface__["data"][0]
+        first = view.__array_interface__["data"][0] - self._address
         start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (first + view.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if start < end:
