@@ -56,3 +56,17 @@ class DownloadError(PyinferError):
 
 class ConfigError(PyinferError):
     """An option, environment variable or config file that makes no sense."""
+
+
+class EngineError(PyinferError):
+    """The engine failed while it ran a request: a fault of ours or of the machine, not of the request."""
+
+    http_status = 500
+    error_type = "server_error"
+
+
+class UnavailableError(PyinferError):
+    """The engine takes no requests: it is shutting down or has stopped."""
+
+    http_status = 503
+    error_type = "server_error"

@@ -1,0 +1,317 @@
+"""`Engine`: requests in, chunks out; every `step` runs one batch through the stage.
+
+Single-threaded: one thread calls everything but `check_request` and `stats`, which any thread may.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+
+from pyinfer.errors import RequestError
+from pyinfer.graph.backend import Stage, StageConfig
+from pyinfer.graph.ops import F32Array
+from pyinfer.runtime.batch_builder import BatchBuilder, Step
+from pyinfer.runtime.logprobs import token_logprobs
+from pyinfer.runtime.outputs import (
+    EngineStats,
+    FinishReason,
+    FloatMatrix,
+    RequestFailure,
+    RequestMetrics,
+    RequestOutput,
+)
+from pyinfer.runtime.pages import PagePool
+from pyinfer.runtime.request import Request, Sequence, State
+from pyinfer.runtime.sampler import NOT_FINITE, SequenceSampler, sample
+from pyinfer.runtime.sampling_params import SamplingParams
+from pyinfer.runtime.scheduler import Plan, Scheduler, SchedulerConfig
+
+_log = logging.getLogger(__name__)
+_SCORING = SamplingParams(temperature=0.0, max_tokens=1)
+
+
+class Vocabulary(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def eog_ids(self) -> frozenset[int]: ...
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]: ...
+
+
+class Engine:
+    """Scheduler, stage and sampler of one model."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: StageConfig,
+        vocabulary: Vocabulary,
+        *,
+        n_vocab: int | None = None,
+        seed: int = 0,
+        prefix_caching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.n_ctx = min(config.n_ctx, config.n_pages * config.block_size)
+        self._stage = stage
+        self._vocabulary = vocabulary
+        self._n_vocab = n_vocab if n_vocab is not None else vocabulary.n_vocab  # width of the logits
+        self._clock = clock
+        self._seeds = random.Random(seed)
+        self.scheduler = Scheduler(
+            SchedulerConfig(config.block_size, config.max_tokens, config.max_sequences, prefix_caching),
+            PagePool(config.n_pages),
+        )
+        self._builder = BatchBuilder(
+            block_size=config.block_size,
+            max_tokens=config.max_tokens,
+            max_sequences=config.max_sequences,
+            n_ctx=self.n_ctx,
+        )
+        self._requests: dict[str, Request] = {}
+        self._n_arrived = 0
+        self._n_finished = 0
+        self._n_steps = 0
+        self._n_prompt_tokens = 0
+        self._n_generated = 0
+
+    # ---- requests
+
+    def check_request(self, prompt: list[int], params: SamplingParams) -> None:
+        """`RequestError` for a request that can never be served."""
+        self._check_ids("prompt", prompt)
+        if len(prompt) >= self.n_ctx:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, but the context of {self.n_ctx} takes at most {self.n_ctx - 1} "
+                "and one to answer; shorten it or load the model with a larger context",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        self._check_ids("stop_token_ids", params.stop_token_ids or [])
+        self._check_ids("logit_bias", params.logit_bias or [])
+        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if count is not None and count > self._n_vocab:
+                raise RequestError(f"{name} is {count}; the vocabulary has {self._n_vocab} tokens", param=name)
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        empty = name == "prompt"
+        for token in ids:
+            empty = False
+            if not 0 <= token < self._n_vocab:
+                raise RequestError(f"{name} has the token id {token}; ids go from 0 to {self._n_vocab - 1}", param=name)
+        if empty:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+
+    def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, *, salt: str = "") -> None:
+        """Queue a request; `RequestError` if it can never be served. Only requests of the same salt share pages."""
+        self.check_request(prompt, params)
+        request = self._new_request(request_id, prompt, params, salt)
+        wanted = self.n_ctx if params.max_tokens is None else min(self.n_ctx, len(prompt) + params.max_tokens)
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        bad_words = self._bad_words(params)
+        ends = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            ends |= self._vocabulary.eog_ids
+        for index in range(params.n_samples):
+            sequence = Sequence(request, index, limit=wanted, leader=request.sequences[0] if index else None)
+            sequence.stop_ids = ends
+            sequence.sampler = SequenceSampler(
+                params,
+                seed=seed,
+                index=index,
+                n_prompt=len(prompt),
+                eog_ids=self._vocabulary.eog_ids,
+                bad_words=bad_words,
+            )
+            if params.prompt_logprobs is not None and index == 0:
+                sequence.reads_cache = False
+                sequence.n_score_rows = len(prompt) - 1
+                sequence.prompt_logprobs = [None]
+            request.sequences.append(sequence)
+            self.scheduler.add(sequence)
+
+    def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
+        """Queue ids whose logits are all wanted: `take_logits` has them once the chunk with a finish reason came."""
+        self._check_ids("prompt", token_ids)
+        if len(token_ids) > self.n_ctx:
+            raise RequestError(f"{len(token_ids)} tokens are over the context of {self.n_ctx}", param="prompt")
+        request = self._new_request(request_id, token_ids, _SCORING, "")
+        sequence = Sequence(request, 0, limit=len(token_ids))
+        sequence.reads_cache = False
+        sequence.n_score_rows = len(token_ids)
+        sequence.logits = np.empty((len(token_ids), self._n_vocab), np.float32)
+        request.sequences.append(sequence)
+        self.scheduler.add(sequence)
+
+    def _new_request(self, request_id: str, prompt: list[int], params: SamplingParams, salt: str) -> Request:
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use by a running request", param="request_id")
+        request = Request(request_id, prompt, params, self._n_arrived, salt=salt, clock=self._clock)
+        self._n_arrived += 1
+        self._requests[request_id] = request
+        return request
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Each word as it is spelled at the start of a text and after a space."""
+        spellings = [text for word in params.bad_words or () for text in (word, " " + word.lstrip())]
+        words = [self._vocabulary.encode(text, add_special=False) for text in spellings]
+        return [word for i, word in enumerate(words) if word and word not in words[:i]]
+
+    def abort(self, request_id: str, index: int | None = None) -> list[RequestOutput]:
+        """End a request, or one of its samples, now; unknown and finished ones are left as they are."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        sequences = [s for s in request.sequences if s.state is not State.FINISHED and index in (None, s.index)]
+        return [self._end(sequence, RequestOutput(request_id, sequence.index), "abort") for sequence in sequences]
+
+    # ---- steps
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[RequestOutput]:
+        """Run one batch; returns what it added. An error in the stage fails the requests of that batch, no others."""
+        plan = self.scheduler.schedule()
+        if not plan.sequences:
+            return []
+        self._n_steps += 1
+        try:
+            step = self._builder.build(plan)
+            logits = self._stage.run(step.batch)
+            self._score(step, logits)
+            tokens = self._sample(step, logits)
+        except Exception as error:
+            _log.exception("a step of %d sequences failed", len(plan.sequences))
+            return self._fail(plan.sequences, f"the engine failed while running this request: {error!r}")
+        self._advance(plan)
+        outputs: list[RequestOutput] = []
+        for sequence, token, row in tokens:
+            if sequence.state is State.RUNNING:  # not so after a sibling's failure
+                outputs.append(self._append(sequence, token, logits[row]))
+        for sequence, *_ in step.scored:
+            if sequence.sampler is None and sequence.n_scored == sequence.n_score_rows:
+                outputs.append(self._end(sequence, RequestOutput(sequence.request.id), "length"))
+        return outputs
+
+    def _score(self, step: Step, logits: F32Array) -> None:
+        """Take the rows that were wanted besides the sampled ones: whole for scoring, as logprobs for prompts."""
+        for sequence, position, row, count in step.scored:
+            if sequence.logits is not None:
+                sequence.logits[position : position + count] = logits[row : row + count]
+            elif sequence.prompt_logprobs is not None:
+                n = sequence.request.params.prompt_logprobs or 0
+                for i in range(count):
+                    token = sequence.tokens[position + i + 1]
+                    sequence.prompt_logprobs.append(token_logprobs(logits[row + i], token, n))
+            sequence.n_scored = position + count
+
+    def _sample(self, step: Step, logits: F32Array) -> list[tuple[Sequence, int, int]]:
+        samplers = [s.sampler for s in step.sampled if s.sampler is not None]
+        assert len(samplers) == len(step.sampled)
+        tokens = sample(logits, step.sampled_rows, samplers, [s.tokens for s in step.sampled])
+        return list(zip(step.sampled, tokens, step.sampled_rows, strict=True))
+
+    def _advance(self, plan: Plan) -> None:
+        advance = self.scheduler.advance
+        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
+            if sequence.metrics.first_scheduled_time == 0.0:
+                sequence.metrics.first_scheduled_time = self._clock()
+            if count > 1 or not sequence.prompt_was_computed:
+                self._n_prompt_tokens += count
+            advance(sequence, count)
+
+    def _append(self, sequence: Sequence, token: int, row: F32Array) -> RequestOutput:
+        """Add a sampled token and see whether the sequence ends with it."""
+        request = sequence.request
+        if token == NOT_FINITE:
+            return self._fail([sequence], "the model's logits are not finite; its weights may be broken")[0]
+        output = RequestOutput(request.id, sequence.index, [token])
+        if request.params.needs_logprobs:
+            output.new_logprobs = [token_logprobs(row, token, request.params.logprobs or 0)]
+        if sequence.n_output == 0:
+            sequence.metrics.first_token_time = self._clock()
+            output.cached_tokens = sequence.cached_tokens
+            output.prompt_logprobs = sequence.prompt_logprobs
+        sequence.tokens.append(token)
+        self._n_generated += 1
+        if token in sequence.stop_ids and sequence.n_output >= request.params.min_tokens:
+            output.stop_token = token
+            return self._end(sequence, output, "stop")
+        if len(sequence.tokens) >= sequence.limit:
+            return self._end(sequence, output, "length")
+        return output
+
+    def _end(self, sequence: Sequence, output: RequestOutput, reason: FinishReason | None) -> RequestOutput:
+        self.scheduler.finish(sequence)
+        sequence.metrics.finished_time = self._clock()
+        output.finish_reason = reason
+        output.metrics = sequence.metrics
+        request = sequence.request
+        if request.is_finished:
+            self._n_finished += 1
+            if sequence.logits is None or reason == "abort":  # else it stays for `take_logits`
+                del self._requests[request.id]
+        return output
+
+    def _fail(self, sequences: list[Sequence], message: str) -> list[RequestOutput]:
+        """End the whole requests that these sequences belong to, each with one chunk that says why."""
+        failure = RequestFailure(message, "server_error", 500)
+        outputs: list[RequestOutput] = []
+        for request in {id(s.request): s.request for s in sequences}.values():
+            for sequence in request.sequences:
+                self.scheduler.finish(sequence)
+            self._requests.pop(request.id, None)
+            self._n_finished += 1
+            metrics: RequestMetrics = request.sequences[0].metrics
+            outputs.append(RequestOutput(request.id, failure=failure, metrics=metrics))
+        return outputs
+
+    def take_logits(self, request_id: str) -> FloatMatrix:
+        """The logits of a finished `add_scoring`, float32 [n_tokens, n_vocab]; row i predicts token i + 1."""
+        request = self._requests.pop(request_id)
+        logits = request.sequences[0].logits
+        assert logits is not None and request.is_finished
+        return logits
+
+    # ---- the rest
+
+    def stats(self) -> EngineStats:
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        held = pool.n_held
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_total=pool.n_pages,
+            pages_used=held,
+            pages_cached=pool.n_kept,
+            kv_usage=held / pool.n_pages,
+            prefix_queries=scheduler.n_prefix_queries,
+            prefix_hits=scheduler.n_prefix_hits,
+            preemptions=scheduler.n_preemptions,
+            prompt_tokens=self._n_prompt_tokens,
+            generation_tokens=self._n_generated,
+            requests_finished=self._n_finished,
+            steps=self._n_steps,
+        )
+
+    def check(self) -> None:
+        """Assert that the books balance: no request is lost, no page leaks."""
+        self.scheduler.check()
+        queued = {id(s) for s in (*self.scheduler.waiting, *self.scheduler.running)}
+        known = {id(s) for r in self._requests.values() for s in r.sequences if s.state is not State.FINISHED}
+        assert queued == known, "requests leak"
+
+    def close(self) -> None:
+        """Stop the stage and give its memory back."""
+        self._stage.close()

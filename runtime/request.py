@@ -1,0 +1,128 @@
+"""`Request` and its `Sequence`s: what the scheduler and the engine know of a piece of work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from pyinfer.runtime.outputs import FloatMatrix, RequestMetrics, TokenLogprobs
+from pyinfer.runtime.pages import page_digest, root_digest
+from pyinfer.runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from pyinfer.runtime.sampler import SequenceSampler
+
+Key = tuple[int, int, int]
+
+
+class State(Enum):
+    WAITING = "waiting"  # holds no pages
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One sample of a request: its tokens, how many of them are computed, and where.
+
+    The scheduler owns `state`, `n_computed`, `pages`, `slot` and what belongs to them; the engine owns the rest.
+    """
+
+    __slots__ = (
+        "cached_tokens",
+        "digests",
+        "index",
+        "key",
+        "leader",
+        "limit",
+        "logits",
+        "metrics",
+        "n_computed",
+        "n_prompt",
+        "n_remembered",
+        "n_score_rows",
+        "n_scored",
+        "pages",
+        "prompt_logprobs",
+        "prompt_was_computed",
+        "reads_cache",
+        "request",
+        "sampler",
+        "slot",
+        "state",
+        "stop_ids",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, index: int, *, limit: int, leader: Sequence | None = None) -> None:
+        self.request = request
+        self.index = index
+        self.key: Key = (request.params.priority, request.arrival_number, index)
+        self.tokens = list(request.prompt)
+        self.n_prompt = len(request.prompt)
+        self.limit = limit  # ends when it has so many tokens
+        self.leader = leader  # sample 0: computes the prompt that the others then find in the prefix cache
+
+        self.state = State.WAITING
+        self.n_computed = 0  # tokens whose keys and values are in the pages
+        self.pages: list[int] = []
+        self.slot = -1  # row in the engine's tables while running
+        self.digests = [root_digest(request.salt)]  # digests[i + 1] is page i's
+        self.n_remembered = 0  # pages offered for reuse
+        self.prompt_was_computed = False
+        self.cached_tokens = 0  # of the prompt, when it first ran
+        self.reads_cache = True
+
+        self.n_score_rows = 0  # leading rows whose logits are wanted besides the sampled one
+        self.n_scored = 0  # of those, done
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.logits: FloatMatrix | None = None  # what `Engine.logits` gathers
+        self.sampler: SequenceSampler | None = None  # None: only scored
+        self.stop_ids: frozenset[int] = frozenset()
+        self.metrics = RequestMetrics(arrival_time=request.arrival_time)
+
+    @property
+    def n_output(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    def page_digests(self, n: int, block_size: int) -> list[bytes]:
+        """Digests of the first n pages, which must be full of known tokens."""
+        digests = self.digests
+        for page in range(len(digests) - 1, n):
+            digests.append(page_digest(digests[-1], self.tokens[page * block_size : (page + 1) * block_size]))
+        return digests[1 : n + 1]
+
+    @property
+    def is_held(self) -> bool:
+        """Waits for its leader to compute the prompt."""
+        leader = self.leader
+        return leader is not None and not leader.prompt_was_computed and leader.state is not State.FINISHED
+
+
+class Request:
+    """A prompt, its parameters and the sequences made from them."""
+
+    __slots__ = ("arrival_number", "arrival_time", "id", "params", "prompt", "salt", "sequences")
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        arrival_number: int,
+        *,
+        salt: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.id = request_id
+        self.prompt = prompt
+        self.params = params
+        self.arrival_number = arrival_number
+        self.arrival_time = clock()
+        self.salt = salt  # only requests of the same salt share pages
+        self.sequences: list[Sequence] = []
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.state is State.FINISHED for sequence in self.sequences)

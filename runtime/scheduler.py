@@ -1,0 +1,204 @@
+"""`Scheduler`: decides at every step how many tokens each sequence advances.
+
+There are no modes: decode is 1, a piece of a prompt is many. Continuous batching (Orca, OSDI 2022) with chunked prompts
+(Sarathi-Serve, arXiv:2403.02310): sequences that decode go first, what is left of the budget goes to prompts. First
+come, first served within a priority. A sequence gets the pages of all its known tokens when it is admitted, so that
+only decoding can run out of pages; then the one that is served last gives up its own and waits to be computed again.
+
+Plain Python over ints, no arrays. Nobody starves: the first in order is never the victim of another, and what is
+refused a place keeps its place in the queue, which nobody of its priority overtakes.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import attrgetter
+
+from pyinfer.runtime.pages import PagePool
+from pyinfer.runtime.request import Sequence, State
+
+_by_key = attrgetter("key")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    block_size: int = 16
+    max_tokens: int = 512  # per step, over all sequences
+    max_sequences: int = 256
+    prefix_caching: bool = True
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: sequence i advances by counts[i] tokens. Those that decode come first."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns the queue, the running sequences and their pages."""
+
+    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+        self.config = config
+        self.pool = pool
+        self.waiting: list[Sequence] = []  # by key: priority, arrival, sample
+        self.running: list[Sequence] = []  # by key
+        self._free_slots = list(range(config.max_sequences - 1, -1, -1))
+        self.n_preemptions = 0
+        self.n_prefix_queries = 0
+        self.n_prefix_hits = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; the caller has checked that it fits into the pool when it is alone."""
+        assert sequence.state is State.WAITING and -(-sequence.limit // self.config.block_size) <= self.pool.n_pages
+        insort(self.waiting, sequence, key=_by_key)
+
+    def schedule(self) -> Plan:
+        """Choose the next step; empty only when nothing waits or runs."""
+        plan = Plan()
+        budget, prompts, ran_out = self._plan_decodes(plan)
+        for sequence in prompts:
+            if budget == 0:
+                break
+            if sequence.state is State.RUNNING:
+                budget = self._plan(plan, sequence, budget)
+        if not ran_out:
+            self._admit_waiting(plan, budget)
+        return plan
+
+    def _plan_decodes(self, plan: Plan) -> tuple[int, list[Sequence], bool]:
+        """Plan everyone with one token to go; returns the budget left, the others, and whether pages ran out."""
+        budget, block_size, running = self.config.max_tokens, self.config.block_size, self.running
+        prompts: list[Sequence] = []
+        ran_out = False
+        i = 0
+        while i < len(running):  # preemption shortens it from the end
+            sequence = running[i]
+            i += 1
+            n_tokens = len(sequence.tokens)
+            if n_tokens - sequence.n_computed > 1:
+                prompts.append(sequence)
+                continue
+            if budget == 0:
+                continue
+            if n_tokens > len(sequence.pages) * block_size:
+                while not self.pool.n_available and sequence.state is State.RUNNING:
+                    ran_out = True
+                    self._preempt(running[-1])
+                if sequence.state is not State.RUNNING:
+                    continue
+                sequence.pages.append(self.pool.allocate())
+            plan.sequences.append(sequence)
+            plan.counts.append(1)
+            budget -= 1
+        return budget, prompts, ran_out
+
+    def _plan(self, plan: Plan, sequence: Sequence, budget: int) -> int:
+        count = min(len(sequence.tokens) - sequence.n_computed, budget)
+        plan.sequences.append(sequence)
+        plan.counts.append(count)
+        return budget - count
+
+    def _admit_waiting(self, plan: Plan, budget: int) -> None:
+        i = 0
+        while budget > 0 and i < len(self.waiting) and self._free_slots:
+            sequence = self.waiting[i]
+            if sequence.is_held:
+                i += 1
+                continue
+            if not self._admit(sequence):
+                break
+            del self.waiting[i]
+            budget = self._plan(plan, sequence, budget)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence the pages of all its tokens, shared where the prefix is known; False if they lack."""
+        block_size, pool = self.config.block_size, self.pool
+        n_tokens = len(sequence.tokens)
+        found: list[int] = []
+        reads_cache = self.config.prefix_caching and sequence.reads_cache
+        if reads_cache:  # at least one token is left to compute, for its logits
+            found = pool.find(sequence.page_digests((n_tokens - 1) // block_size, block_size))
+        n_new = -(-n_tokens // block_size) - len(found)
+        # room for each running sequence to grow by a page, so that it does not at once throw out the new one
+        reserve = min(len(self.running), pool.n_pages // 8)
+        if n_new + pool.n_kept_among(found) + reserve > pool.n_available:
+            return False
+        for page in found:
+            pool.share(page)
+        sequence.pages = found + [pool.allocate() for _ in range(n_new)]
+        sequence.n_computed = sequence.n_remembered = 0
+        if found:
+            sequence.n_remembered = len(found)
+            sequence.n_computed = len(found) * block_size
+        if reads_cache:
+            self.n_prefix_queries += n_tokens
+            self.n_prefix_hits += sequence.n_computed
+        if sequence.metrics.preemptions == 0:
+            sequence.cached_tokens = sequence.n_computed
+        sequence.slot = self._free_slots.pop()
+        sequence.state = State.RUNNING
+        insort(self.running, sequence, key=_by_key)
+        return True
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """Note that `count` more tokens of a running sequence are computed; full pages become findable."""
+        block_size = self.config.block_size
+        sequence.n_computed += count
+        if sequence.n_computed >= sequence.n_prompt:
+            sequence.prompt_was_computed = True
+        if self.config.prefix_caching and sequence.n_computed >= (sequence.n_remembered + 1) * block_size:
+            n_full = sequence.n_computed // block_size
+            digests = sequence.page_digests(n_full, block_size)
+            for i in range(sequence.n_remembered, n_full):
+                self.pool.remember(sequence.pages[i], digests[i])
+            sequence.n_remembered = n_full
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and give back what it holds."""
+        if sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        elif sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        sequence.state = State.FINISHED
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence is self.running[-1]
+        self.running.pop()
+        self._give_back(sequence)
+        sequence.state = State.WAITING
+        sequence.metrics.preemptions += 1
+        self.n_preemptions += 1
+        insort(self.waiting, sequence, key=_by_key)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(reversed(sequence.pages))
+        self._free_slots.append(sequence.slot)
+        sequence.pages = []
+        sequence.slot = -1
+        sequence.n_computed = sequence.n_remembered = 0
+
+    def check(self) -> None:
+        """Assert that every sequence is in one place and that the pool knows of exactly the pages they hold."""
+        block_size = self.config.block_size
+        for queue, state in ((self.waiting, State.WAITING), (self.running, State.RUNNING)):
+            assert all(sequence.state is state for sequence in queue)
+            assert all(a.key < b.key for a, b in pairwise(queue)), "a queue is out of order"
+        for sequence in self.waiting:
+            assert not sequence.pages and sequence.slot == -1 and sequence.n_computed == 0
+        for sequence in self.running:
+            assert sequence.n_computed < len(sequence.tokens) <= sequence.limit
+            assert sequence.n_computed <= len(sequence.pages) * block_size
+            assert len(set(sequence.pages)) == len(sequence.pages), "a sequence holds a page twice"
+            assert sequence.n_remembered * block_size <= sequence.n_computed
+        slots = [sequence.slot for sequence in self.running] + self._free_slots
+        assert sorted(slots) == list(range(self.config.max_sequences)), "slots leak"
+        self.pool.check(page for sequence in self.running for page in sequence.pages)
