@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tiny_models"]  # tests/support/tiny_models.py
+
 LARGE_MODELS = frozenset({"qwen2.5-coder-1.5b"})
 
 

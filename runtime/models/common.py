@@ -197,6 +197,8 @@ def read_rope(reader: ModelReader, sizes: Sizes, pairing: Literal["interleaved",
         raise reader.error(f"metadata key {reader.arch}.rope.freq_base is {base}; expected a number above 1")
     factor = reader.number("rope.scaling.factor", reader.number("rope.scale_linear", 1.0)) or 1.0
     factors = reader.optional_vector("rope_freqs.weight", n_dims // 2)
+    if factors is not None and not (np.isfinite(factors).all() and factors.min() > 0):
+        raise reader.error("tensor rope_freqs.weight holds a factor that is not a finite number above 0")
     kind = reader.text("rope.scaling.type", "linear")
     scaling = _SCALINGS.get(kind)
     if scaling is None:

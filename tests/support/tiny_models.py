@@ -21,6 +21,7 @@ from pyinfer.quant.codecs import codec_by_name
 from pyinfer.quant.writer import write_gguf
 
 CodecChoice = str | Callable[[str], str]  # one type for every matrix, or tensor name -> type
+Rng = np.random.Generator | np.random.RandomState
 N_VOCAB = 300
 END, IM_START, IM_END = 297, 298, 299  # ids of <|end|>, <|im_start|>, <|im_end|>
 CHATML = (
@@ -49,21 +50,20 @@ class TinyShape:
         )
 
 
-def random_weights(
-    codec_name: str, rows: int, cols: int, rng: np.random.Generator, std: float
-) -> npt.NDArray[np.uint8]:
+def random_weights(codec_name: str, rows: int, cols: int, rng: Rng, std: float) -> npt.NDArray[np.uint8]:
     """Bytes (rows, row bytes) of random weights of about this standard deviation.
 
     Float types hold normal values; block types hold random bytes under scales that are set, so that every code occurs.
     """
     codec = codec_by_name(codec_name)
     if codec.block_size == 1:
-        return codec.quantize(rng.standard_normal((rows, cols), dtype=np.float32) * np.float32(std))
+        return codec.quantize(rng.normal(0, std, (rows, cols)))
     assert cols % codec.block_size == 0, f"{cols} columns are no multiple of {codec_name}'s block"
-    blocks = rng.integers(0, 256, (rows * cols // codec.block_size, codec.block_bytes), dtype=np.uint8)
+    n_blocks = rows * cols // codec.block_size
+    blocks = np.frombuffer(rng.bytes(n_blocks * codec.block_bytes), np.uint8).reshape(n_blocks, -1).copy()
 
     def put(offset: int, value: float) -> None:
-        jitter = rng.uniform(0.8, 1.25, len(blocks)) * value
+        jitter = rng.uniform(0.8, 1.25, n_blocks) * value
         blocks[:, offset : offset + 2] = jitter.astype("<f2").view(np.uint8).reshape(-1, 2)
 
     if codec_name == "Q8_0":
@@ -134,7 +134,7 @@ def write_tiny_model(
     names = {choose(name) for name in ("token_embd.weight", "output.weight", *_matrix_names(0))}
     s = (shape or TinyShape()).filled(max(codec_by_name(name).block_size for name in names))
     assert s.n_embd and s.n_ff and s.head_dim
-    rng = np.random.default_rng(seed)
+    rng = np.random.RandomState(seed)  # its stream is frozen: logits stored in tests/data stay valid
     tensors: dict[str, tuple[str, tuple[int, ...], npt.NDArray[np.uint8]]] = {}
 
     def matrix(name: str, rows: int, cols: int, std: float) -> None:
