@@ -30,7 +30,7 @@ class CommandSpec:
 COMMANDS: dict[str, CommandSpec] = {
     # "serve": CommandSpec("pyinfer.cli.serve", "serve"),
     # "run": CommandSpec("pyinfer.cli.run", "run"),
-    # "bench": CommandSpec("pyinfer.cli.bench", "bench"),
+    "bench": CommandSpec("pyinfer.cli.bench", "bench"),
     "tokenize": CommandSpec("pyinfer.cli.tokenize", "tokenize"),
     "show": CommandSpec("pyinfer.cli.show", "show"),
     "pull": CommandSpec("pyinfer.cli.pull", "pull"),

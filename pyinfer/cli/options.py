@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -25,7 +25,8 @@ from pyinfer.errors import BackendError, ConfigError
 from pyinfer.runtime.sizes import parse_size
 
 _ENGINE_PANEL = "Engine"
-KV_CACHE_DTYPES = ("f16", "f32")
+KVDType = Literal["f16", "f32"]
+KV_CACHE_DTYPES: tuple[KVDType, ...] = get_args(KVDType)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class EngineOptions:
     n_threads: int | None = None  # None: physical cores this process may use
     n_ctx: int = 0  # 0: the model's, or what the KV pool holds
     n_gpu_layers: int = 0
-    kv_cache_dtype: str = "f16"
+    kv_cache_dtype: KVDType = "f16"
     kv_cache_memory: int | None = None  # bytes; None: chosen from the free memory
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
@@ -118,7 +119,8 @@ def _engine_options(
         typer.Option(metavar="N", help="Seed of the engine, for requests without one.", rich_help_panel=_ENGINE_PANEL),
     ] = 0,
 ) -> EngineOptions:
-    if kv_cache_dtype not in KV_CACHE_DTYPES:
+    chosen = next((dtype for dtype in KV_CACHE_DTYPES if dtype == kv_cache_dtype), None)
+    if chosen is None:
         known = ", ".join(KV_CACHE_DTYPES)
         raise ConfigError(f"--kv-cache-dtype {kv_cache_dtype!r} is not one of {known}", param="kv_cache_dtype")
     memory = None if kv_cache_memory is None else parse_size(kv_cache_memory, param="kv_cache_memory")
@@ -126,7 +128,7 @@ def _engine_options(
         n_threads=threads,
         n_ctx=ctx_size,
         n_gpu_layers=parse_gpu_layers(n_gpu_layers),
-        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dtype=chosen,
         kv_cache_memory=memory,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -136,16 +138,26 @@ def _engine_options(
 
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces the parameter `engine` of a command by the shared options, and gathers them again for the call."""
-    shared = inspect.signature(_engine_options, eval_str=True).parameters
-    own = inspect.signature(command, eval_str=True)
-    kept = [p for p in own.parameters.values() if p.name != "engine"]
-    flags = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared.values()]
-    signature = own.replace(parameters=[*kept, *flags])
+    """Replaces the parameter `engine` of a command by all shared options, and gathers them again for the call."""
+    return with_some_engine_options(*_SHARED)(command)
 
-    @functools.wraps(command)
-    def call(*args: Any, **kwargs: Any) -> None:
-        engine = _engine_options(**{name: kwargs.pop(name) for name in shared})
-        command(*args, **kwargs, engine=engine)
 
-    return with_signature(call, signature)
+def with_some_engine_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same with the named options only, for a command on which the others would have no effect."""
+    shared = [_SHARED[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.name != "engine"]
+
+        @functools.wraps(command)
+        def call(*args: Any, **kwargs: Any) -> None:
+            engine = _engine_options(**{name: kwargs.pop(name) for name in names})
+            command(*args, **kwargs, engine=engine)
+
+        return with_signature(call, own.replace(parameters=[*kept, *shared]))
+
+    return decorate
+
+
+_SHARED = inspect.signature(_engine_options, eval_str=True).parameters

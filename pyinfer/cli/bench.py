@@ -1,0 +1,144 @@
+"""`pyinfer bench`: tokens per second, with llama-bench's options, tests and output."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyinfer.cli.options import EngineOptions, with_some_engine_options
+from pyinfer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyinfer.cli.bench_output import Printer
+    from pyinfer.graph.backend import StageConfig
+    from pyinfer.graph.graph import Graph
+    from pyinfer.quant.gguf import GGUFFile
+    from pyinfer.runtime.bench import BenchTest
+
+_MAX_PARALLEL = 4096
+
+
+@with_some_engine_options("threads", "n_gpu_layers", "kv_cache_dtype", "max_num_batched_tokens", "block_size", "seed")
+def bench(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name or pypi:PACKAGE.")],
+    n_prompt: Annotated[str, typer.Option("-p", "--n-prompt", metavar="N,..", help="Prompt tokens; 0: none.")] = "512",
+    n_gen: Annotated[str, typer.Option("-n", "--n-gen", metavar="N,..", help="Generated tokens; 0: none.")] = "128",
+    n_depth: Annotated[str, typer.Option("-d", "--n-depth", metavar="N,..", help="Tokens in the cache before.")] = "0",
+    n_parallel: Annotated[str, typer.Option("-B", "--n-parallel", metavar="N,..", help="Sequences at once.")] = "1",
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Samples of a test.")] = 5,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="md|json|csv", help="Format.")] = "md",
+    *,
+    engine: EngineOptions,
+) -> None:
+    """Measure tokens per second of prompts (pp) and of generation (tg)."""
+    from pyinfer.cli.bench_output import PRINTERS
+    from pyinfer.cli.progress import terminal_progress
+    from pyinfer.quant.gguf import GGUFFile
+    from pyinfer.runtime.bench import make_tests
+    from pyinfer.runtime.hub import resolve
+
+    if output not in PRINTERS:
+        raise ConfigError(f"--output {output!r} is not one of {', '.join(PRINTERS)}", param="output")
+    tests = make_tests(
+        _numbers(n_prompt, "n-prompt"),
+        _numbers(n_gen, "n-gen"),
+        _numbers(n_depth, "n-depth"),
+        _numbers(n_parallel, "n-parallel", low=1, high=_MAX_PARALLEL),
+    )
+    if not tests:
+        raise ConfigError("-p 0 -n 0 leaves nothing to measure")
+    with GGUFFile.open(resolve(model, terminal_progress())) as file:
+        _run(file, tests, repetitions, engine, PRINTERS[output])
+
+
+def _run(
+    file: GGUFFile, tests: list[BenchTest], repetitions: int, engine: EngineOptions, printer_kind: type[Printer]
+) -> None:
+    from pyinfer.graph.backend import StageConfig
+    from pyinfer.runtime.backends import open_backend
+    from pyinfer.runtime.bench import BenchRunner, pages_needed
+    from pyinfer.runtime.model_info import model_info
+    from pyinfer.runtime.models.registry import build_graph
+    from pyinfer.runtime.threads import default_threads
+
+    graph = build_graph(file)
+    n_threads = engine.n_threads or default_threads()
+    config = StageConfig(
+        n_pages=max(pages_needed(test, engine.block_size) for test in tests),
+        block_size=engine.block_size,
+        kv_dtype=engine.kv_cache_dtype,
+        max_tokens=engine.max_num_batched_tokens,
+        max_sequences=max(test.n_parallel for test in tests),
+        n_ctx=max(test.n_ctx for test in tests),
+        n_threads=n_threads,
+    )
+    _check_memory(graph, config)
+    status = Status()
+    stage = open_backend("cpu").open_stage(graph, config, status.loading)
+    try:
+        runner = BenchRunner(
+            stage,
+            n_vocab=graph.n_vocab,
+            block_size=engine.block_size,
+            max_tokens=engine.max_num_batched_tokens,
+            seed=engine.seed,
+        )
+        status.clear()
+        printer = printer_kind(model_info(file), engine, n_threads)
+        for test in tests:
+            result = runner.run(test, repetitions, partial(status.sample, test, repetitions))
+            status.clear()
+            printer.add(result)
+        printer.end()
+    finally:
+        status.clear()
+        stage.close()
+
+
+def _check_memory(graph: Graph, config: StageConfig) -> None:
+    from pyinfer.runtime.memory import memory
+    from pyinfer.runtime.sizes import format_binary
+
+    element_bytes = 2 if config.kv_dtype == "f16" else 4
+    needed = config.n_pages * config.block_size * graph.kv_bytes_per_token(element_bytes)
+    available = memory().available
+    if needed > available:
+        raise ConfigError(
+            f"the keys and values of these tests need {format_binary(needed)} and {format_binary(available)} of memory "
+            "are available; choose a smaller -d, -p, -n or -B"
+        )
+
+
+class Status:
+    """One line on the terminal that says what is being done; nothing when stderr is not one."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+
+    def loading(self, what: str, share: float) -> None:
+        self._show(f"{what} {100 * share:.0f} %")
+
+    def sample(self, test: BenchTest, total: int, number: int) -> None:
+        self._show(f"{test.name}: {'warm-up' if number == 0 else f'{number} of {total}'}")
+
+    def clear(self) -> None:
+        self._show("")
+
+    def _show(self, text: str) -> None:
+        if self._shown:
+            sys.stderr.write(f"\r\x1b[K{text}")
+            sys.stderr.flush()
+
+
+def _numbers(text: str, option: str, *, low: int = 0, high: int = 1 << 24) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{option} {text!r} is not a list of numbers like 128,512", param=option) from None
+    for number in numbers:
+        if not low <= number <= high:
+            raise ConfigError(f"--{option}: {number} is not in {low}..{high}", param=option)
+    return numbers
