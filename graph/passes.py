@@ -78,7 +78,11 @@ def quantize_activations(graph: Graph) -> Graph:
     for op in graph.ops:
         if isinstance(op, MatMul) and id(op.x) in int8_of and _takes_int8(op):
             op = replace(op, x=int8_of[id(op.x)])
-        if isinstance(op, RMSNorm | GatedActivation | Attention) and _only_int8_readers(graph, op.out):
+        if (
+            isinstance(op, RMSNorm | GatedActivation | Attention)
+            and id(op.out) in int8_of
+            and _only_int8_readers(graph, op.out)
+        ):
             ops.append(replace(op, out=int8_of[id(op.out)]))
             continue
         ops.append(op)

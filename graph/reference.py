@@ -153,7 +153,7 @@ class _Rows:
 
 def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:
     """x / sqrt(mean(x^2) + eps) * weight, over groups of weight.size columns."""
-    groups = x.reshape(len(x), -1, weight.size)
+    groups = x.reshape(len(x), x.shape[1] // weight.size, weight.size)
     mean_square = np.mean(groups * groups, axis=2, keepdims=True)
     out: F32Array = groups / np.sqrt(mean_square + np.float32(eps)) * weight
     return out.reshape(x.shape)
@@ -161,7 +161,7 @@ def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:
 
 def apply_rope(x: F32Array, head_dim: int, rope: Rope, positions: npt.NDArray[np.int32]) -> F32Array:
     """Rotate the first `rope.n_dims` columns of each head; the others pass."""
-    heads = x.reshape(len(x), -1, head_dim)
+    heads = x.reshape(len(x), x.shape[1] // head_dim, head_dim)
     cos, sin = np.moveaxis(rope.cos_sin(positions)[:, None], -1, 0)  # each [n, 1, n_dims/2]
     half = rope.n_dims // 2
     if rope.pairing == "half":

@@ -1,7 +1,7 @@
 """Golden data of real models: an exact float32 run over the dequantized weights, and how far llama.cpp is from it.
 
-tests/data/golden_<model>.npz holds for each prompt: `<prompt>.ids`, `<prompt>.rows` (the positions kept), `<prompt>.top_ids`
-and `<prompt>.top_logprobs` [rows, 64], and `<prompt>.llamacpp_kl`: llama.cpp's mean KL to the exact run on that prompt.
+tests/data/golden_<model>.npz holds for each prompt: `<prompt>.ids`, `<prompt>.rows` (the positions kept),
+`<prompt>.top_ids` and `<prompt>.top_logprobs` [rows, 64], and `<prompt>.llamacpp_kl`: llama.cpp's mean KL on it.
 """
 
 from __future__ import annotations

@@ -29,7 +29,15 @@ def _scaling(arch: str, kind: str, **more: Any) -> dict[str, Any]:
 
 def _biases() -> dict[str, npt.NDArray[np.float32]]:
     rng = np.random.RandomState(1)
-    widths = {"attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64, "ffn_gate": 128, "ffn_up": 128, "ffn_down": 64}
+    widths = {
+        "attn_q": 64,
+        "attn_k": 32,
+        "attn_v": 32,
+        "attn_output": 64,
+        "ffn_gate": 128,
+        "ffn_up": 128,
+        "ffn_down": 64,
+    }
     return {f"blk.{i}.{name}.bias": rng.normal(0, 0.5, width) for i in range(2) for name, width in widths.items()}
 
 
@@ -38,7 +46,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"shape": TinyShape(tied=True)}),
     "llama biases": ("llama", {"vectors": _biases()}),
-    "llama no key_length": ("llama", {"metadata": {"llama.attention.key_length": None, "llama.attention.value_length": None}}),
+    "llama no key_length": (
+        "llama",
+        {"metadata": {"llama.attention.key_length": None, "llama.attention.value_length": None}},
+    ),
     "llama one kv head": ("llama", {"shape": TinyShape(n_kv_heads=1)}),
     "llama rope_freqs": ("llama", {"shape": _WIDE, "vectors": {"rope_freqs.weight": _FACTORS}}),
     "llama linear": ("llama", {"shape": _WIDE, "metadata": _scaling("llama", "linear")}),
@@ -94,6 +105,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tiny.gguf"
         logits = {
-            case: _llamacpp_logits(write_tiny_model(file, arch, "F32", **options)) for case, (arch, options) in CASES.items()
+            case: _llamacpp_logits(write_tiny_model(file, arch, "F32", **options))
+            for case, (arch, options) in CASES.items()
         }
     np.savez_compressed(DATA, **logits)

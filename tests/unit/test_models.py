@@ -43,7 +43,11 @@ def test_the_cases_differ_from_each_other() -> None:
     """Else a scaling that is read but not applied would pass."""
     with np.load(llamacpp_logits.DATA) as data:
         assert set(data.files) == set(llamacpp_logits.CASES)
-        wide = [data[case][-1] for case in data.files if case.startswith("llama ") and "shape" in llamacpp_logits.CASES[case][1]]
+        wide = [
+            data[case][-1]
+            for case in data.files
+            if case.startswith("llama ") and "shape" in llamacpp_logits.CASES[case][1]
+        ]
     same = sum(np.abs(a - b).max() < 0.05 for i, a in enumerate(wide) for b in wide[:i])
     assert same == 1  # scale_linear is the old name of linear
 
@@ -106,14 +110,20 @@ def test_weights_of_different_types(tmp_path: Path) -> None:
         ({"metadata": {"llama.expert_count": 8}}, r"expert_count is 8; mixture-of-experts models are not supported"),
         ({"metadata": {"llama.rope.scaling.type": "longrope"}}, r"is 'longrope'; supported: none, linear, yarn"),
         ({"metadata": {"llama.rope.scaling.type": 3}}, r"rope\.scaling\.type is 3; expected a string"),
-        ({"metadata": {"llama.rope.dimension_count": 18}}, r"dimension_count is 18; expected an even number of at most 16"),
+        (
+            {"metadata": {"llama.rope.dimension_count": 18}},
+            r"dimension_count is 18; expected an even number of at most 16",
+        ),
         ({"metadata": {"llama.rope.freq_base": 0.0}}, r"freq_base is 0\.0; expected a number above 1"),
         ({"vectors": {"rope_freqs.weight": np.zeros(8)}}, r"rope_freqs\.weight holds a factor"),
         ({"vectors": {"rope_freqs.weight": np.ones(7)}}, r"rope_freqs\.weight has shape \(7,\); expected \(8,\)"),
         ({"vectors": {"blk.0.attn_q.scale": np.ones(1)}}, r"tensor blk\.0\.attn_q\.scale is not part of a llama"),
         ({"vectors": {"blk.0.attn_q.bias": np.ones(3)}}, r"blk\.0\.attn_q\.bias has shape \(3,\); expected \(64,\)"),
         ({"omit": ("blk.1.ffn_down.weight",)}, r"tensor blk\.1\.ffn_down\.weight is missing; a llama model needs it"),
-        ({"metadata": {"tokenizer.ggml.tokens": ["a"] * 299}}, r"token_embd\.weight has shape \(300, 64\); expected \(299, 64\)"),
+        (
+            {"metadata": {"tokenizer.ggml.tokens": ["a"] * 299}},
+            r"token_embd\.weight has shape \(300, 64\); expected \(299, 64\)",
+        ),
         ({"arch": "gemma3", "metadata": {"gemma3.final_logit_softcapping": 30.0}}, r"final_logit_softcapping is set"),
         (
             {"arch": "gemma3", "metadata": {"gemma3.attention.sliding_window_pattern": [True]}},

@@ -1,0 +1,69 @@
+"""A model without weights whose "keys and values" are the token ids themselves.
+
+It stores each token at its slot, and reads a sequence's tokens back through the page table: logits are a hash of what it
+finds there, so a wrong slot, table, position or shared page shows up as other tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pyinfer.graph.backend import StageConfig
+from pyinfer.graph.batch import Batch
+
+N_VOCAB = 61
+END = 7  # the only end-of-generation token
+
+
+@dataclass
+class FakeVocabulary:
+    """Characters are tokens: code point modulo the vocabulary."""
+
+    n_vocab: int = N_VOCAB
+    eog_ids: frozenset[int] = field(default_factory=lambda: frozenset({END}))
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        return [ord(c) % self.n_vocab for c in text]
+
+
+class FakeStage:
+    def __init__(self, config: StageConfig, n_vocab: int = N_VOCAB, *, checks: bool = True) -> None:
+        rng = np.random.default_rng(0)
+        self.config = config
+        self.n_vocab = n_vocab
+        self.checks = checks
+        self.kv = np.full(config.n_pages * config.block_size, -1, np.int64)
+        self.weights = rng.integers(1, 2**62, config.n_ctx, dtype=np.uint64) | np.uint64(1)
+        self.logits = rng.standard_normal((1024, n_vocab)).astype(np.float32) * 2
+        self.n_steps = 0
+        self.n_tokens = 0
+        self.fail_at: int | None = None  # raise in this step
+        self.closed = False
+
+    def run(self, batch: Batch) -> np.ndarray:
+        self.n_steps += 1
+        self.n_tokens += batch.n_tokens
+        block_size = self.config.block_size
+        if self.checks:
+            batch.check(n_vocab=self.n_vocab, n_pages=self.config.n_pages, block_size=block_size)
+            assert batch.n_tokens <= self.config.max_tokens and batch.n_sequences <= self.config.max_sequences
+        if self.fail_at == self.n_steps:
+            raise RuntimeError("the device fell over")
+        self.kv[batch.slots] = batch.token_ids
+        out = np.empty((len(batch.output_rows), self.n_vocab), np.float32)
+        owners = np.searchsorted(batch.sequence_starts, batch.output_rows, side="right") - 1
+        for i, (row, owner) in enumerate(zip(batch.output_rows.tolist(), owners.tolist(), strict=True)):
+            n = int(batch.positions[row]) + 1
+            pages = batch.page_tables[owner, : -(-n // block_size)].astype(np.int64)
+            slots = (pages[:, None] * block_size + np.arange(block_size)).reshape(-1)[:n]
+            tokens = self.kv[slots].astype(np.uint64)
+            out[i] = self.logits[int((tokens * self.weights[:n]).sum() >> np.uint64(20)) % 1024]
+        return out
+
+    def copy_page(self, source: int, target: int) -> None:
+        raise AssertionError("not used")
+
+    def close(self) -> None:
+        self.closed = True
