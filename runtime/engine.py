@@ -171,6 +171,8 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return []
+        if request.is_finished:  # scored, and its logits were not taken
+            del self._requests[request_id]
         sequences = [s for s in request.sequences if s.state is not State.FINISHED and index in (None, s.index)]
         return [self._end(sequence, RequestOutput(request_id, sequence.index), "abort") for sequence in sequences]
 

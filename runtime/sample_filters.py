@@ -111,7 +111,7 @@ def _pick_from_all(row: F32Array, temperature: float, u: float) -> int:
 
 
 def _all_weights(row: F32Array, temperature: float) -> F32Array:
-    weights = row - row.max()
+    weights: F32Array = row - row.max()
     if temperature != 1.0:
         weights *= np.float32(1.0 / temperature)
     np.exp(weights, out=weights)

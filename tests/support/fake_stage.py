@@ -1,7 +1,7 @@
 """A model without weights whose "keys and values" are the token ids themselves.
 
-It stores each token at its slot, and reads a sequence's tokens back through the page table: logits are a hash of what it
-finds there, so a wrong slot, table, position or shared page shows up as other tokens.
+It stores each token at its slot, and reads a sequence's tokens back through the page table: logits are a hash of what
+it finds there, so a wrong slot, table, position or shared page shows up as other tokens.
 """
 
 from __future__ import annotations

@@ -1,0 +1,189 @@
+"""`load_model`: a GGUF file becomes an engine, with its tokenizer and chat template beside it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pyinfer.errors import BackendError, ConfigError
+from pyinfer.graph.backend import KVDType, Progress, StageConfig
+from pyinfer.graph.graph import Graph
+from pyinfer.quant.gguf import GGUFFile
+from pyinfer.runtime.backends import open_backend
+from pyinfer.runtime.chat_template import ChatTemplate
+from pyinfer.runtime.engine import Engine
+from pyinfer.runtime.memory import memory
+from pyinfer.runtime.model_info import ModelInfo, model_info
+from pyinfer.runtime.sampling_params import SamplingParams
+from pyinfer.runtime.sizes import format_binary
+from pyinfer.runtime.threads import default_threads
+from pyinfer.runtime.tokenizer import Tokenizer, load_tokenizer
+
+_MAX_KV_MEMORY = 4 << 30
+_ELEMENT_BYTES = {"f16": 2, "f32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What can be chosen about a model's engine; checked when built."""
+
+    n_ctx: int = 0  # 0: the model's, or what the KV pool holds
+    n_gpu_layers: int = 0
+    n_threads: int | None = None  # None: physical cores this process may use
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_dtype: str = "f16"
+    kv_cache_memory: int | None = None  # bytes; None: min(4 GiB, half of what is free after the weights)
+    seed: int = 0
+    enable_prefix_caching: bool = True
+    backend: str = "cpu"
+    chat_template: Path | None = None  # a Jinja file that replaces the model's own
+
+    def __post_init__(self) -> None:
+        if self.n_gpu_layers != 0:
+            raise BackendError(
+                f"n_gpu_layers is {self.n_gpu_layers}, and this version has no GPU backend; use 0", param="n_gpu_layers"
+            )
+        for name, low in (("n_ctx", 0), ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("block_size", 1)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}", param=name)
+        if self.block_size % 16:
+            raise ConfigError(f"block_size is {self.block_size}; it must be a multiple of 16", param="block_size")
+        if self.n_threads is not None and self.n_threads < 1:
+            raise ConfigError(f"n_threads is {self.n_threads}; it must be at least 1", param="n_threads")
+        if self.kv_cache_dtype not in _ELEMENT_BYTES:
+            known = ", ".join(_ELEMENT_BYTES)
+            raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; known: {known}", param="kv_cache_dtype")
+        if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
+            raise ConfigError("kv_cache_memory must be a positive number of bytes", param="kv_cache_memory")
+
+
+@dataclass(slots=True, eq=False)
+class LoadedModel:
+    """Everything that serves one model. `close` ends the engine's stage and unmaps the file."""
+
+    file: GGUFFile
+    tokenizer: Tokenizer
+    graph: Graph
+    engine: Engine
+    chat_template: ChatTemplate  # false if the model has none
+    info: ModelInfo
+    config: StageConfig  # sizes as they were chosen
+    kv_bytes: int  # of the KV pool
+
+    @property
+    def n_ctx(self) -> int:
+        """The longest sequence, prompt and answer together."""
+        return self.engine.n_ctx
+
+    @property
+    def chat_params(self) -> SamplingParams:
+        """What a chat samples with if its user says nothing."""
+        return SamplingParams.for_chat(self.file.metadata)
+
+    def close(self) -> None:
+        self.engine.close()
+        self.file.close()
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_model(path: str | Path, *, progress: Progress | None = None, **options: Any) -> LoadedModel:
+    """Open a GGUF file and make it ready to run; `options` are the fields of `LoadOptions`.
+
+    `progress` is called with what is being done and the share done. Raises a `PyinferError` that names what is wrong.
+    """
+    unknown = options.keys() - LoadOptions.__dataclass_fields__.keys()
+    if unknown:
+        raise ConfigError(f"{min(unknown)} is not an option of a model", param=min(unknown))
+    chosen = LoadOptions(**options)
+    from pyinfer.graph.passes import optimize
+    from pyinfer.runtime.models.registry import build_graph
+
+    backend = open_backend(chosen.backend)
+    file = GGUFFile.open(path)
+    try:
+        with ThreadPoolExecutor(1, "pyinfer-tokenizer") as pool:
+            tokenizer = pool.submit(load_tokenizer, file)
+            graph = optimize(build_graph(file))
+            config = plan_sizes(graph, file.size, chosen)
+            stage = backend.open_stage(graph, config, progress)
+            try:
+                engine = Engine(
+                    stage,
+                    config,
+                    tokenizer.result(),
+                    n_vocab=graph.n_vocab,
+                    seed=chosen.seed,
+                    prefix_caching=chosen.enable_prefix_caching,
+                )
+                return LoadedModel(
+                    file=file,
+                    tokenizer=tokenizer.result(),
+                    graph=graph,
+                    engine=engine,
+                    chat_template=ChatTemplate.from_gguf(file, override=chosen.chat_template),
+                    info=model_info(file),
+                    config=config,
+                    kv_bytes=config.n_pages * _page_bytes(graph, config.block_size, config.kv_dtype),
+                )
+            except BaseException:
+                stage.close()
+                raise
+    except BaseException:
+        file.close()
+        raise
+
+
+def _page_bytes(graph: Graph, block_size: int, kv_dtype: str) -> int:
+    return block_size * graph.kv_bytes_per_token(_ELEMENT_BYTES[kv_dtype])
+
+
+def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, available: int | None = None) -> StageConfig:
+    """Choose the KV pool and the context. `available` is the free memory in bytes; None measures it."""
+    page_bytes = _page_bytes(graph, options.block_size, options.kv_cache_dtype)
+    kv_memory = options.kv_cache_memory
+    if kv_memory is None:
+        available = memory().available if available is None else available
+        kv_memory = min(_MAX_KV_MEMORY, max(0, available - weight_bytes) // 2)
+    n_pages = kv_memory // page_bytes
+    if n_pages < 1:
+        raise ConfigError(
+            f"{format_binary(kv_memory)} of memory for keys and values holds no page of {options.block_size} tokens, "
+            f"which takes {format_binary(page_bytes)}; free some memory or set kv_cache_memory",
+            param="kv_cache_memory",
+        )
+    held = n_pages * options.block_size
+    if options.n_ctx > graph.n_ctx_train:
+        raise ConfigError(
+            f"n_ctx is {options.n_ctx}, but the model was made for {graph.n_ctx_train} tokens; use at most that",
+            param="n_ctx",
+        )
+    if options.n_ctx > held:
+        needed = -(-options.n_ctx // options.block_size) * page_bytes
+        raise ConfigError(
+            f"n_ctx is {options.n_ctx}, which takes {format_binary(needed)} of keys and values, but there is room for "
+            f"{held} tokens in {format_binary(kv_memory)}; use a smaller n_ctx or set kv_cache_memory",
+            param="n_ctx",
+        )
+    n_ctx = options.n_ctx or min(graph.n_ctx_train, held)
+    kv_dtype: KVDType = "f32" if options.kv_cache_dtype == "f32" else "f16"
+    return StageConfig(
+        n_pages=n_pages,
+        block_size=options.block_size,
+        kv_dtype=kv_dtype,
+        max_tokens=options.max_num_batched_tokens,
+        max_sequences=options.max_num_seqs,
+        n_ctx=n_ctx,
+        n_threads=options.n_threads or default_threads(),
+    )
