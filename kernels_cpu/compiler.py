@@ -68,6 +68,7 @@ class Compiler:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self._machine)
         self._addresses: dict[str, int] = {}
         self._lock = threading.Lock()
+        self.on_compile: Callable[[str], None] | None = None  # told the name of each kernel that is not cached
         host = f"{isa.cpu}|{isa.features}"
         self._folder = cache_folder(isa) / hashlib.sha256(host.encode()).hexdigest()[:12]
 
@@ -88,9 +89,6 @@ class Compiler:
                 self._addresses[name] = address
             return address
 
-    def is_cached(self, name: str) -> bool:
-        return name in self._addresses or self._path(name).exists()
-
     def emit(self, symbol: str, body: Body) -> str:
         """The unoptimized IR of one kernel, as text."""
         module = ir.Module(symbol)
@@ -103,6 +101,8 @@ class Compiler:
 
     def _build(self, name: str, symbol: str, body: Body) -> bytes:
         llvm = self._llvm
+        if self.on_compile is not None:
+            self.on_compile(name)
         module = llvm.parse_assembly(self.emit(symbol, body))
         module.verify()
         options = llvm.create_pipeline_tuning_options(speed_level=3)

@@ -34,7 +34,7 @@ class MatMulArg(IntEnum):
     ROW_BLOCK = OpField.ARGS + 11  # activation rows (a multiple of 8) that stay in cache while weight groups pass
 
 
-N_TILE_ARGS = 8  # records, weights, x, out, out stride, bias, residual, residual stride
+N_TILE_ARGS = 9  # records, weights, x, x row bytes, out, out stride, bias, residual, residual stride
 
 
 def matmul_body(emit_tile: Any, name: str) -> Body:
@@ -65,6 +65,7 @@ def matmul_body(emit_tile: Any, name: str) -> Body:
                     n_records,
                     b.add(weights, e.mul(group, group_bytes)),
                     b.add(x, e.mul(m, x_row)),
+                    x_row,
                     place(out, out_stride),
                     out_stride,
                     b.select(has_bias, b.add(bias, at_group), e.c(0)),
@@ -111,7 +112,7 @@ def emit_block_tile(source: BlockSource) -> Any:
     fmt = source.format
 
     def emit(e: Emitter, rows: int, args: Any) -> None:
-        n_records, weights, x, *rest = args
+        n_records, weights, x, _, *rest = args
         vectors = ROWS // e.L
         sums = [[e.var(e.floats(0.0)) for _ in range(vectors)] for _ in range(rows)]
         w0, x0 = e.ptr(weights), e.ptr(x)

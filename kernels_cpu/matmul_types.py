@@ -18,4 +18,3 @@ _SOURCES: tuple[BlockSource, ...] = (
     Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0(), Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K(),
 )  # fmt: skip
 BLOCK_SOURCES: dict[str, BlockSource] = {source.format.name: source for source in _SOURCES}
-FLOAT_TYPES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes an element

@@ -27,7 +27,7 @@ class RepackArg(IntEnum):
     ROW_BYTES = OpField.ARGS + 1
     N_ROWS = OpField.ARGS + 2
     TARGET = OpField.ARGS + 3  # zeroed memory
-    N_RECORDS = OpField.ARGS + 4  # a row
+    N_RECORDS = OpField.ARGS + 4  # a row; for float types the columns
 
 
 class EmbedArg(IntEnum):

@@ -247,6 +247,7 @@ class Emitter:
 
     # ---- registers that change, loops, branches
     def var(self, initial: Reg) -> Reg:
+        """A register that can be set again; inside a loop it starts anew with `initial` every time round."""
         with self.b.goto_entry_block():
             slot = self.b.alloca(initial.type)
         self.b.store(initial, slot)

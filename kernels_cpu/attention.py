@@ -1,0 +1,249 @@
+"""Attention over pages: float32 arithmetic, keys and values widened in registers.
+
+Every query row reduces over partitions of 256 absolute positions, each with its own maximum, sum and weighted V, merged in
+ascending order (online softmax, arXiv:1805.02867). Rows of one sequence and KV head are computed 8, 4, 2 or 1 at a time with
+the same operations in the same order for each row; a mask or a window only contributes exact zeros. So a row's result is the
+same in decode, in a chunk and in a whole prompt.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+from pyinfer.kernels_cpu.compiler import Body, define
+from pyinfer.kernels_cpu.kv_store import KV_BYTES
+from pyinfer.kernels_cpu.opcode import OpField, StepField
+from pyinfer.kernels_cpu.simd import Emitter, Reg, f32, i32, i64
+
+PARTITION = 256
+MASKED = -1e30
+ROW_TILES = (8, 4, 2, 1)
+
+
+class AttentionArg(IntEnum):
+    """Operands of `attention`; task t is row part t % N_PARTS of KV head (t / N_PARTS) % N_KV_HEADS of a token tile."""
+
+    Q = OpField.ARGS
+    Q_STRIDE = OpField.ARGS + 1
+    OUT = OpField.ARGS + 2
+    OUT_STRIDE = OpField.ARGS + 3
+    K_PAGES = OpField.ARGS + 4
+    V_PAGES = OpField.ARGS + 5
+    BLOCK_SIZE = OpField.ARGS + 6
+    N_KV_HEADS = OpField.ARGS + 7
+    GROUP = OpField.ARGS + 8  # query heads for each KV head
+    WINDOW = OpField.ARGS + 9  # positions; a huge number when there is none
+    SCALE = OpField.ARGS + 10  # float32 bits
+    N_PARTS = OpField.ARGS + 11
+
+
+def scratch_bytes(head_dim: int) -> int:
+    """Queries [head_dim][8], probabilities [8][256], weighted values [8][head_dim]."""
+    return 4 * (8 * head_dim + 8 * PARTITION + 8 * head_dim)
+
+
+def attention_body(head_dim: int, dtype: str) -> Body:
+    def body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
+        b = e.b
+        kernels = {}
+        for rows in ROW_TILES:
+            inner, fn = define(b.module, f"attend_{head_dim}_{dtype}_{rows}", e.isa, 7, internal=True)
+            _Rows(inner, rows, head_dim, dtype, fn.args).emit()
+            inner.b.ret_void()
+            kernels[rows] = fn
+        n_parts, n_kv, group = (e.field(op, i) for i in (AttentionArg.N_PARTS, AttentionArg.N_KV_HEADS, AttentionArg.GROUP))
+        tiles = e.ptr(e.field(step, StepField.ATTENTION_TILES))
+        raw = [b.ptrtoint(p, i64) for p in (op, step, scratch)]
+        with e.loop(last, first) as task:
+            part, rest = b.srem(task, n_parts), b.sdiv(task, n_parts)
+            kv_head, tile = b.srem(rest, n_kv), b.sdiv(rest, n_kv)
+            record = e.at(tiles, e.mul(tile, 16))
+            sequence, token, count = (b.sext(e.load(e.at(record, 4 * i), i32, 4), i64) for i in range(3))
+            n_rows = b.mul(count, group)
+            start = b.sdiv(b.mul(part, n_rows), n_parts)
+            end = b.sdiv(b.mul(e.add(part, 1), n_rows), n_parts)
+
+            def call(rows: int, at: Reg, sequence: Reg = sequence, token: Reg = token, kv_head: Reg = kv_head) -> None:
+                b.call(kernels[rows], [raw[0], raw[1], raw[2], sequence, token, kv_head, at])
+
+            full = b.add(start, b.and_(b.sub(end, start), e.c(-8)))
+            with e.loop(full, start, 8) as row:
+                call(8, row)
+            at, left = full, b.sub(end, full)
+            for rows in ROW_TILES[1:]:
+                some = b.and_(left, e.c(rows))
+                with e.when(b.icmp_signed("!=", some, e.c(0))):
+                    call(rows, at)
+                at = b.add(at, some)
+
+    return body
+
+
+class _Rows:
+    """Emits the attention of `n` query rows of one sequence and KV head."""
+
+    def __init__(self, e: Emitter, n: int, head_dim: int, dtype: str, args: Any) -> None:
+        self.e, self.n, self.head_dim, self.dtype = e, n, head_dim, dtype
+        self.size = KV_BYTES[dtype]
+        op, step, scratch, self.sequence, self.token, self.kv_head, self.first_row = args
+        self.op, self.step, self.scratch = e.ptr(op), e.ptr(step), e.ptr(scratch)
+        self.q = self.scratch
+        self.p = e.at(self.scratch, 4 * 8 * head_dim)
+        self.o = e.at(self.p, 4 * 8 * PARTITION)
+        self.vectors = 16 // e.L  # of one block of 16 positions
+
+    def emit(self) -> None:
+        e, b = self.e, self.e.b
+        self._place_rows()
+        self._read_queries()
+        n_bytes = 4 * self.n * self.head_dim
+        with e.loop(n_bytes, 0, 4 * e.L) as at:
+            e.store(e.floats(0.0), e.at(self.o, at), 4)
+        self.maxima = [e.var(e.floats(MASKED)) for _ in range(self.n)]
+        self.sums = [e.var(e.floats(0.0)) for _ in range(self.n)]
+        low, high = self.lows[0], self.highs[-1]  # rows ascend in position
+        with e.loop(b.sdiv(e.add(high, PARTITION - 1), e.c(PARTITION)), b.sdiv(low, e.c(PARTITION))) as partition:
+            base = e.mul(partition, PARTITION)
+            self.first_block = b.sdiv(e.max(base, low), e.c(16))
+            self.end_block = b.sdiv(e.add(e.min(e.add(base, PARTITION), high), 15), e.c(16))
+            self.base_block = b.sdiv(base, e.c(16))
+            self._partition()
+        for r in range(self.n):
+            total = e.get(self.sums[r])
+            with e.loop(4 * self.head_dim, 0, 4 * e.L) as at:
+                value = e.load(e.at(e.at(self.o, 4 * r * self.head_dim), at), e.vf, 4)
+                e.store(b.fdiv(value, total), e.at(self.outputs[r], at), 4)
+
+    def _place_rows(self) -> None:
+        """Row r of the tile is head kv_head * group + r % group of token r / group."""
+        e, b = self.e, self.e.b
+        arg = lambda i: e.field(self.op, i)  # noqa: E731
+        group, window = arg(AttentionArg.GROUP), arg(AttentionArg.WINDOW)
+        positions = e.ptr(e.field(self.step, StepField.POSITIONS))
+        self.queries, self.outputs, self.lows, self.highs = [], [], [], []
+        for r in range(self.n):
+            row = e.add(self.first_row, r)
+            token = b.add(self.token, b.sdiv(row, group))
+            at_head = e.mul(b.add(b.mul(self.kv_head, group), b.srem(row, group)), 4 * self.head_dim)
+            position = b.sext(e.load(e.at(positions, e.mul(token, 4)), i32, 4), i64)
+            self.queries.append(e.at(e.at(e.ptr(arg(AttentionArg.Q)), b.mul(token, arg(AttentionArg.Q_STRIDE))), at_head))
+            self.outputs.append(
+                e.at(e.at(e.ptr(arg(AttentionArg.OUT)), b.mul(token, arg(AttentionArg.OUT_STRIDE))), at_head)
+            )
+            self.highs.append(e.add(position, 1))
+            self.lows.append(e.max(b.sub(e.add(position, 1), window), 0))
+        block_size = arg(AttentionArg.BLOCK_SIZE)
+        self.blocks_per_page = b.sdiv(block_size, e.c(16))
+        head_bytes = e.mul(block_size, self.head_dim * self.size)
+        self.page_bytes = b.mul(head_bytes, arg(AttentionArg.N_KV_HEADS))
+        at_head = b.mul(self.kv_head, head_bytes)
+        self.k_head, self.v_head = (e.at(e.ptr(arg(i)), at_head) for i in (AttentionArg.K_PAGES, AttentionArg.V_PAGES))
+        tables = e.ptr(e.field(self.step, StepField.PAGE_TABLES))
+        self.table = e.at(tables, b.mul(self.sequence, e.field(self.step, StepField.PAGE_TABLE_STRIDE)))
+        self.block_bytes = 16 * self.head_dim * self.size  # of 16 positions, K and V alike
+
+    def _read_queries(self) -> None:
+        """Scaled queries as [head_dim][n], so that one address serves all rows."""
+        e, b = self.e, self.e.b
+        scale = e.splat(e.load(e.at(self.op, 8 * AttentionArg.SCALE), f32, 4))
+        with e.loop(self.head_dim, 0, e.L) as d:
+            target = e.at(self.q, e.mul(d, 4 * self.n))
+            for r in range(self.n):
+                value = b.fmul(e.load(e.at(self.queries[r], e.mul(d, 4)), e.vf, 4), scale)
+                for j in range(e.L):
+                    e.store(b.extract_element(value, i32(j)), e.at(target, 4 * (j * self.n + r)), 4)
+
+    def _block(self, pages: Reg, block: Reg) -> Reg:
+        """The address of 16 positions of this head in a K or V pool."""
+        e, b = self.e, self.e.b
+        index = b.sdiv(block, self.blocks_per_page)
+        page = b.sext(e.load(e.at(self.table, e.mul(index, 4)), i32, 4), i64)
+        inside = e.mul(b.srem(block, self.blocks_per_page), self.block_bytes)
+        return e.at(e.at(pages, b.mul(page, self.page_bytes)), inside)
+
+    def _load(self, pointer: Reg) -> Reg:
+        e = self.e
+        return e.load(pointer, e.vf, 4) if self.dtype == "f32" else e.load_halves(pointer)
+
+    def _p_at(self, r: int, block: Reg) -> Reg:
+        e = self.e
+        return e.at(e.at(self.p, 4 * r * PARTITION), e.mul(e.b.sub(block, self.base_block), 64))
+
+    def _partition(self) -> None:
+        e, b = self.e, self.e.b
+        largest = [e.var(e.floats(MASKED)) for _ in range(self.n)]
+        with e.loop(self.end_block, self.first_block) as block:
+            self._scores(block, largest)
+        weights = []
+        for r in range(self.n):
+            top = e.splat(e.reduce_max(e.get(largest[r])))
+            total = [e.var(e.floats(0.0)) for _ in range(self.vectors)]
+            with e.loop(self.end_block, self.first_block) as block:
+                for v in range(self.vectors):
+                    place = e.at(self._p_at(r, block), 4 * e.L * v)
+                    score = e.load(place, e.vf, 4)
+                    visible = b.fcmp_ordered(">", score, e.floats(MASKED / 2))
+                    p = b.select(visible, e.exp(b.fsub(score, top)), e.floats(0.0))
+                    e.store(p, place, 4)
+                    e.set(total[v], b.fadd(e.get(total[v]), p))
+            sums = e.get(total[0])
+            for slot in total[1:]:
+                sums = b.fadd(sums, e.get(slot))
+            before = e.get(self.maxima[r])
+            after = e.fmax(before, top)
+            keep, take = e.exp(b.fsub(before, after)), e.exp(b.fsub(top, after))
+            e.set(self.sums[r], e.fma(e.get(self.sums[r]), keep, b.fmul(e.splat(e.reduce_add(sums)), take)))
+            e.set(self.maxima[r], after)
+            weights.append((keep, take))
+        self._weighted_values(weights)
+
+    def _scores(self, block: Reg, largest: list[Reg]) -> None:
+        e, b = self.e, self.e.b
+        keys = self._block(self.k_head, block)
+        acc = [[[e.var(e.floats(0.0)) for _ in range(2)] for _ in range(self.vectors)] for _ in range(self.n)]
+        with e.loop(self.head_dim, 0, 2) as d:
+            k_at, q_at = e.at(keys, e.mul(d, 16 * self.size)), e.at(self.q, e.mul(d, 4 * self.n))
+            for parity in range(2):
+                columns = [
+                    self._load(e.at(k_at, (parity * 16 + v * e.L) * self.size)) for v in range(self.vectors)
+                ]
+                for r in range(self.n):
+                    query = e.splat_float(e.at(q_at, 4 * (parity * self.n + r)))
+                    for v in range(self.vectors):
+                        slot = acc[r][v][parity]
+                        e.set(slot, e.fma(query, columns[v], e.get(slot)))
+        start = b.trunc(e.mul(block, 16), i32)
+        for v in range(self.vectors):
+            position = b.add(e.splat(b.add(start, i32(v * e.L))), e.lane_index())
+            for r in range(self.n):
+                low, high = (e.splat(b.trunc(x[r], i32)) for x in (self.lows, self.highs))
+                visible = b.and_(b.icmp_signed(">=", position, low), b.icmp_signed("<", position, high))
+                even, odd = (e.get(slot) for slot in acc[r][v])
+                score = b.select(visible, b.fadd(even, odd), e.floats(MASKED))
+                e.store(score, e.at(self._p_at(r, block), 4 * e.L * v), 4)
+                e.set(largest[r], e.fmax(e.get(largest[r]), score))
+
+    def _weighted_values(self, weights: list[tuple[Reg, Reg]]) -> None:
+        """o = o * keep + (p V) * take, a few columns at a time so that the accumulators stay in registers."""
+        e, b = self.e, self.e.b
+        in_head = self.head_dim // e.L
+        budget = max(1, (16 if e.L == 16 else 8) // self.n)
+        width = max(w for w in range(1, budget + 1) if in_head % w == 0)
+        with e.loop(self.head_dim, 0, width * e.L) as column:
+            acc = [[e.var(e.floats(0.0)) for _ in range(width)] for _ in range(self.n)]
+            with e.loop(self.end_block, self.first_block) as block:
+                values = e.at(self._block(self.v_head, block), e.mul(column, self.size))
+                rows = [self._p_at(r, block) for r in range(self.n)]
+                with e.loop(16, 0, 2) as i:
+                    for k in range(2):
+                        v_at = e.at(values, e.mul(e.add(i, k), self.head_dim * self.size))
+                        loaded = [self._load(e.at(v_at, c * e.L * self.size)) for c in range(width)]
+                        for r in range(self.n):
+                            p = e.splat_float(e.at(e.at(rows[r], e.mul(i, 4)), 4 * k))
+                            for c in range(width):
+                                e.set(acc[r][c], e.fma(p, loaded[c], e.get(acc[r][c])))
+            for r, (keep, take) in enumerate(weights):
+                for c in range(width):
+                    place = e.at(e.at(self.o, 4 * (r * self.head_dim + c * e.L)), e.mul(column, 4))
+                    e.store(e.fma(e.load(place, e.vf, 4), keep, b.fmul(e.get(acc[r][c]), take)), place, 4)

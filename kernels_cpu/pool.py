@@ -1,0 +1,64 @@
+"""The persistent thread pool: its threads live inside one nogil call and walk whole programs."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from pyinfer.kernels_cpu.compiler import cache_folder
+from pyinfer.kernels_cpu.isa import ISA
+from pyinfer.kernels_cpu.memory import address, allocate
+from pyinfer.kernels_cpu.opcode import OP_WORDS
+
+
+class Program:
+    """Op records [n_ops, OP_WORDS] with a step header."""
+
+    def __init__(self, ops: npt.NDArray[np.int64], step: npt.NDArray[np.int64]) -> None:
+        assert ops.shape[1] == OP_WORDS and ops.flags.c_contiguous
+        self.ops, self.step = ops, step
+
+
+class Pool:
+    """`n_threads` threads, the caller's included; `run` is not reentrant."""
+
+    def __init__(self, n_threads: int, scratch_bytes: int, isa: ISA, max_ops: int) -> None:
+        import numba
+
+        # Numba keys its cache by source file and CPU but not by this package's other sources: the folder does
+        numba.config.CACHE_DIR = os.fspath(cache_folder(isa) / "numba")
+        from pyinfer.kernels_cpu import walker
+
+        self._walker = walker
+        self.n_threads = n_threads
+        self._max_ops = max_ops
+        words = (walker.COUNTERS + (max_ops + 1) * walker.LINE) // 8
+        self._control = allocate(8 * words + walker.LINE).view(np.int64)
+        self._at = -(-address(self._control) // walker.LINE) * walker.LINE
+        self._scratch = [allocate(scratch_bytes) for _ in range(n_threads)]
+        self._threads = [
+            threading.Thread(
+                target=walker.work, args=(self._at, n_threads, address(scratch)), name=f"pyinfer-{i + 1}", daemon=True
+            )
+            for i, scratch in enumerate(self._scratch[1:])
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, program: Program) -> None:
+        assert len(program.ops) <= self._max_ops and self._at
+        scratch = address(self._scratch[0])
+        self._walker.submit(
+            self._at, address(program.ops), len(program.ops), address(program.step), self.n_threads, scratch
+        )
+
+    def close(self) -> None:
+        """Join the threads; afterwards the pool cannot run anything."""
+        if self._at:
+            self._walker.stop(self._at)
+            for thread in self._threads:
+                thread.join()
+            self._at = 0

@@ -1,0 +1,104 @@
+"""`CPUStage`: a lowered graph with its weights, buffers, pages and threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pyinfer.errors import ConfigError
+from pyinfer.graph.backend import Progress, StageConfig
+from pyinfer.graph.batch import Batch
+from pyinfer.graph.graph import Graph
+from pyinfer.kernels_cpu.attention import scratch_bytes
+from pyinfer.kernels_cpu.compiler import compiler_for
+from pyinfer.kernels_cpu.isa import current_isa
+from pyinfer.kernels_cpu.lower import lower, matrices
+from pyinfer.kernels_cpu.memory import address
+from pyinfer.kernels_cpu.opcode import STEP_WORDS, StepField
+from pyinfer.kernels_cpu.pages import KVPages
+from pyinfer.kernels_cpu.pool import Pool, Program
+from pyinfer.kernels_cpu.rope_tables import RopeTables
+from pyinfer.kernels_cpu.weights import WeightArena
+
+_TILE_TOKENS = 8  # query tokens of one attention task
+Int32 = npt.NDArray[np.int32]
+
+
+class CPUStage:
+    """See `graph.backend.Stage`."""
+
+    def __init__(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> None:
+        if config.block_size % 16:
+            raise ConfigError(f"block size {config.block_size} is not a multiple of 16, which the CPU's pages need")
+        isa = current_isa()
+        compiler = compiler_for(isa)
+        compiler.on_compile = (lambda name: progress(f"compiling kernel {name}", 0.0)) if progress else None
+        self._graph, self._config = graph, config
+        self._pages = KVPages(graph, config)
+        self._ropes = RopeTables(config.n_ctx)
+        self._weights = WeightArena(matrices(graph.ops))
+        ops, self._logits, self._keep = lower(graph, config, compiler, self._weights, self._pages, self._ropes)
+        self._step = np.zeros(STEP_WORDS, np.int64)
+        self._program = Program(ops, self._step)
+        scratch = max((scratch_bytes(layer.head_dim) for layer in graph.kv_layers), default=64)
+        self._pool = Pool(config.n_threads, scratch, isa, len(ops))
+        try:
+            self._weights.load(self._pool, compiler, progress)
+        except BaseException:
+            self._pool.close()
+            raise
+        self._make_step_arrays()
+
+    def _make_step_arrays(self) -> None:
+        n, sequences = self._config.max_tokens, self._config.max_sequences
+        pages = -(-self._config.n_ctx // self._config.block_size)
+        self._token_ids, self._positions, self._slots, self._output_rows = (np.zeros(n, np.int32) for _ in range(4))
+        self._page_tables = np.zeros((sequences, pages), np.int32)
+        self._tiles = np.zeros((n, 4), np.int32)
+        step = self._step
+        step[StepField.ONE] = 1
+        step[StepField.TOKEN_IDS] = address(self._token_ids)
+        step[StepField.POSITIONS] = address(self._positions)
+        step[StepField.SLOTS] = address(self._slots)
+        step[StepField.OUTPUT_ROWS] = address(self._output_rows)
+        step[StepField.PAGE_TABLES] = address(self._page_tables)
+        step[StepField.PAGE_TABLE_STRIDE] = 4 * pages
+        step[StepField.ATTENTION_TILES] = address(self._tiles)
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Logits float32 [n_outputs, n_vocab]; they are overwritten by the next call."""
+        n, n_outputs = batch.n_tokens, len(batch.output_rows)
+        assert 0 < n <= self._config.max_tokens and batch.n_sequences <= self._config.max_sequences
+        self._token_ids[:n], self._positions[:n], self._slots[:n] = batch.token_ids, batch.positions, batch.slots
+        self._output_rows[:n_outputs] = batch.output_rows
+        tables = batch.page_tables
+        self._page_tables[: len(tables), : tables.shape[1]] = tables
+        self._ropes.cover(int(batch.positions.max()))
+        self._step[StepField.N_TOKENS], self._step[StepField.N_OUTPUTS] = n, n_outputs
+        self._step[StepField.N_ATTENTION] = self._cut_tiles(batch)
+        self._pool.run(self._program)
+        rows = self._logits.memory.view(np.float32).reshape(self._config.max_tokens, -1)
+        return rows[:n_outputs, : self._graph.n_vocab]
+
+    def _cut_tiles(self, batch: Batch) -> int:
+        """Fill the attention tiles: (sequence, first token, tokens); returns how many."""
+        starts = batch.sequence_starts
+        if len(starts) == batch.n_tokens + 1:  # decode: every sequence has one token
+            tiles = self._tiles[: batch.n_tokens]
+            tiles[:, 0] = tiles[:, 1] = np.arange(batch.n_tokens)
+            tiles[:, 2] = 1
+            return batch.n_tokens
+        count = 0
+        for sequence in range(batch.n_sequences):
+            start, end = int(starts[sequence]), int(starts[sequence + 1])
+            for token in range(start, end, _TILE_TOKENS):
+                self._tiles[count, :3] = sequence, token, min(_TILE_TOKENS, end - token)
+                count += 1
+        return count
+
+    def copy_page(self, source: int, target: int) -> None:
+        self._pages.copy(source, target)
+
+    def close(self) -> None:
+        """Stop the threads; the memory goes with the object."""
+        self._pool.close()
