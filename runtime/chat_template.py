@@ -1,6 +1,7 @@
 """`ChatTemplate`: a conversation becomes the prompt that the model was trained on, by the GGUF's own Jinja template.
 
-A GGUF carries its template in `tokenizer.chat_template`, and may carry more under `tokenizer.chat_template.NAME`. The environment and the variables are those of Hugging Face transformers.
+A GGUF carries its template in `tokenizer.chat_template`, and may carry more under `tokenizer.chat_template.NAME`. The
+environment and the variables are those of Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ class ChatTemplate:
 
     def __bool__(self) -> bool:
         return "default" in self.sources
+
+    @property
+    def knows_developer(self) -> bool:
+        """Whether the template speaks of OpenAI's role `developer`; to others it is `system`."""
+        return "developer" in self.sources.get("default", "")
 
     def render(
         self,

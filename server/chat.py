@@ -1,0 +1,132 @@
+"""POST /v1/chat/completions and /apply-template."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from pyinfer.runtime.chat_prompt import chat_prompt
+from pyinfer.runtime.sampling_params import SamplingParams
+from pyinfer.server.decoding import read_request
+from pyinfer.server.errors import json_response
+from pyinfer.server.generation import Generation
+from pyinfer.server.logprobs import chat_logprobs, prompt_logprobs_json
+from pyinfer.server.parameters import chat_params, wants_usage
+from pyinfer.server.reply import Reply, service_of
+from pyinfer.server.schemas import ApplyTemplateRequest, ChatCompletionRequest, ChatMessage
+from pyinfer.server.service import ServedModel
+from pyinfer.server.sse import EventStream, while_connected
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    service = service_of(request)
+    model = service.model()
+    body = await read_request(request, ChatCompletionRequest)
+    name = service.check_name(body.model)
+    params = chat_params(body, model, service)
+    include_usage = wants_usage(body)
+    prompt = await asyncio.to_thread(_prompt_ids, model, body)
+    reply = Reply("chatcmpl", name, include_usage)
+    generation = Generation(model, [prompt], params, reply.id)
+    if body.stream:
+        return EventStream(_events(model, params, generation, reply))
+    answer = await while_connected(request.receive, _whole(model, params, generation, reply))
+    return json_response(msgspec.json.encode(answer))
+
+
+@router.post("/apply-template")
+async def apply_template(request: Request) -> Response:
+    service = service_of(request)
+    template = service.model().template
+    body = await read_request(request, ApplyTemplateRequest)
+    service.check_name(body.model)
+    text = await asyncio.to_thread(
+        template.render,
+        messages_of(body.messages, template.knows_developer),
+        tools=body.tools,
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt,
+        **(body.chat_template_kwargs or {}),
+    )
+    return json_response(msgspec.json.encode({"prompt": text}))
+
+
+def messages_of(messages: list[ChatMessage], knows_developer: bool) -> list[dict[str, Any]]:
+    """Messages as templates take them: fields that were not given are left out, `developer` is `system` to most."""
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        fields = msgspec.to_builtins(message)
+        fields.setdefault("content", None)
+        if message.role == "developer" and not knows_developer:
+            fields["role"] = "system"
+        result.append(fields)
+    return result
+
+
+def _prompt_ids(model: ServedModel, body: ChatCompletionRequest) -> list[int]:
+    return chat_prompt(
+        model.template,
+        model.tokenizer,
+        messages_of(body.messages, model.template.knows_developer),
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt,
+        **(body.chat_template_kwargs or {}),
+    )
+
+
+async def _events(
+    model: ServedModel, params: SamplingParams, generation: Generation, reply: Reply
+) -> AsyncGenerator[dict[str, Any]]:
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return reply.chunk("chat.completion.chunk", [choice])
+
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            if delta.is_first:
+                first = chunk(delta.index, {"role": "assistant", "content": ""})
+                if delta.prompt_logprobs is not None:
+                    first["prompt_logprobs"] = prompt_logprobs_json(model.tokenizer, delta.prompt_logprobs)
+                yield first
+            logprobs = None if delta.logprobs is None else chat_logprobs(model.tokenizer, delta, params.logprobs or 0)
+            if delta.text or logprobs is not None:
+                yield chunk(delta.index, {"content": delta.text}, None, logprobs)
+            if delta.finish_reason is not None:
+                yield chunk(delta.index, {}, delta.finish_reason)
+    if reply.include_usage:
+        yield reply.usage_chunk("chat.completion.chunk", generation.usage)
+
+
+async def _whole(model: ServedModel, params: SamplingParams, generation: Generation, reply: Reply) -> dict[str, Any]:
+    texts, reasons = [""] * params.n_samples, [""] * params.n_samples
+    tokens: list[list[dict[str, Any]]] = [[] for _ in texts]
+    prompt_logprobs = None
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            texts[delta.index] += delta.text
+            reasons[delta.index] = delta.finish_reason or reasons[delta.index]
+            if delta.logprobs is not None:
+                tokens[delta.index] += chat_logprobs(model.tokenizer, delta, params.logprobs or 0)["content"]
+            prompt_logprobs = delta.prompt_logprobs or prompt_logprobs
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": {"content": tokens[index], "refusal": None} if params.logprobs is not None else None,
+            "finish_reason": reasons[index],
+        }
+        for index, text in enumerate(texts)
+    ]
+    answer = reply.whole("chat.completion", choices, generation.usage)
+    if prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_logprobs_json(model.tokenizer, prompt_logprobs)
+    return answer

@@ -1,0 +1,129 @@
+"""Tokens -> text deltas: the one async generator that whole replies and streams both fold.
+
+One `Generation` runs the prompts of a request (one for a chat, any number for a completion), each with `n` samples.
+Stop strings are found here, at the edge; the engine is then told to end the sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from pyinfer.runtime.outputs import FinishReason, TokenLogprobs
+from pyinfer.runtime.sampling_params import SamplingParams
+from pyinfer.runtime.text_stream import TextStream
+from pyinfer.server.service import ServedModel
+
+
+class Delta(msgspec.Struct):
+    """What one step added to one choice."""
+
+    index: int  # of the choice: prompt number * samples of a prompt + sample
+    text: str  # safe to show: never part of a character or of a stop string
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None
+    is_first: bool  # the choice's first
+    prompt_logprobs: list[TokenLogprobs | None] | None  # with a prompt's first delta, if asked for
+
+
+class Usage(msgspec.Struct):
+    """OpenAI's token counts."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Generation:
+    """One request to the server, submitted when built; iterate `deltas()` once, `usage` is complete when it ends.
+
+    Building it raises `RequestError` if one of its prompts can never be served.
+    """
+
+    def __init__(
+        self, model: ServedModel, prompts: Sequence[list[int]], params: SamplingParams, request_id: str
+    ) -> None:
+        self._model = model
+        self._params = params
+        self.usage = Usage(prompt_tokens=sum(map(len, prompts)))
+        self.n_choices = len(prompts) * params.n_samples
+        ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
+        # an error in a later prompt drops the streams of the earlier ones, and that aborts them
+        self._streams = [
+            model.client.generate(prompt, params, request_id=each) for prompt, each in zip(prompts, ids, strict=True)
+        ]
+
+    async def deltas(self) -> AsyncGenerator[Delta]:
+        """All choices' deltas as they come; closing the iterator aborts what still runs. Raises `EngineError`."""
+        if len(self._streams) == 1:
+            async with aclosing(self._run(0)) as only:
+                async for delta in only:
+                    yield delta
+            return
+        queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._forward(number, queue)) for number in range(len(self._streams))]
+        try:
+            running = len(tasks)
+            while running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _forward(self, number: int, queue: asyncio.Queue[Delta | Exception | None]) -> None:
+        try:
+            async with aclosing(self._run(number)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+        except Exception as error:
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    async def _run(self, number: int) -> AsyncGenerator[Delta]:
+        """The deltas of one prompt."""
+        n = self._params.n_samples
+        choices = [TextStream(self._model.tokenizer, self._params, number * n + sample) for sample in range(n)]
+        started: set[int] = set()
+        async with aclosing(self._streams[number]) as outputs:
+            async for output in outputs:
+                if output.index == 0:
+                    self.usage.cached_tokens += output.cached_tokens
+                choice = choices[output.index]
+                if choice.is_finished:
+                    continue  # what was on its way when the stop string was found
+                chunk = choice.push(output)
+                if choice.needs_abort:
+                    self._model.client.abort(output.request_id, output.index)
+                self.usage.completion_tokens += len(chunk.token_ids)
+                yield Delta(
+                    index=chunk.index,
+                    text=chunk.text,
+                    token_ids=chunk.token_ids,
+                    logprobs=chunk.logprobs,
+                    finish_reason=chunk.finish_reason,
+                    is_first=chunk.index not in started,
+                    prompt_logprobs=output.prompt_logprobs,
+                )
+                started.add(chunk.index)
+                if all(each.is_finished for each in choices):
+                    return
