@@ -58,13 +58,14 @@ def _run(
     file: GGUFFile, tests: list[BenchTest], repetitions: int, engine: EngineOptions, printer_kind: type[Printer]
 ) -> None:
     from pyinfer.graph.backend import StageConfig
+    from pyinfer.graph.passes import optimize
     from pyinfer.runtime.backends import open_backend
     from pyinfer.runtime.bench import BenchRunner, pages_needed
     from pyinfer.runtime.model_info import model_info
     from pyinfer.runtime.models.registry import build_graph
     from pyinfer.runtime.threads import default_threads
 
-    graph = build_graph(file)
+    graph = optimize(build_graph(file))
     n_threads = engine.n_threads or default_threads()
     config = StageConfig(
         n_pages=max(pages_needed(test, engine.block_size) for test in tests),

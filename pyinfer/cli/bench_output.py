@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import json
-import platform
 import sys
 from abc import ABC, abstractmethod
 from typing import Any
@@ -14,6 +13,7 @@ import pyinfer
 from pyinfer.cli.options import EngineOptions
 from pyinfer.cli.text import safe
 from pyinfer.runtime.bench import BenchResult
+from pyinfer.runtime.cpu import cpu_name
 from pyinfer.runtime.model_info import ModelInfo
 from pyinfer.runtime.sizes import format_binary
 
@@ -37,7 +37,7 @@ class Printer(ABC):
         test, info = result.test, self.info
         return {
             "pyinfer_version": pyinfer.__version__,
-            "cpu_info": platform.processor() or platform.machine(),
+            "cpu_info": cpu_name(),
             "backends": "CPU",
             "model_filename": str(info.path),
             "model_type": info.model_type,

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -41,26 +40,17 @@ def doctor(
 
 def _cpu() -> Section:
     from pyinfer.kernels_cpu import isa
+    from pyinfer.runtime.cpu import cpu_name
 
     chosen, best = isa.current_isa(), isa.available()[0]
     forced = os.environ.get("PYINFER_ISA")
     reason = f"PYINFER_ISA is set; the best here is {best}" if forced else "the best that this CPU has and we emit"
     return {
-        "model": _cpu_name(),
+        "model": cpu_name(),
         "compiles for": chosen.cpu,
         "kernels": f"{chosen.name}, {32 * chosen.lanes}-bit vectors ({reason})",
         "can run": ", ".join(isa.available()),
     }
-
-
-def _cpu_name() -> str:
-    from pyinfer.runtime.cgroup import read_text
-
-    for line in (read_text(Path("/proc/cpuinfo")) or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _threads() -> Section:
