@@ -1,18 +1,18 @@
 """How each `tokenizer.ggml.pre` name splits text into words before BPE, and the defaults that come with the name.
 
-Names, patterns and defaults are llama.cpp's (`llama-vocab.cpp`), which takes them from each model's `tokenizer.json`. Patterns are written
-for Oniguruma, the engine inside `tokenizers`. llama.cpp knows no letter case beyond ASCII, so its `\\p{Lu}`, `\\p{Ll}` and so on all mean
-`\\p{L}`; the patterns below say what it does.
+Names, patterns and defaults are llama.cpp's (`llama-vocab.cpp`), which takes them from each model's `tokenizer.json`.
+Patterns are written for Oniguruma, the engine inside `tokenizers`. llama.cpp knows no letter case beyond ASCII, so
+its `\\p{Lu}`, `\\p{Ll}` and so on all mean `\\p{L}`; the patterns below say what it does.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyinfer.errors import TokenizerError
+from pyinfer.runtime.pretokenizer_steps import digits_by_three, lines, superbpe_numbers, words
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -29,6 +29,7 @@ class PreTokenizerSpec:
     clean_spaces: bool = True  # decode drops the space before punctuation
     byte_level: bool = True  # GPT-2's byte alphabet; otherwise plain text with <0xXX> tokens
     escape_spaces: bool = False  # U+2581 stands for a space
+    lowercase: bool = False
     force_bos: bool = False  # BOS even where the file says no
     merges_optional: bool = False
     split_first: Callable[[str], list[str]] | None = None  # a first step that no regular expression does in linear time
@@ -55,8 +56,8 @@ _DEEPSEEK3 = rf"{_PUNCTUATION_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES}"
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 
-def _cased_words(letters: str, suffix: str, numbers: str) -> str:
-    """The GPT-4o family: a word is capitals then small letters; only ASCII has case here, every other letter is both."""
+def _casedwords(letters: str, suffix: str, numbers: str) -> str:
+    """The GPT-4o family: a word is capitals, then small letters. Only ASCII has case here; other letters are both."""
     upper, lower = rf"[{letters}&&[^a-z]]", rf"[{letters}&&[^A-Z]]"
     start = r"[^\r\n\p{L}\p{N}]?"
     words = rf"{start}{upper}*{lower}+{suffix}|{start}{upper}+{lower}*{suffix}"
@@ -83,56 +84,10 @@ _DEEPSEEK_LETTERS = (
 _DEEPSEEK_CJK = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff&&[^\s]]+"
 
 
-def _number_runs(text: str) -> list[tuple[int, int]]:
-    """(start, end) of every run of `\\p{N}`."""
-    from tokenizers import Regex
-    from tokenizers.pre_tokenizers import Split
-
-    between = Split(Regex(r"\p{N}+"), "removed").pre_tokenize_str(text)
-    runs, last = [], 0
-    for _, (start, end) in between:
-        if start > last:
-            runs.append((last, start))
-        last = end
-    if last < len(text):
-        runs.append((last, len(text)))
-    return runs
-
-
-def _cut(text: str, cuts: list[int]) -> list[str]:
-    edges = [0, *cuts, len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
-
-
-def _digits_by_three(text: str) -> list[str]:
-    """Groups of three digits counted from the right; the first group keeps the text before it, as in llama.cpp."""
-    cuts: list[int] = []
-    for start, end in _number_runs(text):
-        first = start + (end - start) % 3
-        cuts.extend(range(first if first > start else start + 3, end + 1, 3))
-    return _cut(text, cuts)
-
-
-def _superbpe_numbers(text: str) -> list[str]:
-    """Every run of numbers by itself, its ASCII digits in groups of three counted from the right."""
-    cuts: list[int] = []
-    for start, end in _number_runs(text):
-        cuts.append(start)
-        for digits in re.finditer("[0-9]+", text[start:end]):
-            size = digits.end() - digits.start()
-            cuts.extend(range(start + digits.start() + size % 3, start + digits.end() - 2, 3))
-        cuts.append(end)
-    return _cut(text, cuts)
-
-
-def _lines(text: str) -> list[str]:
-    return re.findall(r"[^\n]+|\n+", text)
-
-
 _Spec = PreTokenizerSpec
 _GPT2_DIGITS = (r"\p{N}", _GPT2)
 _DEEPSEEK3_ALL = (r"\p{N}{1,3}", _CJK, _DEEPSEEK3)
-_GEMMA4 = _Spec((), byte_level=False, escape_spaces=True, force_bos=True, split_first=_lines, whole_line_ends=True)
+_GEMMA4 = _Spec((), byte_level=False, escape_spaces=True, force_bos=True, split_first=lines, whole_line_ends=True)
 
 _FAMILIES: list[tuple[str, PreTokenizerSpec]] = [
     ("default", _Spec((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))),
@@ -224,24 +179,22 @@ _FAMILIES: list[tuple[str, PreTokenizerSpec]] = [
     ("viking", _Spec((_BLOOM, r"\p{N}"), clean_spaces=False)),
     (
         "tekken",
-        _Spec((_cased_words(r"\p{L}", "", r"\p{N}"),), clean_spaces=False, ignore_merges=True, add_bos=True),
+        _Spec((_casedwords(r"\p{L}", "", r"\p{N}"),), clean_spaces=False, ignore_merges=True, add_bos=True),
     ),
     (
         "gpt-4o llama4 kanana2 talkie minimax-m2",
-        _Spec((_cased_words(r"\p{L}", f"{_CONTRACTION}?", r"\p{N}{1,3}"),), clean_spaces=False),
+        _Spec((_casedwords(r"\p{L}", f"{_CONTRACTION}?", r"\p{N}{1,3}"),), clean_spaces=False),
     ),
     (
         "granite-embed-multi-97m",
-        _Spec(
-            (_cased_words(r"\p{L}\p{M}", f"{_CONTRACTION}?", r"\p{N}{1,3}"),), clean_spaces=False, ignore_merges=True
-        ),
+        _Spec((_casedwords(r"\p{L}\p{M}", f"{_CONTRACTION}?", r"\p{N}{1,3}"),), clean_spaces=False, ignore_merges=True),
     ),
     (
         "tiny_aya cohere2moe",
         _Spec(
             (rf"{_UNCASED_WORDS}|\p{{N}}{{1,3}}|{_SYMBOLS_SLASH}|{_LINES}",),
             clean_spaces=False,
-            split_first=_digits_by_three,
+            split_first=digits_by_three,
         ),
     ),
     (
@@ -270,13 +223,11 @@ _FAMILIES: list[tuple[str, PreTokenizerSpec]] = [
             merges_optional=True,
         ),
     ),
-    ("superbpe", _Spec((), clean_spaces=False, split_first=_superbpe_numbers)),
+    ("superbpe", _Spec((), clean_spaces=False, split_first=superbpe_numbers)),
     (
         "bailingmoe bailingmoe2 llada-moe",
         _Spec(
-            (
-                rf"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|{_WORD}|\p{{N}}|{_SYMBOLS}|\s*[\r\n]|{_SPACES}",
-            ),
+            (rf"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|{_WORD}|\p{{N}}|{_SYMBOLS}|\s*[\r\n]|{_SPACES}",),
             clean_spaces=False,
         ),
     ),
@@ -295,10 +246,10 @@ _FAMILIES: list[tuple[str, PreTokenizerSpec]] = [
                 _DEEPSEEK3,
             ),
             clean_spaces=False,
-            split_first=_digits_by_three,
+            split_first=digits_by_three,
         ),
     ),
-    ("laguna", _Spec((_QWEN2,), clean_spaces=False, split_first=_lines)),
+    ("laguna", _Spec((_QWEN2,), clean_spaces=False, split_first=lines)),
     (
         "exaone-moe",
         _Spec(
@@ -311,16 +262,18 @@ _FAMILIES: list[tuple[str, PreTokenizerSpec]] = [
     ("gemma4 granite-embed-multi-311m", _GEMMA4),
     (
         "sarvam-moe",
-        _Spec((), byte_level=False, escape_spaces=True, clean_spaces=False, split_first=_lines),
+        _Spec((), byte_level=False, escape_spaces=True, clean_spaces=False, split_first=lines),
     ),
-    ("whitespace", _Spec((r"\S+",), byte_level=False)),
+    ("whitespace", _Spec((), byte_level=False, split_first=words)),
 ]
 
 PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {name: spec for names, spec in _FAMILIES for name in names.split()}
 
 
 def pre_tokenizer_spec(name: str) -> PreTokenizerSpec:
-    """The spec for a `tokenizer.ggml.pre` name; an unknown one is an error, since a wrong split quietly makes a model worse."""
+    """The spec for a `tokenizer.ggml.pre` name; an unknown one is an error, since a wrong split quietly makes a model
+    worse.
+    """
     spec = PRE_TOKENIZERS.get(name)
     if spec is None:
         raise TokenizerError(
@@ -332,9 +285,11 @@ def pre_tokenizer_spec(name: str) -> PreTokenizerSpec:
 
 
 def build_pre_tokenizer(spec: PreTokenizerSpec) -> PreTokenizer | None:
-    """The `tokenizers` form of `spec.patterns` and its alphabet; `split_first` is the caller's. None: no split at all."""
+    """The `tokenizers` form of `spec.patterns` and its alphabet; `split_first` is the caller's. None: no split at
+    all.
+    """
     from tokenizers import Regex
-    from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
     steps: list[PreTokenizer] = [Split(Regex(pattern), "isolated") for pattern in spec.patterns]
     if spec.byte_level:

@@ -1,7 +1,8 @@
 """Cuts text at special tokens, before anything else looks at it.
 
-The rule is llama.cpp's (`tokenizer_st_partition`): the longest token takes all its occurrences first, then the next longest in what is left,
-and so on. That is not the leftmost-longest rule of most libraries, and differs where special tokens overlap.
+The rule is llama.cpp's (`tokenizer_st_partition`): the longest token takes all its occurrences first, then the next
+longest in what is left, and so on. That is not the leftmost-longest rule of most libraries, and differs where special
+tokens overlap.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class SpecialSplitter:
 
 
 class _Index:
-    """Finds quickly which tokens a text may hold, by their first characters: a vocabulary can have thousands of them."""
+    """Finds quickly which tokens a text may hold, by their first characters: there can be thousands of them."""
 
     def __init__(self, ordered: list[SpecialToken]) -> None:
         self.filler = "\0" if all("\0" not in token.text for token in ordered) else "\uffff"

@@ -1,13 +1,13 @@
 """A model's tokenizer, from GGUF metadata alone.
 
-`load_tokenizer` picks the algorithm by `tokenizer.ggml.model`: byte-pair encoding (`gpt2`, `gemma4`), SentencePiece BPE (`llama`) or WordPiece
-(`bert`). Ids equal llama.cpp's, which is what a file's maker tested it with.
+`load_tokenizer` picks the algorithm by `tokenizer.ggml.model`: byte-pair encoding (`gpt2`, `gemma4`, `whitespace`),
+SentencePiece BPE (`llama`) or WordPiece (`bert`). Ids equal llama.cpp's, which is what a file's maker tested it with.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -79,8 +79,9 @@ class Tokenizer:
         return "" if self.eos_id is None else self.token_text(self.eos_id)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Ids of `text`. `add_special` puts BOS and EOS where the model wants them; `parse_special` reads control tokens such as
-        `<|im_start|>` as themselves, so use it only for text that no user wrote. Lone surrogates count as U+FFFD.
+        """Ids of `text`. `add_special` puts BOS and EOS where the model wants them; `parse_special` reads control
+        tokens such as `<|im_start|>` as themselves, so use it only for text that no user wrote. Lone surrogates count
+        as U+FFFD.
         """
         if not text.isascii():
             text = _SURROGATE.sub("\ufffd", text)
@@ -99,9 +100,14 @@ class Tokenizer:
             out.append(self._end_id)
         return out
 
+    def split_special(self, text: str) -> list[str | int]:
+        """The special tokens that `text` spells, as ids, and the text between them, in order."""
+        return self._splitter.split(text, parse_special=True)
+
     def decode(self, ids: list[int], skip_special: bool = True, clean_spaces: bool | None = None) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` leaves control tokens out, and BOS and EOS with
-        them. `clean_spaces` (default: what the model's family does) drops spaces before punctuation: " ?" becomes "?".
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` leaves control tokens out, and
+        BOS and EOS with them. `clean_spaces` (default: what the model's family does) drops spaces before punctuation:
+        " ?" becomes "?".
         """
         first_space = self.rules.add_space_prefix
         if skip_special and self.add_bos and ids and ids[0] == self.bos_id:
@@ -176,16 +182,18 @@ def _build(file: GGUFFile) -> Tokenizer:
         return _build_spm(file)
     if model == "bert":
         return _build_wordpiece(file)
-    if model in ("gpt2", "gemma4"):
-        return _build_bpe(file, "gemma4" if model == "gemma4" else file.metadata.get("tokenizer.ggml.pre"))
+    if model in ("gpt2", "whitespace"):
+        return _build_bpe(file, file.metadata.get("tokenizer.ggml.pre"))
+    if model == "gemma4":
+        return _build_bpe(file, "gemma4")
     if model is None:
         raise TokenizerError(
             "the file names no tokenizer (tokenizer.ggml.model); use a GGUF that was converted with its tokenizer",
             param="tokenizer.ggml.model",
         )
     raise TokenizerError(
-        f"tokenizer model '{model}' (tokenizer.ggml.model) is not supported; supported: gpt2, llama, bert, gemma4. "
-        "Use another model, or give token ids instead of text",
+        f"tokenizer model '{model}' (tokenizer.ggml.model) is not supported; supported: gpt2, llama, bert, gemma4, "
+        "whitespace. Use another model, or give token ids instead of text",
         param="tokenizer.ggml.model",
     )
 
@@ -229,6 +237,8 @@ def _build_bpe(file: GGUFFile, pre: object) -> Tokenizer:
             param="tokenizer.ggml.pre",
         )
     spec = pre_tokenizer_spec(str(pre))
+    if pre == "whitespace":
+        spec = replace(spec, lowercase=_flag(file, "normalizer.lowercase", False))
     merges = file.metadata.get("tokenizer.ggml.merges")
     if merges is None and spec.merges_optional:
         merges = []
@@ -248,13 +258,18 @@ def _build_bpe(file: GGUFFile, pre: object) -> Tokenizer:
 
 
 def _special_tokens(file: GGUFFile, vocabulary: Vocabulary) -> list[SpecialToken]:
-    """The tokens that text is cut at; which of them take white space along is known by the model's name only, as in llama.cpp."""
+    """The tokens that text is cut at; which of them take white space along is known by the model's name only, as in
+    llama.cpp.
+    """
     name = str(file.metadata.get("general.name", "")).lower()
     pre = str(file.metadata.get("tokenizer.ggml.pre", ""))
     arch = str(file.metadata.get("general.architecture", ""))
     left: frozenset[str] = frozenset()
     strip_right = False
-    if any(s in pre for s in ("jina-v2-de", "jina-v2-es", "jina-v2-code")) or arch in ("nomic-bert-moe", "jina-bert-v3"):
+    if any(s in pre for s in ("jina-v2-de", "jina-v2-es", "jina-v2-code")) or arch in (
+        "nomic-bert-moe",
+        "jina-bert-v3",
+    ):
         left = frozenset(["<mask>"])
     elif "phi-3" in name or "phi3" in name:
         strip_right = True

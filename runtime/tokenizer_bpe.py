@@ -1,6 +1,7 @@
 """Byte-pair encoding with a merge list (`tokenizer.ggml.model` = `gpt2`), by the `tokenizers` library.
 
-Building from lists (0.2 s for 150k tokens) is faster than parsing any stored form of the result, so nothing is kept on disk.
+Building from lists (0.2 s for 150k tokens) is faster than parsing any stored form of the result, so nothing is kept
+on disk.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ class BpeEncoder:
         self._tokenizer = Tokenizer(self._model(merges))
         pre_tokenizer = build_pre_tokenizer(spec)
         if pre_tokenizer is not None:
-            self._tokenizer.pre_tokenizer = pre_tokenizer  # type: ignore[assignment]
+            self._tokenizer.pre_tokenizer = pre_tokenizer
 
     def encode(self, text: str, after_special: bool) -> list[int]:
         """Ids of a piece of text."""
         spec = self._spec
         if spec.escape_spaces:
             text = text.replace(" ", SPACE)
+        if spec.lowercase:
+            text = "".join([c.lower()[0] for c in text])
         if spec.split_first is None:
             return self._encode(text)
         out: list[int] = []
@@ -55,7 +58,7 @@ class BpeEncoder:
             if type(error).__name__ != "PanicException":
                 raise
             raise TokenizerError(
-                f"a text of {len(text):,} characters has a run too long for the pre-tokenizer; split it into smaller texts"
+                f"a run in this text of {len(text):,} characters is too long for the pre-tokenizer; give smaller texts"
             ) from error
         if self._made_up and max(ids, default=0) >= self._count:
             return [i for token in ids for i in self._made_up.get(token, (token,))]
@@ -77,7 +80,9 @@ class BpeEncoder:
             return models.BPE(vocab=vocab, merges=pairs, **options)
 
     def _make_up(self, vocab: dict[str, int], pairs: list[tuple[str, str]]) -> None:
-        """Give parts of merges that are no tokens ids past the vocabulary; `encode` takes them apart into byte tokens."""
+        """Give parts of merges that are no tokens ids past the vocabulary; `encode` takes them apart into byte
+        tokens.
+        """
         for left, right in pairs:
             for part in (left, right, left + right):
                 if part not in vocab:

@@ -1,8 +1,10 @@
-"""SentencePiece BPE (`tokenizer.ggml.model` = `llama`): merge the neighbours whose joint piece scores highest, until none is a piece.
+"""SentencePiece BPE (`tokenizer.ggml.model` = `llama`): merge the neighbours whose joint piece scores highest, until
+none is a piece.
 
-Source: llama.cpp's `llm_tokenizer_spm_session`, after SentencePiece's `bpe_model.cc`. `tokenizers` cannot say it: its BPE ranks merges by their
-place in a list, so that two merges never tie, while here pieces of one score (runs of spaces, for instance) merge leftmost first. Deriving
-a merge list would also take longer than reading the file. So the merges stay implicit in the scores, and words are remembered.
+Source: llama.cpp's `llm_tokenizer_spm_session`, after SentencePiece's `bpe_model.cc`. `tokenizers` cannot say it: its
+BPE ranks merges by their place in a list, so that two merges never tie, while here pieces of one score (runs of
+spaces, for instance) merge leftmost first. Deriving a merge list would also take longer than reading the file. So the
+merges stay implicit in the scores, and words are remembered.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ _MAX_WORD = 48  # characters; longer ones hardly come twice
 
 
 class SpmEncoder:
-    """Text to ids. A character that is no piece becomes its `<0xXX>` bytes, or the unknown token where those are missing."""
+    """Text to ids. A character that is no piece becomes its `<0xXX>` bytes, or the unknown token where those are
+    missing.
+    """
 
     def __init__(self, vocabulary: Vocabulary, add_space_prefix: bool) -> None:
         self._ids = vocabulary.ids
@@ -65,12 +69,14 @@ class SpmEncoder:
             return known
         if self._unknown is None:
             raise TokenizerError(
-                f"the vocabulary has no piece, no bytes and no unknown token for {character!r}; leave this character out"
+                f"the vocabulary has no piece, bytes or unknown token for {character!r}; leave this character out"
             )
         return [self._unknown]
 
     def _merge(self, word: str) -> list[str]:
-        """The symbols that remain of `word`. O(n log n): a heap of (cost, position, joint length), stale entries skipped."""
+        """The symbols that remain of `word`. O(n log n): a heap of (cost, position, joint length), stale entries
+        skipped.
+        """
         ids, costs = self._ids, self._costs
         symbols = list(word)
         n = len(symbols)
@@ -103,9 +109,11 @@ class SpmEncoder:
 
 
 def _word_pattern(pieces: list[str]) -> re.Pattern[str]:
-    """Where text can be cut before merging without changing the result: between two characters that no piece holds side by side.
+    """Where text can be cut before merging without changing the result: between two characters that no piece holds
+    side by side.
 
-    Nearly every vocabulary keeps a space at the start of its pieces, and line ends to themselves; both are checked here.
+    Nearly every vocabulary keeps a space at the start of its pieces, and line ends to themselves; both are checked
+    here.
     """
     joined = " ".join(pieces)  # a plain space never reaches the merges, so it joins nothing
     before_space = {pair[0] for pair in re.findall(f"[^ {SPACE}]{SPACE}", joined)}

@@ -1,18 +1,22 @@
-"""WordPiece (`tokenizer.ggml.model` = `bert`): clean the text, split it into words, cover each word greedily with the longest pieces.
+"""WordPiece (`tokenizer.ggml.model` = `bert`): clean the text, split it into words, cover each word greedily with the
+longest pieces.
 
-Source: Devlin et al. 2018 (BERT) and llama.cpp's `llm_tokenizer_wpm_session`. In GGUF a piece that begins a word carries U+2581 in front,
-and one inside a word has lost its `##`. As in llama.cpp, decomposition keeps the first code point only.
+Source: Devlin et al. 2018 (BERT) and llama.cpp's `llm_tokenizer_wpm_session`. In GGUF a piece that begins a word
+carries U+2581 in front, and one inside a word has lost its `##`. As in llama.cpp, decomposition keeps the first code
+point only.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 from pyinfer.errors import TokenizerError
+from pyinfer.runtime.pretokenizer_steps import WHITE_SPACE
 from pyinfer.runtime.vocabulary import Vocabulary
 
 SPACE = "\u2581"
-_WHITE = frozenset((*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000))
+_WHITE = re.compile(f"[{WHITE_SPACE}]")
 _CJK = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -27,7 +31,9 @@ _MAX_REMEMBERED = 100_000
 
 
 class _Cleaner(dict[int, str]):
-    """A table for `str.translate` that works itself out: what each code point becomes before the text is split at spaces."""
+    """A table for `str.translate` that works itself out: what each code point becomes before the text is split at
+    spaces.
+    """
 
     def __init__(self, lowercase: bool, strip_accents: bool) -> None:
         super().__init__()
@@ -43,7 +49,7 @@ class _Cleaner(dict[int, str]):
         if self._strip_accents:
             char = unicodedata.normalize("NFD", char)[0]
         codepoint, category = ord(char), unicodedata.category(char)
-        if codepoint in _WHITE:
+        if _WHITE.match(char):
             return " "
         if codepoint in (0, 0xFFFD) or category in ("Cc", "Cf", "Co", "Cs"):
             return ""
@@ -68,7 +74,7 @@ class WordPieceEncoder:
         unknown = vocabulary.special.get("unk")
         if unknown is None:
             raise TokenizerError(
-                "this WordPiece vocabulary names no unknown token (tokenizer.ggml.unknown_token_id); convert the model again"
+                "the vocabulary has no unknown token (tokenizer.ggml.unknown_token_id); convert the model again"
             )
         self._unknown = unknown
         self._remembered: dict[str, list[int]] = {}

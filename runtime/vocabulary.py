@@ -1,8 +1,9 @@
 """The vocabulary of a GGUF file: pieces, kinds, scores, special ids, and which tokens end a generation.
 
-Rules and defaults are llama.cpp's (`llama_vocab::impl::load`), so that every file means here what it means there. Two differences, both
-for safety: gpt-oss's channel markers stay control tokens (llama.cpp lets any text spell them), though decode shows them as there; and of
-several tokens that could be the end of a turn, the first of our list is `eot_id` (llama.cpp takes the first of a hash table).
+Rules and defaults are llama.cpp's (`llama_vocab::impl::load`), so that every file means here what it means there. Two
+differences, both for safety: gpt-oss's channel markers stay control tokens (llama.cpp lets any text spell them),
+though decode shows them as there; and of several tokens that could be the end of a turn, the first of our list is
+`eot_id` (llama.cpp takes the first of a hash table).
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ _KEY_NAMES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # "sepera
 
 @dataclass
 class Vocabulary:
-    """Pieces by id with their kinds and scores; `special` maps bos, eos, eot, ... to ids. Read-only after `read_vocabulary`."""
+    """Pieces by id with their kinds and scores; `special` maps bos, eos, eot, ... to ids. Read-only after
+    `read_vocabulary`.
+    """
 
     pieces: list[str]
     ids: dict[str, int]
@@ -132,7 +135,7 @@ def _numbers(file: GGUFFile, key: str, count: int, dtype: type[np.generic]) -> n
         return None
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf" or len(values) < count:
         raise TokenizerError(
-            f"{key} does not hold one number for each of the {count} tokens; the file is damaged: fetch or convert it again"
+            f"{key} does not hold one number for each of the {count} tokens; the file is damaged, fetch it again"
         )
     return values[:count].astype(dtype)
 
