@@ -32,7 +32,7 @@ class GoldenPrompt:
         return float(np.abs(self._logprobs(logits) - self.top_logprobs).max())
 
     def kl(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        """KL(exact || logits) at each of `rows`, with all tokens outside the known 64 as one."""
+        """KL(exact || logits) at each of `rows`, all other tokens taken as one (a little under the whole KL)."""
         ours = self._logprobs(logits)
         p, q = np.exp(self.top_logprobs), np.exp(ours)
         p_rest, q_rest = (np.maximum(1 - x.sum(1), 1e-12) for x in (p, q))

@@ -56,6 +56,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama scale_linear": ("llama", {"shape": _WIDE, "metadata": {"llama.rope.scale_linear": 4.0}}),
     "llama scaling none": ("llama", {"shape": _WIDE, "metadata": _scaling("llama", "none")}),
     "llama yarn": ("llama", {"shape": _WIDE, "metadata": _scaling("llama", "yarn")}),
+    # both ends of yarn's ramp lie inside the head
+    "llama yarn ramp": (
+        "llama",
+        {
+            "shape": _WIDE,
+            "metadata": {
+                **_scaling("llama", "yarn", original_context_length=1024),
+                "llama.rope.freq_base": 500.0,
+            },
+        },
+    ),
     "llama yarn attn_factor": ("llama", {"shape": _WIDE, "metadata": _scaling("llama", "yarn", attn_factor=0.8)}),
     "llama linear attn_factor": ("llama", {"shape": _WIDE, "metadata": _scaling("llama", "linear", attn_factor=0.8)}),
     "llama yarn rope_freqs": (
