@@ -17,7 +17,7 @@ from pyinfer.runtime.outputs import TokenLogprobs
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.server.decoding import read_request
 from pyinfer.server.errors import json_response
-from pyinfer.server.generation import Delta, Generation
+from pyinfer.server.generation import Delta, Generation, Usage
 from pyinfer.server.logprobs import CompletionLogprobs, prompt_logprobs_json
 from pyinfer.server.parameters import completion_params, wants_usage
 from pyinfer.server.reply import Reply, service_of
@@ -38,6 +38,11 @@ class _Form:
     prompts: list[list[int]]
     echo: list[str] | None  # the prompts' texts, where they precede the answers
     answer: bool = True  # False: `max_tokens` is 0, only the prompts are scored
+
+    def usage(self, generation: Generation) -> Usage:
+        if not self.answer:
+            generation.usage.completion_tokens = 0
+        return generation.usage
 
 
 class _Choice:
@@ -93,35 +98,43 @@ async def completions(request: Request) -> Response:
     if params.needs_logprobs and params.logprobs is None:
         params = params.replace(logprobs=0)  # best_of ranks by them
     include_usage = wants_usage(body)
-    prompts, texts = await asyncio.to_thread(_prompts, body.prompt, model)
+    prompts = await asyncio.to_thread(_prompts, body.prompt, model)
     if len(prompts) * params.n_samples > MAX_SAMPLES:
         raise RequestError(
             f"prompt has {len(prompts)} entries of {params.n_samples} samples; at most {MAX_SAMPLES} samples fit into "
             "a request: send several",
             param="prompt",
         )
-    form = _Form(asked, prompts, texts if body.echo else None, answer=not scores_only)
     reply = Reply("cmpl", name, include_usage)
     generation = Generation(model, prompts, params, reply.id)
+    form = _Form(asked, prompts, _texts(body, prompts, model) if body.echo else None, answer=not scores_only)
     if body.stream:
         return EventStream(_events(model, form, generation, reply))
     answer = await while_connected(request.receive, _whole(model, form, generation, reply))
     return json_response(msgspec.json.encode(answer))
 
 
-def _prompts(
-    prompt: str | list[str] | list[int] | list[list[int]] | None, model: ServedModel
-) -> tuple[list[list[int]], list[str]]:
-    """Token ids and text of each prompt; text is encoded with the model's BOS."""
+def _prompts(prompt: str | list[str | int | list[int]] | None, model: ServedModel) -> list[list[int]]:
+    """Token ids of each prompt; text is encoded with the model's BOS."""
     if prompt is None:
         raise RequestError("prompt is missing; give a string, a list of strings, or token ids", param="prompt")
-    if not prompt:
-        raise RequestError(f"prompt is {prompt!r}; give at least one character or token", param="prompt")
     tokenizer = model.tokenizer
-    entries = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    ids = [tokenizer.encode(entry) if isinstance(entry, str) else list(entry) for entry in entries]
-    texts = [entry if isinstance(entry, str) else tokenizer.decode(list(entry), False) for entry in entries]
-    return ids, texts
+    entries: list[str | list[int]] = [prompt] if isinstance(prompt, str) else []
+    if isinstance(prompt, list):
+        token_ids = [entry for entry in prompt if isinstance(entry, int)]
+        entries = [token_ids] if token_ids else [entry for entry in prompt if not isinstance(entry, int)]
+        if len({type(entry) for entry in prompt}) > 1:
+            raise RequestError("prompt mixes strings, token ids and lists; use one kind", param="prompt")
+    if not entries or not all(entries):
+        raise RequestError("prompt is empty; give at least one character or token", param="prompt")
+    return [tokenizer.encode(entry) if isinstance(entry, str) else entry for entry in entries]
+
+
+def _texts(body: CompletionRequest, prompts: list[list[int]], model: ServedModel) -> list[str]:
+    """What `echo` shows: text as it was given, token ids decoded."""
+    given = [body.prompt] if isinstance(body.prompt, str) else body.prompt or []
+    texts = [entry for entry in given if isinstance(entry, str)]
+    return texts or [model.tokenizer.decode(ids, skip_special=False) for ids in prompts]
 
 
 async def _fields(
@@ -147,7 +160,7 @@ async def _events(
             if fields["text"] or fields["logprobs"] is not None or fields["finish_reason"] is not None:
                 yield reply.chunk(_OBJECT, [{"index": index, **fields}])
     if reply.include_usage:
-        yield reply.usage_chunk(_OBJECT, generation.usage)
+        yield reply.usage_chunk(_OBJECT, form.usage(generation))
 
 
 async def _whole(model: ServedModel, form: _Form, generation: Generation, reply: Reply) -> dict[str, Any]:
@@ -161,7 +174,7 @@ async def _whole(model: ServedModel, form: _Form, generation: Generation, reply:
     for start in range(0, len(bodies), samples):
         ranked = sorted(range(start, start + samples), key=lambda i: choices[i].score, reverse=True)
         kept += [bodies[i] for i in (ranked[:n] if samples > n else range(start, start + samples))]
-    return reply.whole(_OBJECT, [{"index": i, **body} for i, body in enumerate(kept)], generation.usage)
+    return reply.whole(_OBJECT, [{"index": i, **body} for i, body in enumerate(kept)], form.usage(generation))
 
 
 def _append(body: dict[str, Any], fields: dict[str, Any]) -> None:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from starlette.requests import Request
 
 from pyinfer.errors import RequestError
 from pyinfer.server.errors import BodyTooLargeError
+from pyinfer.server.schemas import Role
 
 MAX_BODY = 64 << 20  # bytes; a context of a million tokens fits many times
 T = TypeVar("T", bound=msgspec.Struct)
 
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>.*)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(?P<field>.*)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<field>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_KINDS = {
+    "str": "a string",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
 _WRONG = re.compile(r"(?P<text>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
 
 
@@ -65,8 +74,21 @@ def _explained(text: str, body: bytes, schema: type[msgspec.Struct]) -> RequestE
     match = _WRONG.match(text)
     assert match is not None  # the pattern takes every text
     name = _dotted(match["path"]) or "body"
-    expected = match["text"].split(", got")[0].replace("Expected ", "must be ").replace("`", "")
-    return RequestError(f"{name} is {_shown(body, name)}; it {expected}", param=name, code="invalid_type")
+    return RequestError(
+        f"{name} is {_shown(body, name)}; it must be {_expected(match['text'], name)}", param=name, code="invalid_type"
+    )
+
+
+def _expected(text: str, name: str) -> str:
+    """ "a number or null" for msgspec's "Expected `float | null`, got `str`"."""
+    kinds = re.match(r"Expected `(.*?)`(?! *\|)", text)
+    if kinds is not None:
+        return " or ".join(_KINDS.get(kind.strip(), kind.strip()) for kind in kinds[1].split("|"))
+    if name.endswith(".role"):
+        return f"one of {', '.join(get_args(Role))}"
+    if "length >= 1" in text:
+        return "a list of at least one entry"
+    return "something else: " + text[:1].lower() + text[1:].replace("`", "")
 
 
 def _dotted(path: str | None) -> str:

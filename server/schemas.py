@@ -6,7 +6,7 @@ supported are declared too, so that their refusal can say what to do instead.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -108,7 +108,7 @@ class SamplingFields(_Strict, kw_only=True):
 class ChatCompletionRequest(SamplingFields, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -143,7 +143,7 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
 class CompletionRequest(SamplingFields, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: str | list[str | int | list[int]] | None = None  # all entries of one kind
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -168,7 +168,7 @@ class DetokenizeRequest(_Strict, kw_only=True):
 class ApplyTemplateRequest(_Strict, kw_only=True):
     """POST /apply-template, llama-server's form."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
     add_generation_prompt: bool = True
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from pyinfer.runtime.tokenizer import Tokenizer
 
 
-class Stream(AsyncIterator[RequestOutput], Protocol):
+class Stream(Protocol):
     """A submitted request's chunks; closing it aborts the request."""
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 
     async def aclose(self) -> None: ...
 

@@ -1,0 +1,151 @@
+"""`pyinfer serve`: the HTTP server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyinfer.cli.options import EngineOptions, with_engine_options
+from pyinfer.runtime.catalogue import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from pyinfer.runtime.engine_client import EngineClient
+    from pyinfer.runtime.loader import LoadedModel
+    from pyinfer.server.service import Service
+
+_PANEL = "Server"
+
+
+@with_engine_options
+def serve(
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="A path, a name or pypi:PACKAGE.", show_default=True)
+    ] = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.", rich_help_panel=_PANEL)] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0: any that is free.", rich_help_panel=_PANEL)
+    ] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Ask clients for this key.", rich_help_panel=_PANEL)
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Name of the model in the API; may be repeated.", rich_help_panel=_PANEL),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="Let pages of this origin call the API; may be repeated.", rich_help_panel=_PANEL
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Jinja template instead of the model's own.", rich_help_panel=_PANEL),
+    ] = None,
+    *,
+    engine: EngineOptions,
+) -> None:
+    """Serve a model over HTTP: OpenAI's API under /v1, and a chat page."""
+    from pyinfer.runtime.chat_template import read_template
+    from pyinfer.server.service import Service
+
+    if chat_template is not None:
+        read_template(chat_template)  # a wrong path should not wait for the model
+    names = served_model_name or [model_name(model)]
+    runner = _Runner(model, engine, chat_template, Service(names))
+    runner.run(host, port, api_key or None, cors_origin or [])
+
+
+def model_name(reference: str) -> str:
+    """What the API calls a model: a file's stem, or the reference itself."""
+    return Path(reference).stem if reference.lower().endswith(".gguf") else reference
+
+
+class _Runner:
+    """One run of the server; holds what has to be closed at its end."""
+
+    def __init__(self, reference: str, engine: EngineOptions, chat_template: Path | None, service: Service) -> None:
+        self._reference = reference
+        self._engine = engine
+        self._chat_template = chat_template
+        self._service = service
+        self._loaded: LoadedModel | None = None
+        self._client: EngineClient | None = None
+        self._url = ""
+
+    def run(self, host: str, port: int, api_key: str | None, cors_origins: list[str]) -> None:
+        from pyinfer.server.launch import open_socket, run_server, url_of
+
+        with open_socket(host, port) as listener:
+            self._url = url_of(listener)
+            from pyinfer.server.app import create_app
+
+            app = create_app(self._service, api_key=api_key, cors_origins=cors_origins)
+            verbose = logging.getLogger("pyinfer").isEnabledFor(logging.INFO)
+            is_loaded = run_server(app, listener, self._load, access_log=verbose)
+        if not is_loaded:
+            sys.stdout.flush()
+            os._exit(0)  # a compiler cannot be interrupted, and nothing is lost
+        if self._client is not None:
+            self._client.close()
+        if self._loaded is not None:
+            self._loaded.close()
+
+    def _load(self) -> None:
+        from pyinfer.cli.loading import LoadingLine
+        from pyinfer.cli.progress import terminal_progress
+        from pyinfer.runtime.engine_client import EngineClient
+        from pyinfer.runtime.hub import resolve
+        from pyinfer.runtime.loader import load_model
+        from pyinfer.server.service import ServedModel
+
+        line = LoadingLine()
+        path = resolve(self._reference, terminal_progress())
+        try:
+            self._loaded = loaded = load_model(
+                path, progress=line, chat_template=self._chat_template, **self._engine.as_kwargs()
+            )
+        finally:
+            line.clear()
+        self._client = EngineClient.in_process(loaded.engine)
+        info = loaded.info
+        self._service.set_ready(
+            ServedModel(
+                client=self._client,
+                tokenizer=loaded.tokenizer,
+                template=loaded.chat_template,
+                n_ctx=loaded.n_ctx,
+                n_ctx_train=info.n_ctx_train or loaded.n_ctx,
+                chat_defaults=loaded.chat_params,
+                path=str(path),
+                max_num_seqs=loaded.config.max_sequences,
+                description={"n_params": info.n_params, "size": info.size, "n_vocab": info.n_vocab},
+            )
+        )
+        self._announce(loaded)
+
+    def _announce(self, loaded: LoadedModel) -> None:
+        from pyinfer.cli.console import print_facts
+        from pyinfer.runtime.sizes import format_binary
+
+        config = loaded.config
+        tokens = config.n_pages * config.block_size
+        print_facts(
+            f"Serving {self._service.names[0]}: {self._url}",
+            [
+                ("model", loaded.info.model_type),
+                ("context", f"{loaded.n_ctx} tokens of {loaded.info.n_ctx_train}"),
+                ("KV cache", f"{format_binary(loaded.kv_bytes)}, {tokens} tokens, {config.kv_dtype}"),
+                ("threads", config.n_threads),
+                ("chat template", None if loaded.chat_template else "none; give one with --chat-template FILE"),
+                ("API", f"{self._url}/v1"),
+            ],
+        )
+        sys.stdout.flush()
