@@ -20,8 +20,11 @@ class ISA:
     half: bool  # the CPU converts float16 by itself
     cpu: str  # LLVM's target CPU and features
     features: str
+    prefetch: int = 0  # bytes ahead that weights are asked for; 0 leaves it to the hardware
 
 
+# Measured: Zen 5 reads Q5_K and Q6_K 1.7 times faster with it, Zen 4 up to twice slower.
+_PREFETCH = {"znver5": 4096}
 _CHOICES = ("avx512vnni", "avxvnni", "avx2", "portable")
 
 
@@ -58,11 +61,11 @@ def make_isa(name: str) -> ISA:
         raise ConfigError(f"PYINFER_ISA={name!r} needs instructions this CPU lacks; it can run {', '.join(available())}")
     cpu, has, features = _host()
     if name == "avx512vnni":
-        return ISA(name, 16, "vpdpbusd", True, cpu, features)
+        return ISA(name, 16, "vpdpbusd", True, cpu, features, _PREFETCH.get(cpu, 0))
     if name == "avxvnni":
-        return ISA(name, 8, "vpdpbusd", True, cpu, features)
+        return ISA(name, 8, "vpdpbusd", True, cpu, features, _PREFETCH.get(cpu, 0))
     if name == "avx2":
-        return ISA(name, 8, "vpmaddubsw", True, cpu, features)
+        return ISA(name, 8, "vpmaddubsw", True, cpu, features, _PREFETCH.get(cpu, 0))
     # On x86 portable code must not lean on what the host happens to have: it is the path for the oldest machines.
     if "sse2" in has:
         return ISA(name, 4, "widen", False, "x86-64", "+sse2")

@@ -124,9 +124,6 @@ def emit_block_tile(source: BlockSource) -> Any:
             dm = [e.load_halves(e.at(record, 32 + 2 * e.L * v)) for v in range(vectors)] if source.dm_at else None
             if per_record == 1:
                 _block32(e, fmt, rows, record, x_record, 0, d, dm, sums)
-            elif rows == 1:
-                for j in range(per_record):
-                    _block32(e, fmt, rows, record, e.at(x_record, j * RECORD * rows), j, d, dm, sums)
             else:
                 with e.loop(per_record) as j:
                     _block32(e, fmt, rows, record, e.at(x_record, e.mul(j, RECORD * rows)), j, d, dm, sums)
@@ -142,6 +139,11 @@ def _block32(
     b = e.b
     at_j = (lambda n: j * n) if isinstance(j, int) else (lambda n: e.mul(j, n))
     payload = e.at(e.at(record, fmt.payload_at), at_j(fmt.bits * 64))
+    if e.isa.prefetch:
+        lines = -(-fmt.record_bytes // (64 * (fmt.columns // 32)))
+        ahead = e.at(e.at(record, e.isa.prefetch), at_j(64 * lines))
+        for i in range(lines):
+            e.prefetch(e.at(ahead, 64 * i))
     per_32 = 32 // fmt.sub_block
     units = 8 // per_32
     for v in range(len(d)):
