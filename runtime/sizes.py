@@ -10,13 +10,11 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 
 
-def parse_size(text: str, *, param: str | None = None) -> int:
+def parse_size(text: str) -> int:
     """'4GiB', '4g', '512M', '1.5G' or '1048576' in bytes; units are powers of 1024, as in llama.cpp and docker."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise ConfigError(
-            f"{text!r} is not a size; write bytes or a number with K, M, G or T, like 512M or 4G", param=param
-        )
+        raise ConfigError(f"{text!r} is not a size; write bytes or a number with K, M, G or T, like 512M or 4G")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 

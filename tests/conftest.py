@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,14 +22,38 @@ def model_path(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     from pyinfer.runtime.hub import resolve
     from pyinfer.runtime.progress import SilentProgress
 
-    large_wanted = "large" in str(request.config.getoption("markexpr")).replace("not large", "")
+    large_left_out = "not large" in str(request.config.getoption("markexpr"))
     paths: dict[str, Path] = {}
 
     def path_of(name: str) -> Path:
-        if name in LARGE_MODELS and not large_wanted:
+        if name in LARGE_MODELS and large_left_out:
             pytest.fail(f"{name} is a large download: mark this test `large`")
         if name not in paths:
             paths[name] = resolve(name, SilentProgress())
         return paths[name]
 
     return path_of
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty PYINFER_HOME and no other PYINFER_ variables."""
+    for key in [key for key in os.environ if key.startswith("PYINFER_")]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("PYINFER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process: exit code, stdout, stderr."""
+
+    def call(*args: str) -> tuple[int, str, str]:
+        from pyinfer.cli.entry import run
+
+        code = run(list(args))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

