@@ -107,16 +107,13 @@ class Scheduler:
         return budget - count
 
     def _admit_waiting(self, plan: Plan, budget: int) -> None:
-        i = 0
-        while budget > 0 and i < len(self.waiting) and self._free_slots:
-            sequence = self.waiting[i]
-            if sequence.is_held:
-                i += 1
-                continue
-            if not self._admit(sequence):
+        n_admitted = 0
+        for sequence in self.waiting:
+            if budget == 0 or not self._free_slots or sequence.is_held or not self._admit(sequence):
                 break
-            del self.waiting[i]
+            n_admitted += 1
             budget = self._plan(plan, sequence, budget)
+        del self.waiting[:n_admitted]
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence the pages of all its tokens, shared where the prefix is known; False if they lack."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.batch import Batch
@@ -35,14 +36,14 @@ class FakeStage:
         self.n_vocab = n_vocab
         self.checks = checks
         self.kv = np.full(config.n_pages * config.block_size, -1, np.int64)
-        self.weights = rng.integers(1, 2**62, config.n_ctx, dtype=np.uint64) | np.uint64(1)
+        self.weights = rng.integers(1, 2**62, 4096, dtype=np.uint64) | np.uint64(1)
         self.logits = rng.standard_normal((1024, n_vocab)).astype(np.float32) * 2
         self.n_steps = 0
         self.n_tokens = 0
         self.fail_at: int | None = None  # raise in this step
         self.closed = False
 
-    def run(self, batch: Batch) -> np.ndarray:
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         self.n_steps += 1
         self.n_tokens += batch.n_tokens
         block_size = self.config.block_size
@@ -58,9 +59,12 @@ class FakeStage:
             n = int(batch.positions[row]) + 1
             pages = batch.page_tables[owner, : -(-n // block_size)].astype(np.int64)
             slots = (pages[:, None] * block_size + np.arange(block_size)).reshape(-1)[:n]
-            tokens = self.kv[slots].astype(np.uint64)
-            out[i] = self.logits[int((tokens * self.weights[:n]).sum() >> np.uint64(20)) % 1024]
+            out[i] = self.logits_after(self.kv[slots])
         return out
+
+    def logits_after(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """What follows these tokens, [n_vocab]: any change of a token or of the order gives other logits."""
+        return self.logits[int((tokens.astype(np.uint64) * self.weights[: len(tokens)]).sum() >> np.uint64(20)) % 1024]
 
     def copy_page(self, source: int, target: int) -> None:
         raise AssertionError("not used")

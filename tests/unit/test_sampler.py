@@ -147,10 +147,18 @@ def test_randomness_is_keyed_by_seed_index_and_position_alone() -> None:
     assert len({uniform(1, 2, 3), *others}) == 6
     assert uniform(2**64 - 1, 0, 0) == uniform(-1, 0, 0)
     values = np.array([uniform(seed, 0, position) for seed in range(50) for position in range(400)])
-    assert 0 <= values.min() and values.max() < 1
+    assert values.min() >= 0 and values.max() < 1
     counts = np.histogram(values, 100, (0, 1))[0]
     assert ((counts - 200) ** 2 / 200).sum() < 149  # chi square, 99 degrees of freedom, p = 0.001
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
+
+
+def test_a_draw_depends_on_the_absolute_position_not_on_where_the_prompt_ends() -> None:
+    row = make_row(5000, 1, spread=1)
+    params = SamplingParams(seed=1)
+    tokens = list(range(30))
+    assert sampler_of(params, n_prompt=10).next(row, tokens) == sampler_of(params, n_prompt=30).next(row, tokens)
+    assert sampler_of(params).next(row, tokens) != sampler_of(params).next(row, tokens[:-1])
 
 
 def test_row_is_left_as_it_is_and_batch_does_not_matter() -> None:

@@ -1,0 +1,409 @@
+"""Engine: every request gets the tokens it would get alone, whatever runs beside it; nothing leaks, nobody starves."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from fake_stage import END, N_VOCAB, FakeStage, FakeVocabulary
+
+from pyinfer.errors import RequestError
+from pyinfer.graph.backend import StageConfig
+from pyinfer.runtime.engine import Engine
+from pyinfer.runtime.logprobs import token_logprobs
+from pyinfer.runtime.outputs import RequestOutput, TokenLogprobs
+from pyinfer.runtime.request import Sequence
+from pyinfer.runtime.sampler import SequenceSampler
+from pyinfer.runtime.sampling_params import SamplingParams
+from pyinfer.runtime.scheduler import Plan
+
+pytestmark = pytest.mark.unit
+
+CONFIG = StageConfig(n_pages=64, block_size=16, max_tokens=64, max_sequences=16, n_ctx=256)
+TIGHT = StageConfig(n_pages=14, block_size=16, max_tokens=24, max_sequences=6, n_ctx=200)
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+
+
+def new_engine(config: StageConfig = CONFIG, **kwargs: object) -> Engine:
+    return Engine(FakeStage(config), config, FakeVocabulary(), **kwargs)  # type: ignore[arg-type]
+
+
+def stage_of(engine: Engine) -> FakeStage:
+    stage = engine._stage
+    assert isinstance(stage, FakeStage)
+    return stage
+
+
+def alone(prompt: list[int], params: SamplingParams, index: int = 0, config: StageConfig = CONFIG) -> list[int]:
+    """The output of one sample by a plain loop: no pages, no scheduler."""
+    stage = FakeStage(config)
+    sampler = SequenceSampler(params, seed=params.seed or 0, index=index, n_prompt=len(prompt), eog_ids=[END])
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < (params.max_tokens or config.n_ctx) and len(tokens) < config.n_ctx:
+        tokens.append(sampler.next(stage.logits_after(np.array(tokens)), tokens))
+        ended = tokens[-1] in (params.stop_token_ids or []) or (tokens[-1] == END and not params.ignore_eos)
+        if ended and len(tokens) - len(prompt) >= params.min_tokens:
+            break
+    return tokens[len(prompt) :]
+
+
+def drive(engine: Engine) -> dict[tuple[str, int], list[RequestOutput]]:
+    chunks: dict[tuple[str, int], list[RequestOutput]] = {}
+    while engine.has_work:
+        for output in engine.step():
+            assert output.failure is None, output
+            chunks.setdefault((output.request_id, output.index), []).append(output)
+        engine.check()
+    return chunks
+
+
+def tokens_of(chunks: list[RequestOutput]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.new_token_ids]
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(N_VOCAB), k=length)
+
+
+# ---- results
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIGHT, replace(CONFIG, max_tokens=1), replace(CONFIG, block_size=32)])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_tokens_are_those_of_the_request_alone(config: StageConfig, prefix_caching: bool) -> None:
+    engine = new_engine(config, prefix_caching=prefix_caching)
+    requests = {}
+    for i in range(12):
+        params = SamplingParams(
+            max_tokens=5 + 9 * (i % 4), seed=i, temperature=[0, 1, 0.7][i % 3], n=1 + i % 2, top_k=9
+        )
+        requests[str(i)] = (prompt_of(1 + 11 * i, seed=i % 5), params)
+        engine.add_request(str(i), *requests[str(i)])
+    chunks = drive(engine)
+    for (name, index), got in chunks.items():
+        prompt, params = requests[name]
+        assert tokens_of(got) == alone(prompt, params, index, config), name
+        assert got[-1].finish_reason == ("stop" if tokens_of(got)[-1] == END else "length")
+        assert all(chunk.finish_reason is None for chunk in got[:-1])
+    assert len(chunks) == 18
+    assert engine.scheduler.pool.n_held == 0
+
+
+def test_preemption_changes_nothing() -> None:
+    config = replace(TIGHT, n_pages=8)
+    engine = new_engine(config)
+    params = SamplingParams(max_tokens=70, ignore_eos=True, seed=3, logprobs=2)
+    for i in range(3):
+        engine.add_request(str(i), prompt_of(20, i), params)
+    together = drive(engine)
+    assert engine.stats().preemptions > 0
+    for i in range(3):
+        single = new_engine(config)
+        single.add_request(str(i), prompt_of(20, i), params)
+        expected = drive(single)[str(i), 0]
+        assert tokens_of(together[str(i), 0]) == tokens_of(expected)
+        assert [c.new_logprobs for c in together[str(i), 0]] == [c.new_logprobs for c in expected]
+    assert sum(c.metrics.preemptions for chunks in together.values() for c in chunks if c.metrics) > 0
+
+
+def test_prefix_reuse_is_reported_and_changes_nothing() -> None:
+    engine = new_engine()
+    prompt = prompt_of(50)
+    results = []
+    for name in ("cold", "warm"):
+        engine.add_request(name, prompt, GREEDY)
+        results.append(drive(engine)[name, 0])
+    assert tokens_of(results[0]) == tokens_of(results[1])
+    assert [chunks[0].cached_tokens for chunks in results] == [0, 48]
+    engine.add_request("salted", prompt, GREEDY, salt="other")
+    assert drive(engine)["salted", 0][0].cached_tokens == 0
+
+
+def test_samples_compute_the_prompt_once_and_differ() -> None:
+    engine = new_engine()
+    engine.add_request("a", prompt_of(160), SamplingParams(n=4, max_tokens=8, seed=5, ignore_eos=True))
+    chunks = drive(engine)
+    assert len({tuple(tokens_of(chunks["a", i])) for i in range(4)}) == 4
+    assert stage_of(engine).n_tokens == 160 + 3 * 16 + 4 * 7
+
+
+def test_seedless_requests_differ_but_follow_the_engines_seed() -> None:
+    def run(seed: int) -> list[list[int]]:
+        engine = new_engine(seed=seed)
+        for i in range(3):
+            engine.add_request(str(i), [1, 2, 3], SamplingParams(max_tokens=8, ignore_eos=True))
+        return [tokens_of(chunks) for _, chunks in sorted(drive(engine).items())]
+
+    assert run(0) == run(0) != run(1)
+    assert len({tuple(tokens) for tokens in run(0)}) == 3
+
+
+# ---- ends
+
+
+def test_stop_token_is_kept_and_named() -> None:
+    engine = new_engine()
+    whole = alone([5], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+    stop = whole[9]
+    first = whole.index(stop)
+    engine.add_request("a", [5], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop_token_ids=[stop]))
+    chunks = drive(engine)["a", 0]
+    assert tokens_of(chunks) == whole[: first + 1]
+    assert (chunks[-1].finish_reason, chunks[-1].stop_token) == ("stop", stop)
+    engine.add_request(
+        "b",
+        [5],
+        SamplingParams(temperature=0, max_tokens=30, min_tokens=first + 2, ignore_eos=True, stop_token_ids=[stop]),
+    )
+    assert len(tokens_of(drive(engine)["b", 0])) > first + 1
+
+
+def test_max_tokens_none_and_too_many_end_at_the_context() -> None:
+    engine = new_engine()
+    for name, max_tokens in (("a", None), ("b", 10_000)):
+        engine.add_request(name, prompt_of(200), SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1))
+        chunks = drive(engine)[name, 0]
+        assert len(tokens_of(chunks)) == 56 and chunks[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "match"),
+    [
+        ([], GREEDY, "empty"),
+        ([N_VOCAB], GREEDY, f"id {N_VOCAB}.*{N_VOCAB - 1}"),
+        ([-1], GREEDY, "-1"),
+        ([1] * 256, GREEDY, "256 tokens.* 256 .*255"),
+        ([1], SamplingParams(stop_token_ids=[N_VOCAB]), "stop_token_ids"),
+        ([1], SamplingParams(logit_bias={N_VOCAB: 1}), "logit_bias"),
+        ([1], SamplingParams(logprobs=N_VOCAB + 1), "logprobs"),
+        ([1], SamplingParams(prompt_logprobs=99), "prompt_logprobs"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_once(prompt: list[int], params: SamplingParams, match: str) -> None:
+    engine = new_engine()
+    with pytest.raises(RequestError, match=match):
+        engine.add_request("a", prompt, params)
+    engine.check()
+    assert not engine.has_work
+
+
+def test_a_pool_smaller_than_the_context_bounds_requests() -> None:
+    engine = new_engine(replace(CONFIG, n_pages=2))
+    with pytest.raises(RequestError, match="context of 32"):
+        engine.add_request("a", [1] * 32, GREEDY)
+    engine.add_request("b", [1] * 31, SamplingParams(ignore_eos=True))
+    assert len(tokens_of(drive(engine)["b", 0])) == 1
+
+
+def test_an_id_in_use_is_refused_and_free_again_later() -> None:
+    engine = new_engine()
+    engine.add_request("a", [1], GREEDY)
+    with pytest.raises(RequestError, match="'a'"):
+        engine.add_request("a", [1], GREEDY)
+    drive(engine)
+    engine.add_request("a", [1], GREEDY)
+
+
+def test_abort_of_a_request_and_of_one_sample() -> None:
+    engine = new_engine()
+    params = SamplingParams(n=3, max_tokens=50, ignore_eos=True, seed=0)
+    engine.add_request("a", [1, 2], params)
+    engine.add_request("b", [1, 2], params)
+    for _ in range(5):
+        engine.step()
+    [output] = engine.abort("a", 1)
+    assert (output.index, output.finish_reason) == (1, "abort") and output.metrics is not None
+    assert len(engine.abort("b")) == 3
+    assert engine.abort("b") == engine.abort("nobody") == engine.abort("a", 1) == []
+    engine.check()
+    rest = drive(engine)
+    assert set(rest) == {("a", 0), ("a", 2)}
+    assert engine.scheduler.pool.n_held == 0 and engine.stats().requests_finished == 2
+
+
+# ---- failures
+
+
+def test_an_error_in_a_step_ends_its_requests_and_no_others() -> None:
+    engine = new_engine(replace(CONFIG, max_sequences=2))
+    for name in "abc":
+        engine.add_request(name, prompt_of(40, ord(name)), replace_params(seed=1, n=2 if name == "b" else 1))
+    stage_of(engine).fail_at = 3
+    engine.step()
+    engine.step()
+    outputs = engine.step()
+    engine.check()
+    assert [output.request_id for output in outputs] == ["a", "b"], "one chunk each, the waiting sample included"
+    assert all(output.failure is not None and "fell over" in output.failure.message for output in outputs)
+    chunks = drive(engine)
+    assert tokens_of(chunks["c", 0]) == alone(prompt_of(40, ord("c")), replace_params(seed=1))
+    assert engine.scheduler.pool.n_held == 0
+
+
+def replace_params(**changes: object) -> SamplingParams:
+    return SamplingParams(max_tokens=12, ignore_eos=True).replace(**changes)
+
+
+def test_logits_that_are_not_finite_fail_only_their_request() -> None:
+    engine = new_engine()
+    stage = stage_of(engine)
+    engine.add_request("bad", [1, 2, 3], replace_params(seed=1))
+    engine.add_request("good", [4, 5, 6], replace_params(seed=1))
+    run = stage.run
+
+    def broken(batch):  # type: ignore[no-untyped-def]
+        logits = run(batch)
+        logits[0, 5] = np.nan
+        return logits
+
+    stage.run = broken  # type: ignore[method-assign]
+    [failed, fine] = engine.step()
+    stage.run = run  # type: ignore[method-assign]
+    assert failed.request_id == "bad" and failed.failure is not None and "finite" in failed.failure.message
+    assert fine.new_token_ids + tokens_of(drive(engine)["good", 0]) == alone([4, 5, 6], replace_params(seed=1))
+
+
+# ---- logprobs and logits
+
+
+def expected_prompt_logprobs(prompt: list[int], n: int) -> list[TokenLogprobs | None]:
+    stage = FakeStage(CONFIG)
+    rows = [stage.logits_after(np.array(prompt[: i + 1])) for i in range(len(prompt) - 1)]
+    return [None, *(token_logprobs(row, token, n) for row, token in zip(rows, prompt[1:], strict=True))]
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, max_tokens=7), replace(TIGHT, n_pages=9)])
+def test_prompt_logprobs_and_logprobs(config: StageConfig) -> None:
+    engine = new_engine(config)
+    prompt = prompt_of(60)
+    engine.add_request("first", prompt, GREEDY)  # fills the prefix cache, which prompt_logprobs must not read
+    drive(engine)
+    for i in range(3):
+        params = SamplingParams(max_tokens=30, ignore_eos=True, prompt_logprobs=2, logprobs=3, seed=i, n=1 + i % 2)
+        engine.add_request(str(i), prompt, params)
+    chunks = drive(engine)
+    for i in range(3):
+        assert chunks[str(i), 0][0].prompt_logprobs == expected_prompt_logprobs(prompt, 2)
+        assert chunks[str(i), 0][0].cached_tokens == 0
+        assert all(chunk.prompt_logprobs is None for chunk in chunks[str(i), 0][1:])
+        tokens = list(prompt)
+        for chunk in chunks[str(i), 0]:
+            row = stage_of(engine).logits_after(np.array(tokens))
+            assert chunk.new_logprobs == [token_logprobs(row, chunk.new_token_ids[0], 3)]
+            tokens += chunk.new_token_ids
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, max_tokens=5), replace(TIGHT, n_pages=9)])
+def test_logits_of_every_row(config: StageConfig) -> None:
+    engine = new_engine(config)
+    prompts = [prompt_of(length, length) for length in (1, 60, 100, 60)]
+    engine.add_request("warm", prompts[1], SamplingParams(max_tokens=40, ignore_eos=True))
+    for _ in range(20):
+        engine.step()
+    for i, prompt in enumerate(prompts):
+        engine.add_scoring(str(i), prompt)
+    drive(engine)
+    stage = FakeStage(config)
+    for i, prompt in enumerate(prompts):
+        expected = np.stack([stage.logits_after(np.array(prompt[: j + 1])) for j in range(len(prompt))])
+        assert (engine.take_logits(str(i)) == expected).all()
+    engine.check()
+    with pytest.raises(RequestError, match=r"tokens are over the context"):
+        engine.add_scoring("long", [1] * (engine.n_ctx + 1))
+    engine.add_scoring("full", [1] * engine.n_ctx)
+    drive(engine)
+    assert engine.take_logits("full").shape == (engine.n_ctx, N_VOCAB)
+
+
+def test_scoring_can_be_aborted() -> None:
+    engine = new_engine()
+    engine.add_scoring("a", prompt_of(200))
+    engine.step()
+    engine.abort("a")
+    engine.add_scoring("b", [1, 2])
+    drive(engine)
+    engine.abort("b")
+    assert not engine._requests
+
+
+# ---- the long run
+
+
+@dataclass
+class Expectation:
+    prompt: list[int]
+    params: SamplingParams
+    arrived: int
+    got: dict[int, list[int]] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+    failed: bool = False
+
+
+def test_20000_random_steps_keep_every_promise() -> None:
+    """Bursts of arrivals, shared prefixes, cancels, evictions, preemptions, failing steps; check() after each step."""
+    rng = random.Random(0)
+    engine = new_engine(TIGHT)
+    stage = stage_of(engine)
+    families = [prompt_of(150, seed) for seed in range(4)]
+    open_requests: dict[str, Expectation] = {}
+    n_compared = n_cancelled = n_failed = n_steps = 0
+    longest_wait = 0
+    watch_first_in_order(engine)
+    while n_steps < 20_000 or engine.has_work:
+        if n_steps < 20_000 and len(open_requests) < 12 and rng.random() < 0.15:
+            for _ in range(rng.randint(1, 4)):
+                prompt = rng.choice(families)[: rng.randint(1, 120)] + prompt_of(
+                    rng.randint(0, 8), rng.randrange(10**9)
+                )
+                params = SamplingParams(
+                    n=rng.choice([1, 1, 1, 2, 3]),
+                    temperature=rng.choice([0, 1.0]),
+                    max_tokens=rng.choice([1, 3, 20, 80, None]),
+                    seed=rng.randrange(1000),
+                    prompt_logprobs=rng.choice([None] * 9 + [0]),
+                )
+                name = str(n_steps) + "-" + str(rng.randrange(10**9))
+                engine.add_request(name, prompt, params)
+                open_requests[name] = Expectation(prompt, params, n_steps)
+        if open_requests and rng.random() < 0.02:
+            name = rng.choice(list(open_requests))
+            index = rng.choice([None, 0])
+            for output in engine.abort(name, index):
+                open_requests[name].ended.add(output.index)
+            n_cancelled += 1
+        if rng.random() < 0.002:
+            stage.fail_at = stage.n_steps + 1
+        for output in engine.step():
+            request = open_requests[output.request_id]
+            request.got.setdefault(output.index, []).extend(output.new_token_ids)
+            if output.failure is not None:
+                request.failed = True
+                n_failed += 1
+            elif output.finish_reason is not None:
+                request.ended.add(output.index)
+                assert request.got[output.index] == alone(request.prompt, request.params, output.index, TIGHT)
+                n_compared += 1
+        engine.check()
+        for name in [n for n, r in open_requests.items() if r.failed or len(r.ended) == r.params.n]:
+            longest_wait = max(longest_wait, n_steps - open_requests.pop(name).arrived)
+        n_steps += 1
+    stats = engine.stats()
+    assert not open_requests and stats.pages_used == 0 and not engine._requests
+    assert n_compared > 1000 and n_cancelled > 100 and n_failed > 10
+    assert stats.preemptions > 100 and stats.prefix_hits > 10_000
+    assert longest_wait < 3000
+
+
+def watch_first_in_order(engine: Engine) -> None:
+    """Nobody starves: with equal priorities, the sequence that came first advances in every step."""
+    schedule = engine.scheduler.schedule
+
+    def watched() -> Plan:
+        everyone: list[Sequence] = [*engine.scheduler.waiting, *engine.scheduler.running]
+        plan = schedule()
+        assert not everyone or min(everyone, key=lambda s: s.key) in plan.sequences
+        return plan
+
+    engine.scheduler.schedule = watched  # type: ignore[method-assign]
