@@ -67,6 +67,14 @@ class ChatTemplate:
     def __bool__(self) -> bool:
         return "default" in self.sources
 
+    def require(self) -> None:
+        """`TemplateError` if the model has no template."""
+        if not self:
+            raise TemplateError(
+                "this model has no chat template; give one with --chat-template FILE, or use /v1/completions",
+                param="messages",
+            )
+
     @property
     def knows_developer(self) -> bool:
         """Whether the template speaks of OpenAI's role `developer`; to others it is `system`."""
@@ -128,11 +136,7 @@ class ChatTemplate:
     def _template(self, name: str) -> Template:
         compiled = self._compiled.get(name)
         if compiled is None:
-            if name not in self.sources:
-                raise TemplateError(
-                    "this model has no chat template; give one with --chat-template FILE, or use /v1/completions",
-                    param="messages",
-                )
+            self.require()
             source = self.sources[name]
             if len(source) > MAX_SOURCE:
                 raise TemplateError(f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed")

@@ -29,7 +29,7 @@ class CommandSpec:
 
 COMMANDS: dict[str, CommandSpec] = {
     "serve": CommandSpec("pyinfer.cli.serve", "serve"),
-    # "run": CommandSpec("pyinfer.cli.run", "run"),
+    "run": CommandSpec("pyinfer.cli.run", "run"),
     "bench": CommandSpec("pyinfer.cli.bench", "bench"),
     "tokenize": CommandSpec("pyinfer.cli.tokenize", "tokenize"),
     "show": CommandSpec("pyinfer.cli.show", "show"),
