@@ -33,7 +33,7 @@ def pull_catalogue(model: CatalogueModel, progress: Progress) -> Path:
         if is_complete(model, find(model.name)):  # the process we waited for fetched it
             return target
         licence = f"{model.licence}, {model.licence_url}"
-        progress.say(f"{model.title}; licence: {licence}")
+        progress.say(f"{model.title}; licence: {licence}" + (f"; {model.note}" if model.note else ""))
         progress.begin(f"Pulling {model.name}", model.n_bytes)
         try:
             digest = _gather(model, slot, progress)

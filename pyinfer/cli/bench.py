@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyinfer.cli.common import checked
+from pyinfer.cli.loading import LoadingLine
 from pyinfer.cli.options import EngineOptions, with_some_engine_options
 from pyinfer.errors import ConfigError
 
@@ -116,8 +117,8 @@ def _run(
         n_threads=n_threads,
     )
     _check_memory(graph, config)
-    status = Status()
-    stage = open_backend("cpu").open_stage(graph, config, status.loading)
+    line = LoadingLine()
+    stage = open_backend("cpu").open_stage(graph, config, line)
     try:
         runner = BenchRunner(
             stage,
@@ -126,15 +127,16 @@ def _run(
             max_tokens=engine.max_num_batched_tokens,
             seed=engine.seed,
         )
-        status.clear()
+        line.clear()
         printer = printer_kind(model_info(file), engine, n_threads)
+        watched = sys.stderr.isatty()
         for test in tests:
-            result = runner.run(test, repetitions, partial(status.sample, test, repetitions))
-            status.clear()
+            result = runner.run(test, repetitions, partial(_show_sample, line, test, repetitions) if watched else None)
+            line.clear()
             printer.add(result)
         printer.end()
     finally:
-        status.clear()
+        line.clear()
         stage.close()
 
 
@@ -152,22 +154,5 @@ def _check_memory(graph: Graph, config: StageConfig) -> None:
         )
 
 
-class Status:
-    """One line on the terminal that says what is being done; nothing when stderr is not one."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-
-    def loading(self, what: str, share: float) -> None:
-        self._show(f"{what} {100 * share:.0f} %")
-
-    def sample(self, test: BenchTest, total: int, number: int) -> None:
-        self._show(f"{test.name}: {'warm-up' if number == 0 else f'{number} of {total}'}")
-
-    def clear(self) -> None:
-        self._show("")
-
-    def _show(self, text: str) -> None:
-        if self._shown:
-            sys.stderr.write(f"\r\x1b[K{text}")
-            sys.stderr.flush()
+def _show_sample(line: LoadingLine, test: BenchTest, total: int, number: int) -> None:
+    line(f"{test.name}: {f'sample {number} of {total}' if number else 'warm-up'}", number / (total + 1))

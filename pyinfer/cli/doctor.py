@@ -29,6 +29,7 @@ def doctor(
         "Threads": _threads(),
         "Memory": _memory(measure=not no_bandwidth),
         "GPU": {"backend": "none in this version: all layers run on the CPU, and -ngl accepts 0 or auto"},
+        "Defaults": _defaults(),
         "Caches": _caches(),
         "Versions": _versions(),
     }
@@ -83,6 +84,21 @@ def _memory(*, measure: bool) -> Section:
         for n in (n for n in counts if n <= default_threads()):
             facts[f"read, {n} thread{'s' if n > 1 else ''}"] = f"{read_bandwidth(n):.1f} GB/s"
     return facts
+
+
+def _defaults() -> Section:
+    from pyinfer.runtime.catalogue import CATALOGUE, DEFAULT_MODEL
+    from pyinfer.runtime.memory import memory
+    from pyinfer.runtime.model_store import find
+    from pyinfer.runtime.sizes import format_binary, format_size
+
+    stored = find(DEFAULT_MODEL)
+    size = format_size(CATALOGUE[DEFAULT_MODEL].n_bytes)
+    kv_memory = format_binary(min(4 << 30, memory().available // 2))
+    return {
+        "model": f"{DEFAULT_MODEL} ({'pulled' if stored else f'not pulled yet, {size}'})",
+        "keys and values": f"up to {kv_memory} (4 GiB, or half of what is free after the weights)",
+    }
 
 
 def _caches() -> Section:

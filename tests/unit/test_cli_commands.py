@@ -178,4 +178,4 @@ def test_doctor(cli: Cli) -> None:
     for word in ("CPU", "kernels", "Threads", "default", "Memory", "GPU", "none in this version", "Caches", "numpy"):
         assert word in out
     sections = json.loads(cli("doctor", "--no-bandwidth", "--json")[1])
-    assert list(sections) == ["CPU", "Threads", "Memory", "GPU", "Caches", "Versions"]
+    assert list(sections) == ["CPU", "Threads", "Memory", "GPU", "Defaults", "Caches", "Versions"]
