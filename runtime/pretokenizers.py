@@ -123,7 +123,8 @@ _FAMILIES: list[tuple[str, PreTokenizerSpec]] = [
         "jais-2",
         _Spec(
             (
-                rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|\s*[\r\n]+"
+                # Only at the start of a run of spaces: looked for in each of its parts, the time would grow with the square.
+                rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|(?<![^\S\r\n])\s*[\r\n]+"
                 + "".join(rf"|\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4))
                 + r"|\s{1,2}(?!\S)|\s",
             )
