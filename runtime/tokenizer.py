@@ -112,7 +112,7 @@ class Tokenizer:
         first_space = self.rules.add_space_prefix
         if skip_special and self.add_bos and ids and ids[0] == self.bos_id:
             ids, first_space = ids[1:], False
-        pieces = [self.shown_bytes(i, skip_special) for i in ids]
+        pieces = [self.shown_bytes(self._checked(i), skip_special) for i in ids]
         if first_space and pieces:
             pieces[0] = pieces[0].removeprefix(b" ")
         text = b"".join(pieces).decode("utf-8", "replace")
@@ -123,10 +123,13 @@ class Tokenizer:
         return self._vocabulary.pieces[self._checked(token_id)]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token stands for in text, as bytes; control tokens are their own names."""
+        """What the token stands for in text, as bytes; control tokens are their own names. Nothing for ids from `n_vocab`
+        on, which a model can sample where its output matrix is padded.
+        """
         found = self._bytes.get(token_id)
         if found is None:
-            found = self._bytes[token_id] = self._spell(self._checked(token_id))
+            found = b"" if token_id >= self.n_vocab else self._spell(self._checked(token_id))
+            self._bytes[token_id] = found
         return found
 
     def shown_bytes(self, token_id: int, skip_special: bool) -> bytes:

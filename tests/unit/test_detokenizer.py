@@ -113,3 +113,8 @@ def test_leading_space_of_sentencepiece() -> None:
     word = tokenizer.encode("of", add_special=False)[0]
     assert IncrementalDetokenizer(tokenizer).push(word) == "of"
     assert IncrementalDetokenizer(tokenizer, continues=True).push(word) == " of"
+
+
+def test_ids_of_a_padded_output_matrix_have_no_text() -> None:
+    tokenizer = real_vocabulary("gpt-2")
+    assert IncrementalDetokenizer(tokenizer).push(tokenizer.n_vocab) == ""
