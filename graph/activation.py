@@ -1,7 +1,8 @@
 """The "a8" format: an activation row as int8 codes with one float32 scale for each 32 columns.
 
 This is the specification that kernels are checked against. For a block of 32 columns with amax = max|x|:
-scale = amax / 127 and code = round-half-to-even(x * (127 / amax)), all in float32; amax = 0 gives scale 0 and codes 0.
+scale = amax / 127 and code = round-half-to-even(x * (127 / amax)), all in float32. A block with amax of at most 1e-30 is
+zero: scale 0 and codes 0, because the reciprocal of a smaller one may overflow.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 32  # columns that share a scale
+_SMALLEST = np.float32(1e-30)
 F32Array = npt.NDArray[np.float32]
 
 
@@ -35,6 +37,7 @@ def quantize_activation(x: F32Array) -> QuantizedActivation:
     assert width % BLOCK == 0, f"{width} columns are not whole blocks of {BLOCK}"
     blocks = x.reshape(rows, width // BLOCK, BLOCK)
     amax = np.abs(blocks).max(axis=2, initial=0)
-    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 0)
+    usable = amax > _SMALLEST
+    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=usable)
     codes = np.rint(blocks * inverse[:, :, None]).astype(np.int8)
-    return QuantizedActivation(codes.reshape(rows, width), amax / np.float32(127))
+    return QuantizedActivation(codes.reshape(rows, width), np.where(usable, amax / np.float32(127), np.float32(0)))

@@ -36,7 +36,7 @@ def test_each_block_of_32_has_its_own_scale() -> None:
 def test_rounding_is_within_half_a_step(x: npt.NDArray[np.float32]) -> None:
     a = quantize_activation(x)
     step = np.repeat(a.scales, 32, axis=1)
-    assert (np.abs(a.dequantize() - x) <= step * 0.5001).all()
+    assert (np.abs(a.dequantize() - x) <= np.maximum(step * 0.5001, 1e-30)).all()  # smaller blocks are zero
     assert np.abs(a.codes.astype(int)).max() <= 127
 
 
