@@ -123,8 +123,8 @@ class Tokenizer:
         return self._vocabulary.pieces[self._checked(token_id)]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token stands for in text, as bytes; control tokens are their own names. Nothing for ids from `n_vocab`
-        on, which a model can sample where its output matrix is padded.
+        """What the token stands for in text, as bytes; control tokens are their own names. Nothing for ids past the end,
+        which a model can sample where its output matrix is padded.
         """
         found = self._bytes.get(token_id)
         if found is None:
