@@ -28,7 +28,8 @@ _TASKS, _TASKS_PER, _BARRIER, _KERNEL = (
     8 * int(f) for f in (OpField.TASKS, OpField.TASKS_PER, OpField.BARRIER, OpField.KERNEL)
 )
 _SPIN_BEFORE_SLEEP = 20_000  # pauses, about 0.2 to 0.4 ms: the gap between two decode steps
-_SPIN_BEFORE_YIELD = 20_000  # in a barrier: somebody was descheduled, give the core away
+_SPIN_BEFORE_YIELD = 20_000  # in a barrier: somebody was descheduled, give the core away,
+_SPIN_BETWEEN_YIELDS = 500  # and keep giving it away
 _SHARES = 8  # tasks of an op are taken in about this many pieces a thread
 
 
@@ -47,7 +48,7 @@ def _barrier(control, n_threads, first_op, last_op):  # type: ignore[no-untyped-
         spins += 1
         if spins > _SPIN_BEFORE_YIELD:
             yield_core()
-            spins = 0
+            spins = _SPIN_BEFORE_YIELD - _SPIN_BETWEEN_YIELDS
 
 
 @njit(nogil=True, cache=True)
