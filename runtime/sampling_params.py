@@ -106,7 +106,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @classmethod
     def for_chat(cls, metadata: Mapping[str, Any]) -> SamplingParams:
-        """A chat's defaults: the GGUF's `general.sampling.*`, else temperature 0.8, top_k 40, top_p 0.95, min_p 0.05."""
+        """A chat's defaults: `general.sampling.*`, else temperature 0.8, top_k 40, top_p 0.95, min_p 0.05."""
         fields: dict[str, Any] = {"max_tokens": None}
         for name, key, default in _CHAT_DEFAULTS:
             fields[name] = metadata.get(f"general.sampling.{key}", default)

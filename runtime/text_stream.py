@@ -6,8 +6,8 @@ A whole reply is the fold of the same stream (`fold`), so that streaming and not
 from __future__ import annotations
 
 import msgspec
-from pyinfer.runtime.detokenizer import IncrementalDetokenizer
 
+from pyinfer.runtime.detokenizer import IncrementalDetokenizer
 from pyinfer.runtime.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, TokenLogprobs
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.tokenizer import Tokenizer
@@ -36,16 +36,16 @@ class TextStream:
         self._params = params
         self._index = index
         self._eog_ids = tokenizer.eog_ids
-        self._detokenizer = self._new_detokenizer(params.stop_strings if params.min_tokens == 0 else [])
-        self._n_tokens = 0
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            params.skip_special_tokens,
+            params.stop_strings,
+            params.include_stop_str_in_output,
+            continues=True,
+            min_tokens=params.min_tokens,
+        )
         self.is_finished = False
         self.needs_abort = False
-
-    def _new_detokenizer(self, stop: list[str]) -> IncrementalDetokenizer:
-        params = self._params
-        return IncrementalDetokenizer(
-            self._tokenizer, params.skip_special_tokens, stop, params.include_stop_str_in_output
-        )
 
     def push(self, output: RequestOutput) -> TextChunk:
         """The text that is safe to show by now; never splits a character or shows part of a stop string."""
@@ -56,43 +56,33 @@ class TextStream:
             chunk.token_ids.append(token)
             if chunk.logprobs is not None and output.new_logprobs is not None:
                 chunk.logprobs.append(with_text(output.new_logprobs[i], self._tokenizer))
-            chunk.text += self._text_of(token, is_stop=token == output.stop_token)
+            if token != output.stop_token or self._params.include_stop_str_in_output:
+                chunk.text += self._detokenizer.push(token)
             if self._detokenizer.stopped is not None:
-                chunk.finish_reason, chunk.stop_reason = "stop", self._detokenizer.stopped
                 self.needs_abort = output.finish_reason is None
-                self.is_finished = True
-                return chunk
+                break
         if output.finish_reason is not None:
             chunk.text += self._detokenizer.finish()
             chunk.finish_reason = output.finish_reason
             if output.stop_token not in self._eog_ids or output.stop_token in (self._params.stop_token_ids or ()):
                 chunk.stop_reason = output.stop_token
-            self.is_finished = True
+        if self._detokenizer.stopped is not None:
+            chunk.finish_reason, chunk.stop_reason = "stop", self._detokenizer.stopped
+        self.is_finished = chunk.finish_reason is not None
         return chunk
-
-    def _text_of(self, token: int, *, is_stop: bool) -> str:
-        self._n_tokens += 1
-        text = ""
-        if not is_stop or self._params.include_stop_str_in_output:
-            text = self._detokenizer.push(token)
-        if self._n_tokens == self._params.min_tokens and self._params.stop_strings:
-            # stop strings count only in what comes after min_tokens
-            text += self._detokenizer.finish()
-            self._detokenizer = self._new_detokenizer(self._params.stop_strings)
-        return text
 
 
 def with_text(logprobs: TokenLogprobs, tokenizer: Tokenizer) -> TokenLogprobs:
     """The same entries with `decoded_token`."""
     return {
-        token: Logprob(entry.logprob, entry.rank, tokenizer.decode([token], skip_special=False))
+        token: Logprob(entry.logprob, entry.rank, tokenizer.token_bytes(token).decode("utf-8", "replace"))
         for token, entry in logprobs.items()
     }
 
 
 def fold(chunks: list[TextChunk]) -> CompletionOutput:
     """A sample's chunks as one whole."""
-    last = chunks[-1]
+    last = next((chunk for chunk in chunks if chunk.finish_reason is not None), chunks[-1])
     logprobs = None
     if last.logprobs is not None:
         logprobs = [entry for chunk in chunks for entry in chunk.logprobs or ()]
