@@ -123,7 +123,7 @@ class Tokenizer:
         return self._vocabulary.pieces[self._checked(token_id)]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token stands for in text, as bytes; control tokens are their own names. Nothing for ids past the end,
+        """What the token stands for in text, as bytes; control tokens are their own names. None for ids past the end,
         which a model can sample where its output matrix is padded.
         """
         found = self._bytes.get(token_id)
