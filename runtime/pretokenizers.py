@@ -123,7 +123,7 @@ _FAMILIES: list[tuple[str, PreTokenizerSpec]] = [
         "jais-2",
         _Spec(
             (
-                # Only at the start of a run of spaces: looked for in each of its parts, the time would grow with the square.
+                # Only where a run of spaces starts: tried in each of its parts, the time would be quadratic.
                 rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|(?<![^\S\r\n])\s*[\r\n]+"
                 + "".join(rf"|\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4))
                 + r"|\s{1,2}(?!\S)|\s",
