@@ -2,9 +2,9 @@
 
     python benchmarks/build_peer.py
 
-The source is the copy inside llama-cpp-python's sdist, fetched through your own pip and checked by sha256, so that every
-machine measures the same code. Needs cmake, a C++ compiler, 2 GB of disk and about four minutes on two cores. Everything
-lies under PYINFER_HOME/peer; what is already done is not done again.
+The source is the copy inside llama-cpp-python's sdist, fetched through your own pip and checked by sha256, so that
+every machine measures the same code. Needs cmake, a C++ compiler, 2 GB of disk and about four minutes on two cores.
+Everything lies under PYINFER_HOME/peer; what is already done is not done again.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python benchmarks/build_peer.py
     python benchmarks/versus_llamacpp.py --models smollm2 gemma3-270m --threads 1 2 --rounds 3
 
-Memory bandwidth and other processes move both sides' figures from minute to minute, so only a ratio from one run counts:
-each round runs `pyinfer bench` and `llama-bench` one right after the other, with a read loop before the pair, and the next round
-starts with the other side. The table gives medians over all samples of all rounds (least and most in brackets), the
-ratio of the medians, the read bandwidth and the CPUs that other processes took meanwhile. Above 0.1 of those the
-figures are those of a busy machine, which the sides bear differently.
+Memory bandwidth and other processes move both sides' figures from minute to minute, so only a ratio from one run
+counts: each round runs `pyinfer bench` and `llama-bench` one right after the other, with a read loop before the pair,
+and the next round starts with the other side. The table gives medians over all samples of all rounds (least and most
+in brackets), the ratio of the medians, the read bandwidth and the CPUs that other processes took meanwhile. Above 0.1
+of those the figures are those of a busy machine, which the sides bear differently.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class Versus:
                 row.bandwidths.append(read)
                 row.others.append(others)
             done = ", ".join(f"{row.test} {row.ratio:.2f}" for row in rows.values())
-            print(f"{name}, {threads} threads, round {number + 1} of {rounds}: ratio {done}", file=sys.stderr, flush=True)
+            print(
+                f"{name}, {threads} threads, round {number + 1} of {rounds}: ratio {done}", file=sys.stderr, flush=True
+            )
         return list(rows.values())
 
 
@@ -118,7 +120,9 @@ def print_table(rows: Sequence[Row]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="pyinfer and llama.cpp in turn on the same files.")
-    parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), help="names or paths (default: %(default)s)")
+    parser.add_argument(
+        "--models", nargs="+", default=list(DEFAULT_MODELS), help="names or paths (default: %(default)s)"
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="thread counts (default: 1 2)")
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs (default: 3)")
     parser.add_argument("--samples", type=int, default=2, help="samples of a test in a run (default: 2)")
@@ -133,7 +137,9 @@ def main() -> int:
     arguments = parse_arguments()
     peer: Path = arguments.peer / "llama-bench" if arguments.peer.is_dir() else arguments.peer
     if not peer.is_file():
-        print(f"versus_llamacpp: {peer} is not there; run benchmarks/build_peer.py or name it in --peer", file=sys.stderr)
+        print(
+            f"versus_llamacpp: {peer} is not there; run benchmarks/build_peer.py or name it in --peer", file=sys.stderr
+        )
         return 1
     versus = Versus(peer, arguments.n_prompt, arguments.n_gen, arguments.samples, arguments.wait_idle)
     rows: list[Row] = []
