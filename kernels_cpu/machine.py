@@ -73,12 +73,27 @@ def _emit_wait(b: Any, a: Any) -> Any:
 
 
 def _emit_wake(b: Any, a: Any) -> Any:
-    """Wake every thread that waits on the int32 at a[0]."""
+    """Wake the thread that waits on the int32 at a[0]."""
     if sys.platform == "linux" and platform.machine() in _FUTEX_SYSCALL:
         zero = _i64(0)
         number = _i64(_FUTEX_SYSCALL[platform.machine()])
         _libc(b, "syscall", _i64, [number, a[0], _i64(129), _i64(1 << 30), zero, zero, zero], variadic=True)
 
+
+def _emit_clock(b: Any, a: Any) -> Any:
+    """Nanoseconds of a POSIX clock; 0 on Windows, where nobody is ever found late."""
+    if sys.platform == "win32":
+        return _i64(0)
+    pair = ir.ArrayType(_i64, 2)
+    with b.goto_entry_block():
+        slot = b.alloca(pair)
+    _libc(b, "clock_gettime", _i32, [b.trunc(a[0], _i32), b.bitcast(slot, ir.PointerType(_i8))])
+    seconds, nanoseconds = (b.load(b.gep(slot, [_i32(0), _i32(i)]), typ=_i64) for i in (0, 1))
+    return b.add(b.mul(seconds, _i64(1_000_000_000)), nanoseconds)
+
+
+# POSIX clock numbers: time passed, and time this thread was running
+MONOTONIC, THREAD_TIME = (6, 16) if sys.platform == "darwin" else (1, 3)
 
 load_word = _intrinsic("load_word", 1, lambda b, a: b.load(_word(b, a[0])))
 atomic_add = _intrinsic("atomic_add", 2, lambda b, a: b.atomic_rmw("add", _word(b, a[0]), a[1], "acq_rel"))
@@ -87,7 +102,8 @@ atomic_store = _intrinsic(
     "atomic_store", 2, lambda b, a: b.store_atomic(a[1], _word(b, a[0]), "release", 8), types.none
 )
 call_kernel = _intrinsic("call_kernel", 6, _emit_call, types.none)
+clock = _intrinsic("clock", 1, _emit_clock)
 pause = _intrinsic("pause", 0, _emit_pause, types.none)
 yield_core = _intrinsic("yield_core", 0, _emit_yield, types.none)
 wait_on = _intrinsic("wait_on", 2, _emit_wait, types.none)
-wake_all = _intrinsic("wake_all", 1, _emit_wake, types.none)
+wake = _intrinsic("wake", 1, _emit_wake, types.none)

@@ -35,15 +35,15 @@ class Pool:
         self._walker = walker
         self.n_threads = n_threads
         self._max_ops = max_ops
-        words = (walker.COUNTERS + (max_ops + 1) * walker.LINE) // 8
-        self._control = allocate(8 * words + walker.LINE).view(np.int64)
+        n_bytes = walker.THREADS + n_threads * walker.RECORD + (max_ops + 1) * walker.LINE
+        self._control = allocate(n_bytes + walker.LINE)
         self._at = -(-address(self._control) // walker.LINE) * walker.LINE
         self._scratch = [allocate(scratch_bytes) for _ in range(n_threads)]
         self._threads = [
             threading.Thread(
-                target=walker.work, args=(self._at, n_threads, address(scratch)), name=f"pyinfer-{i + 1}", daemon=True
+                target=walker.work, args=(self._at, i, n_threads, address(scratch)), name=f"pyinfer-{i}", daemon=True
             )
-            for i, scratch in enumerate(self._scratch[1:])
+            for i, scratch in enumerate(self._scratch[1:], start=1)
         ]
         for thread in self._threads:
             thread.start()
@@ -58,7 +58,7 @@ class Pool:
     def close(self) -> None:
         """Join the threads; afterwards the pool cannot run anything."""
         if self._at:
-            self._walker.stop(self._at)
+            self._walker.stop(self._at, self.n_threads)
             for thread in self._threads:
                 thread.join()
             self._at = 0

@@ -1,7 +1,8 @@
 """The loop every thread of the pool runs: walk a program's ops, take tasks, meet at barriers. No Python inside.
 
-Control words (int64, each on its own cache line pair): see `Control`. This module is imported only by `pool`, after the
-compile cache's place is set.
+Threads are told to work through a mailbox each, so a step can leave some out. A thread that another process pushed off its
+core while the others waited at a barrier sits out the steps of the next second: a busy neighbour costs one thread's share
+and not everybody's time. This module is imported only by `pool`, after the compile cache's place is set.
 """
 
 from __future__ import annotations
@@ -9,110 +10,164 @@ from __future__ import annotations
 from numba import njit
 
 from pyinfer.kernels_cpu.machine import (
+    MONOTONIC,
+    THREAD_TIME,
     atomic_add,
     atomic_load,
     atomic_store,
     call_kernel,
+    clock,
     load_word,
     pause,
     wait_on,
-    wake_all,
+    wake,
     yield_core,
 )
 from pyinfer.kernels_cpu.opcode import OP_WORDS, OpField
 
-LINE = 128  # bytes between control words
-ARRIVED, PHASE, JOB, SLEEPERS, PROGRAM, N_OPS, STEP, STOP, COUNTERS = (i * LINE for i in range(9))
+LINE = 128  # bytes between control words: a cache line and its neighbour
+# Control words. ARRIVED and PHASE are the barrier, LATE says that somebody waited long at it, ACTIVE counts the step's threads.
+ARRIVED, PHASE, LATE, ACTIVE, PROGRAM, N_OPS, STEP, STOP, JOB, THREADS = (i * LINE for i in range(10))
+# Words of one thread's record, which start at THREADS + thread * RECORD; the ops' task counters follow the last record.
+MAILBOX, ASLEEP, BENCHED_UNTIL = (i * LINE for i in range(3))
+RECORD = 3 * LINE
 _OP_BYTES = 8 * OP_WORDS
 _TASKS, _TASKS_PER, _BARRIER, _KERNEL = (
     8 * int(f) for f in (OpField.TASKS, OpField.TASKS_PER, OpField.BARRIER, OpField.KERNEL)
 )
-_SPIN_BEFORE_SLEEP = 20_000  # pauses, about 0.2 to 0.4 ms: the gap between two decode steps
-_SPIN_BEFORE_YIELD = 20_000  # in a barrier: somebody was descheduled, give the core away,
-_SPIN_BETWEEN_YIELDS = 500  # and keep giving it away
+_SPIN_BEFORE_SLEEP = 20_000  # pauses, some tenths of a millisecond: the gap between two decode steps
+_SPIN_BEFORE_LOOK = 2_000  # pauses in a barrier before the clock is read
+_SPIN_BETWEEN_LOOKS = 200
+_LATE = 1_000_000  # ns of waiting at a barrier after which somebody must have been pushed off a core
+_LOST = 500_000  # ns that a step's last thread must have been off its core to be the one
+_BENCH = 1_000_000_000  # ns to sit out
 _SHARES = 8  # tasks of an op are taken in about this many pieces a thread
 
 
 @njit(nogil=True, cache=True)
-def _barrier(control, n_threads, first_op, last_op):  # type: ignore[no-untyped-def]
+def _sit_out(control, thread, n_all):  # type: ignore[no-untyped-def]
+    """Bench `thread`; thread 0 is the caller and cannot leave, so the last active one makes room for it."""
+    now = clock(MONOTONIC)
+    if thread == 0:
+        thread = n_all - 1
+        while thread > 0 and atomic_load(control + THREADS + thread * RECORD + BENCHED_UNTIL) > now:
+            thread -= 1
+    if thread > 0:
+        atomic_store(control + THREADS + thread * RECORD + BENCHED_UNTIL, now + _BENCH)
+
+
+@njit(nogil=True, cache=True)
+def _barrier(control, thread, n_active, n_all, counters, first_op, last_op, lost):  # type: ignore[no-untyped-def]
+    """Wait for all; the last one clears the task counters. `lost` is this thread's time off its core before the step."""
     phase = atomic_load(control + PHASE)
-    if atomic_add(control + ARRIVED, 1) == n_threads - 1:
+    if atomic_add(control + ARRIVED, 1) == n_active - 1:
+        if atomic_load(control + LATE) != 0:
+            atomic_store(control + LATE, 0)
+            if clock(MONOTONIC) - clock(THREAD_TIME) - lost > _LOST:
+                _sit_out(control, thread, n_all)
         for i in range(first_op, last_op + 1):
-            atomic_store(control + COUNTERS + i * LINE, 0)
+            atomic_store(counters + i * LINE, 0)
         atomic_store(control + ARRIVED, 0)
         atomic_store(control + PHASE, phase + 1)
         return
     spins = 0
+    started = 0
     while atomic_load(control + PHASE) == phase:
         pause()
         spins += 1
-        if spins > _SPIN_BEFORE_YIELD:
-            yield_core()
-            spins = _SPIN_BEFORE_YIELD - _SPIN_BETWEEN_YIELDS
+        if spins >= _SPIN_BEFORE_LOOK:
+            spins -= _SPIN_BETWEEN_LOOKS
+            now = clock(MONOTONIC)
+            if started == 0:
+                started = now
+            elif now - started > _LATE:
+                atomic_store(control + LATE, 1)
+                yield_core()
 
 
 @njit(nogil=True, cache=True)
-def walk(control, n_threads, scratch):  # type: ignore[no-untyped-def]
-    """Run the posted program once, as one of `n_threads`."""
+def walk(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
+    """Run the posted program once."""
     program, step = load_word(control + PROGRAM), load_word(control + STEP)
-    n_ops = load_word(control + N_OPS)
+    n_ops, n_active = load_word(control + N_OPS), load_word(control + ACTIVE)
+    counters = control + THREADS + n_all * RECORD
+    lost = clock(MONOTONIC) - clock(THREAD_TIME)
     since = 0
     for i in range(n_ops):
         op = program + i * _OP_BYTES
         n_tasks = load_word(op + _TASKS) * load_word(step + 8 * load_word(op + _TASKS_PER))
         kernel = load_word(op + _KERNEL)
-        if n_threads == 1:
+        if n_active == 1:
             if n_tasks > 0:
                 call_kernel(kernel, op, step, 0, n_tasks, scratch)
             continue
-        piece = max(1, n_tasks // (n_threads * _SHARES))
-        counter = control + COUNTERS + i * LINE
+        piece = max(1, n_tasks // (n_active * _SHARES))
+        counter = counters + i * LINE
         while True:
             start = atomic_add(counter, piece)
             if start >= n_tasks:
                 break
             call_kernel(kernel, op, step, start, min(start + piece, n_tasks), scratch)
         if load_word(op + _BARRIER) != 0:
-            _barrier(control, n_threads, since, i)
+            _barrier(control, thread, n_active, n_all, counters, since, i, lost)
             since = i + 1
 
 
 @njit(nogil=True, cache=True)
-def work(control, n_threads, scratch):  # type: ignore[no-untyped-def]
-    """A pool thread's life: wait for the next job, walk it, until told to stop."""
+def work(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
+    """A pool thread's life: wait for a job in the mailbox, walk it, until told to stop."""
+    record = control + THREADS + thread * RECORD
     seen = 0
     while True:
         spins = 0
-        while atomic_load(control + JOB) == seen:
+        while atomic_load(record + MAILBOX) == seen:
             spins += 1
             if spins < _SPIN_BEFORE_SLEEP:
                 pause()
             else:
-                atomic_add(control + SLEEPERS, 1)
-                wait_on(control + JOB, seen & 0x7FFFFFFF)
-                atomic_add(control + SLEEPERS, -1)
-        seen = atomic_load(control + JOB)
+                atomic_add(record + ASLEEP, 1)
+                wait_on(record + MAILBOX, seen & 0x7FFFFFFF)
+                atomic_add(record + ASLEEP, -1)
+        seen = atomic_load(record + MAILBOX)
         if atomic_load(control + STOP) != 0:
             return
-        walk(control, n_threads, scratch)
+        walk(control, thread, n_all, scratch)
 
 
 @njit(nogil=True, cache=True)
-def submit(control, program, n_ops, step, n_threads, scratch):  # type: ignore[no-untyped-def]
-    """Post a program and walk it as thread 0; returns when every op is done."""
+def _call(control, thread, job):  # type: ignore[no-untyped-def]
+    """Put a job into a thread's mailbox. The addition is a full fence: a sleeper is seen, or it sees the job."""
+    record = control + THREADS + thread * RECORD
+    atomic_add(record + MAILBOX, job - atomic_load(record + MAILBOX))
+    if atomic_load(record + ASLEEP) > 0:
+        wake(record + MAILBOX)
+
+
+@njit(nogil=True, cache=True)
+def submit(control, program, n_ops, step, n_all, scratch):  # type: ignore[no-untyped-def]
+    """Post a program and walk it as thread 0, with every thread that is not benched; returns when every op is done."""
+    now = clock(MONOTONIC)
+    n_active = 1
+    for thread in range(1, n_all):
+        if atomic_load(control + THREADS + thread * RECORD + BENCHED_UNTIL) <= now:
+            n_active += 1
     atomic_store(control + PROGRAM, program)
     atomic_store(control + N_OPS, n_ops)
     atomic_store(control + STEP, step)
-    if n_threads > 1:
-        atomic_add(control + JOB, 1)
-        if atomic_load(control + SLEEPERS) > 0:
-            wake_all(control + JOB)
-    walk(control, n_threads, scratch)
+    atomic_store(control + ACTIVE, n_active)
+    job = atomic_load(control + JOB) + 1
+    atomic_store(control + JOB, job)
+    if n_active > 1:
+        for thread in range(1, n_all):
+            if atomic_load(control + THREADS + thread * RECORD + BENCHED_UNTIL) <= now:
+                _call(control, thread, job)
+    walk(control, 0, n_all, scratch)
 
 
 @njit(nogil=True, cache=True)
-def stop(control):  # type: ignore[no-untyped-def]
+def stop(control, n_all):  # type: ignore[no-untyped-def]
     """Make every pool thread return."""
     atomic_store(control + STOP, 1)
-    atomic_add(control + JOB, 1)
-    wake_all(control + JOB)
+    job = atomic_load(control + JOB) + 1
+    for thread in range(1, n_all):
+        _call(control, thread, job)
