@@ -1,6 +1,6 @@
 """`Engine`: requests in, chunks out; every `step` runs one batch through the stage.
 
-Single-threaded: one thread calls everything but `check_request` and `stats`, which any thread may.
+Single-threaded: one thread calls everything but `limits` and `stats`, which any thread may.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ from pyinfer.runtime.outputs import (
 )
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.request import Request, Sequence, State
+from pyinfer.runtime.request_limits import RequestLimits
 from pyinfer.runtime.sampler import NOT_FINITE, SequenceSampler, sample
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.scheduler import Plan, Scheduler, SchedulerConfig
@@ -55,16 +56,16 @@ class Engine:
         config: StageConfig,
         vocabulary: Vocabulary,
         *,
-        n_vocab: int | None = None,
+        n_vocab: int | None = None,  # width of the logits, if the vocabulary's size is not it
         seed: int = 0,
         prefix_caching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.n_ctx = min(config.n_ctx, config.n_pages * config.block_size)
+        self.limits = RequestLimits(self.n_ctx, vocabulary.n_vocab if n_vocab is None else n_vocab)
         self._stage = stage
         self._vocabulary = vocabulary
-        self._n_vocab = n_vocab if n_vocab is not None else vocabulary.n_vocab  # width of the logits
         self._clock = clock
         self._seeds = random.Random(seed)
         self.scheduler = Scheduler(
@@ -86,34 +87,9 @@ class Engine:
 
     # ---- requests
 
-    def check_request(self, prompt: list[int], params: SamplingParams) -> None:
-        """`RequestError` for a request that can never be served."""
-        self._check_ids("prompt", prompt)
-        if len(prompt) >= self.n_ctx:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, but the context of {self.n_ctx} takes at most {self.n_ctx - 1} "
-                "and one to answer; shorten it or load the model with a larger context",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        self._check_ids("stop_token_ids", params.stop_token_ids or [])
-        self._check_ids("logit_bias", params.logit_bias or [])
-        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-            if count is not None and count > self._n_vocab:
-                raise RequestError(f"{name} is {count}; the vocabulary has {self._n_vocab} tokens", param=name)
-
-    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
-        empty = name == "prompt"
-        for token in ids:
-            empty = False
-            if not 0 <= token < self._n_vocab:
-                raise RequestError(f"{name} has the token id {token}; ids go from 0 to {self._n_vocab - 1}", param=name)
-        if empty:
-            raise RequestError("the prompt is empty; give at least one token", param="prompt")
-
     def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, *, salt: str = "") -> None:
         """Queue a request; `RequestError` if it can never be served. Only requests of the same salt share pages."""
-        self.check_request(prompt, params)
+        self.limits.check(prompt, params)
         request = self._new_request(request_id, prompt, params, salt)
         wanted = self.n_ctx if params.max_tokens is None else min(self.n_ctx, len(prompt) + params.max_tokens)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
@@ -141,14 +117,12 @@ class Engine:
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
         """Queue ids whose logits are all wanted: `take_logits` has them once the chunk with a finish reason came."""
-        self._check_ids("prompt", token_ids)
-        if len(token_ids) > self.n_ctx:
-            raise RequestError(f"{len(token_ids)} tokens are over the context of {self.n_ctx}", param="prompt")
+        self.limits.check_scoring(token_ids)
         request = self._new_request(request_id, token_ids, _SCORING, "")
         sequence = Sequence(request, 0, limit=len(token_ids))
         sequence.reads_cache = False
         sequence.n_score_rows = len(token_ids)
-        sequence.logits = np.empty((len(token_ids), self._n_vocab), np.float32)
+        sequence.logits = np.empty((len(token_ids), self.limits.n_vocab), np.float32)
         request.sequences.append(sequence)
         self.scheduler.add(sequence)
 

@@ -148,7 +148,7 @@ class EngineClient:
     ) -> RequestStream:
         """Submit a request now and return its chunks; raises `RequestError` at once if it can never be served."""
         params = SamplingParams() if params is None else params
-        self._engine.check_request(prompt_ids, params)
+        self._engine.limits.check(prompt_ids, params)
         request_id = uuid.uuid4().hex if request_id is None else request_id
         mailbox = _Mailbox(asyncio.get_running_loop(), params.n_samples)
         with self._condition:

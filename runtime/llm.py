@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -73,7 +74,7 @@ class LLM:
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[GenerationOutput]:
-        """Answer one conversation or several. No `sampling_params` means the model's own defaults, up to the context."""
+        """Answer one conversation or several. No `sampling_params`: the model's own defaults, up to the context."""
         conversations: list[Sequence[Message]] = []
         for item in messages if messages and not isinstance(messages[0], Mapping) else [messages]:
             conversations.append(item)  # type: ignore[arg-type]
@@ -155,7 +156,7 @@ class LLM:
                 ids.append(self.tokenize(item))
             elif isinstance(item, Sequence) or hasattr(item, "tolist"):
                 texts.append(None)
-                ids.append([int(token) for token in item])
+                ids.append(_as_ids(item))
             else:
                 raise RequestError(
                     f"a prompt is of type {type(item).__name__}; give text, a list of token ids, or a list of those",
@@ -167,7 +168,7 @@ class LLM:
         self, texts: list[str | None], prompts: list[list[int]], params: list[SamplingParams], use_tqdm: bool
     ) -> list[GenerationOutput]:
         for ids, each in zip(prompts, params, strict=True):
-            self._engine.check_request(ids, each)
+            self._engine.limits.check(ids, each)
         with self._exclusive(), _progress(len(prompts), use_tqdm) as advance:
             jobs: dict[str, _Job] = {}
             try:
@@ -217,7 +218,7 @@ class _Job:
     def __init__(self, llm: LLM, params: SamplingParams) -> None:
         self._llm = llm
         self._params = params
-        self._streams = [TextStream(llm._tokenizer, params, index) for index in range(params.n_samples)]
+        self._streams = [TextStream(llm._tokenizer, params, i) for i in range(params.n_samples)]
         self._chunks: list[list[TextChunk]] = [[] for _ in self._streams]
         self._first: RequestOutput | None = None
         self._metrics: RequestMetrics | None = None
@@ -258,6 +259,14 @@ class _Job:
             metrics=self._metrics,
             num_cached_tokens=0 if self._first is None else self._first.cached_tokens,
         )
+
+
+def _as_ids(tokens: Iterable[Any]) -> list[int]:
+    """Plain ints; a float is a mistake and not rounded."""
+    try:
+        return [index(token) for token in tokens]
+    except TypeError:
+        raise RequestError("a prompt of token ids must hold integers only", param="prompts") from None
 
 
 def _is_int(item: object) -> bool:

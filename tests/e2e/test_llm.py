@@ -178,6 +178,8 @@ def test_mistakes_are_named_and_leave_nothing_behind(llm: LLM) -> None:
         llm.generate("a", [GREEDY, GREEDY])
     with pytest.raises(RequestError, match="float"):
         llm.generate([1.5], GREEDY)  # type: ignore[list-item]
+    with pytest.raises(RequestError, match="integers"):
+        llm.generate([[1, 1.5]], GREEDY)  # type: ignore[list-item]
     assert llm.stats().running == llm.stats().waiting == 0
 
 

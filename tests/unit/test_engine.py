@@ -341,7 +341,8 @@ class Expectation:
     failed: bool = False
 
 
-def test_20000_random_steps_keep_every_promise() -> None:
+@pytest.mark.parametrize(("n_wanted", "priorities"), [(20_000, [0]), (5_000, [0, 0, 1, -1])])
+def test_random_steps_keep_every_promise(n_wanted: int, priorities: list[int]) -> None:
     """Bursts of arrivals, shared prefixes, cancels, evictions, preemptions, failing steps; check() after each step."""
     rng = random.Random(0)
     engine = new_engine(TIGHT)
@@ -350,9 +351,10 @@ def test_20000_random_steps_keep_every_promise() -> None:
     open_requests: dict[str, Expectation] = {}
     n_compared = n_cancelled = n_failed = n_steps = 0
     longest_wait = 0
-    watch_first_in_order(engine)
-    while n_steps < 20_000 or engine.has_work:
-        if n_steps < 20_000 and len(open_requests) < 12 and rng.random() < 0.15:
+    if len(priorities) == 1:
+        watch_first_in_order(engine)
+    while n_steps < n_wanted or engine.has_work:
+        if n_steps < n_wanted and len(open_requests) < 12 and rng.random() < 0.15:
             for _ in range(rng.randint(1, 4)):
                 prompt = rng.choice(families)[: rng.randint(1, 120)] + prompt_of(
                     rng.randint(0, 8), rng.randrange(10**9)
@@ -362,6 +364,7 @@ def test_20000_random_steps_keep_every_promise() -> None:
                     temperature=rng.choice([0, 1.0]),
                     max_tokens=rng.choice([1, 3, 20, 80, None]),
                     seed=rng.randrange(1000),
+                    priority=rng.choice(priorities),
                     prompt_logprobs=rng.choice([None] * 9 + [0]),
                 )
                 name = str(n_steps) + "-" + str(rng.randrange(10**9))
@@ -391,8 +394,8 @@ def test_20000_random_steps_keep_every_promise() -> None:
         n_steps += 1
     stats = engine.stats()
     assert not open_requests and stats.pages_used == 0 and not engine._requests
-    assert n_compared > 1000 and n_cancelled > 100 and n_failed > 10
-    assert stats.preemptions > 100 and stats.prefix_hits > 10_000
+    assert n_compared > n_wanted / 20 and n_cancelled > n_wanted / 200 and n_failed > n_wanted / 2000
+    assert stats.preemptions > n_wanted / 200 and stats.prefix_hits > n_wanted / 2
     assert longest_wait < 3000
 
 
