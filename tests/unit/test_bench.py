@@ -29,7 +29,8 @@ def run(test: BenchTest, *, max_tokens: int = 8, repetitions: int = 2) -> tuple[
     config = StageConfig(
         n_pages=pages_needed(test, 16), max_tokens=max_tokens, max_sequences=test.n_parallel, n_ctx=test.n_ctx
     )
-    stage, heard = RecordingStage(config), []
+    stage = RecordingStage(config)
+    heard: list[int] = []
     runner = BenchRunner(stage, n_vocab=N_VOCAB, block_size=16, max_tokens=max_tokens)
     result = runner.run(test, repetitions, heard.append)
     assert heard == list(range(repetitions + 1))

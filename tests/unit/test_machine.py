@@ -100,7 +100,7 @@ def test_here() -> None:
 
 
 def test_macos_counts_performance_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(threads, "_sysctl", {"hw.perflevel0.physicalcpu": 6, "hw.physicalcpu": 8}.get)
     assert cpu_limits().n_physical == 6
     monkeypatch.setattr(threads, "_sysctl", {"hw.physicalcpu": 8}.get)

@@ -16,7 +16,7 @@ import pytest
 from fake_index import RecordingProgress, use_index, write_model, write_wheel
 
 from pyinfer.errors import DownloadError
-from pyinfer.runtime import hub, pull, pull_slot
+from pyinfer.runtime import hub, pull
 from pyinfer.runtime.catalogue import CatalogueModel
 from pyinfer.runtime.file_lock import file_lock
 from pyinfer.runtime.paths import models_dir
@@ -178,7 +178,7 @@ class TestDisk:
         self, model: CatalogueModel, requests: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         usage = shutil.disk_usage(models_dir().parent.parent)._replace(free=1000)
-        monkeypatch.setattr(pull_slot.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
         with pytest.raises(DownloadError, match=r"tiny needs 400.0 kB in .* and 1.0 kB are free"):
             hub.pull("tiny", RecordingProgress(), catalogue={"tiny": model})
         assert requests == [] and partial_files() == []
@@ -243,7 +243,12 @@ def test_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     waiting = threading.Event()
-    threading.Thread(target=lambda: (waiting.wait(10), holder.kill())).start()
+
+    def kill_when_waited_for() -> None:
+        waiting.wait(10)
+        holder.kill()
+
+    threading.Thread(target=kill_when_waited_for).start()
     with file_lock(lock, waiting.set):
         assert waiting.is_set() and lock.exists()
     assert not lock.exists()
