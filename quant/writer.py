@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pyinfer.errors import GGUFError
-from pyinfer.quant.codec import ByteArray, Codec
+from pyinfer.quant.codec import ByteArray
 from pyinfer.quant.codecs import codec_by_name
 from pyinfer.quant.gguf import NATIVE_ORDER
 from pyinfer.quant.gguf_cursor import ByteOrder
 from pyinfer.quant.gguf_header import DEFAULT_ALIGNMENT
+from pyinfer.quant.whole_file import whole_file
 
 TensorSource = tuple[str, tuple[int, ...], ByteArray]  # codec name, row-major shape, bytes in native order
 
@@ -27,6 +28,20 @@ _KIND_OF_DTYPE = {
 _STRING, _ARRAY = 8, 9
 
 
+@dataclass(frozen=True)
+class TensorStream:
+    """A tensor that is made while it is written, so that no more than one chunk of it is in memory."""
+
+    codec: str
+    shape: tuple[int, ...]  # row-major
+    chunks: Callable[[], Iterable[ByteArray]]  # consecutive whole blocks in native order, all of the tensor
+
+    @property
+    def n_bytes(self) -> int:
+        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
+        return rows * codec_by_name(self.codec).row_bytes(self.shape[-1])
+
+
 def write_gguf(
     path: str | Path,
     metadata: Mapping[str, Any],
@@ -35,52 +50,64 @@ def write_gguf(
     order: ByteOrder = NATIVE_ORDER,
     version: int = 3,
 ) -> None:
-    """Write a GGUF file under a temporary name beside `path` and rename it into place.
+    """Write a GGUF file of tensors whose bytes are at hand; otherwise as `stream_gguf`."""
+
+    def stream(codec: str, shape: tuple[int, ...], data: ByteArray) -> TensorStream:
+        return TensorStream(codec, shape, lambda: (data,))
+
+    streams = {name: stream(*source) for name, source in tensors.items()}
+    stream_gguf(path, metadata, streams, order=order, version=version)
+
+
+def stream_gguf(
+    path: str | Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, TensorStream],
+    *,
+    order: ByteOrder = NATIVE_ORDER,
+    version: int = 3,
+    on_bytes: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Write a GGUF file that appears under `path` whole or not at all; tensors are made one chunk after the other.
 
     Metadata: bool, str, float (stored as float32), int (the first that holds it of uint32, int32, uint64, int64; in a
     list int32 is first), NumPy scalars and 1-D arrays (stored as what they are), and lists of these, all of one type.
-    `tensors` is walked twice, an item at a time, so a mapping that makes its bytes on demand never holds two.
-    GGUFError for values that no GGUF type holds and for bytes that are not the tensor's size.
+    `on_bytes` is told the bytes of tensors written so far. GGUFError for values that no GGUF type holds and for
+    chunks that do not sum up to the tensor's size.
     """
-    path = Path(path)
     alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(_header(metadata, tensors, order, version, alignment))
+    done = 0
+    with whole_file(Path(path)) as file:
+        file.write(_header(metadata, tensors, order, version, alignment))
+        _pad(file, alignment)
+        for name, tensor in tensors.items():
+            codec, n_bytes = codec_by_name(tensor.codec), 0
+            for chunk in tensor.chunks():
+                file.write(np.ascontiguousarray(chunk if order == NATIVE_ORDER else codec.swap_bytes(chunk)).data)
+                n_bytes += chunk.nbytes
+                on_bytes(done + n_bytes)
+            if n_bytes != tensor.n_bytes:
+                raise GGUFError(
+                    f"tensor {name!r}: {codec.name} of {tensor.shape} takes {tensor.n_bytes} bytes, not {n_bytes}"
+                )
+            done += n_bytes
             _pad(file, alignment)
-            for name, (codec_name, shape, data) in tensors.items():
-                codec = codec_by_name(codec_name)
-                if data.nbytes != _n_bytes(codec, shape):
-                    need = _n_bytes(codec, shape)
-                    raise GGUFError(f"tensor {name!r}: {codec.name} of {shape} takes {need} bytes, not {data.nbytes}")
-                file.write(np.ascontiguousarray(data if order == NATIVE_ORDER else codec.swap_bytes(data)).data)
-                _pad(file, alignment)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _header(
-    metadata: Mapping[str, Any], tensors: Mapping[str, TensorSource], order: ByteOrder, version: int, alignment: int
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorStream], order: ByteOrder, version: int, alignment: int
 ) -> bytes:
     parts = [b"GGUF", struct.pack(order + "IQQ", version, len(tensors), len(metadata))]
     for key, value in metadata.items():
         kind, content = _value(order, value)
         parts += [_string(order, key), struct.pack(order + "I", kind), content]
     offset = 0
-    for name, (codec_name, shape, _) in tensors.items():
-        codec = codec_by_name(codec_name)
+    for name, tensor in tensors.items():
         parts.append(_string(order, name))
-        parts.append(struct.pack(f"{order}I{len(shape)}Q", len(shape), *reversed(shape)))
-        parts.append(struct.pack(order + "IQ", codec.type_id, offset))
-        offset += -(-_n_bytes(codec, shape) // alignment) * alignment
+        parts.append(struct.pack(f"{order}I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape)))
+        parts.append(struct.pack(order + "IQ", codec_by_name(tensor.codec).type_id, offset))
+        offset += -(-tensor.n_bytes // alignment) * alignment
     return b"".join(parts)
-
-
-def _n_bytes(codec: Codec, shape: tuple[int, ...]) -> int:
-    rows = int(np.prod(shape[:-1], dtype=np.int64))
-    return rows * codec.row_bytes(shape[-1])
 
 
 def _pad(file: BinaryIO, alignment: int) -> None:
