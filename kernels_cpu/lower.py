@@ -59,6 +59,11 @@ def lower(
     graph: Graph, config: StageConfig, compiler: Compiler, weights: WeightArena, pages: KVPages, ropes: RopeTables
 ) -> tuple[npt.NDArray[np.int64], Buffer, list[Any]]:
     """The op records [n_ops, OP_WORDS], the logits' buffer, and what must be kept alive for the addresses to hold."""
+    for index, layer in enumerate(graph.kv_layers):
+        if layer.head_dim % 16:
+            raise ModelError(
+                f"attention layer {index} has heads of {layer.head_dim} columns; the CPU kernels need a multiple of 16"
+            )
     lowering = _Lowering(graph, config, compiler, weights, pages, ropes)
     for op in graph.ops:
         lowering.lower(op)

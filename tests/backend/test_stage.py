@@ -1,0 +1,313 @@
+"""Whole tiny models on `CPUStage`: logits against the reference interpreter, and bit-equal however a prompt is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from batches import Piece, make_batch, run_prompt
+from cpu_kernels import BLOCK_TYPES, FLOAT_TYPES, ISAS
+from tiny_models import TinyShape
+
+from pyinfer.errors import ConfigError, ModelError
+from pyinfer.graph.backend import KVDType, Stage, StageConfig
+from pyinfer.graph.graph import Graph
+from pyinfer.graph.passes import optimize
+from pyinfer.graph.reference import ReferenceBackend
+from pyinfer.kernels_cpu.backend import CPUBackend
+from pyinfer.kernels_cpu.stage import CPUStage
+from pyinfer.quant.gguf import GGUFFile
+from pyinfer.runtime.models.registry import build_graph
+
+pytestmark = pytest.mark.backend
+
+TinyModel = Callable[..., Path]
+F32 = npt.NDArray[np.float32]
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+TYPES = (*BLOCK_TYPES, *FLOAT_TYPES)
+PROMPT: list[int] = np.random.RandomState(5).randint(0, 300, 90).tolist()
+LONG: list[int] = np.random.RandomState(6).randint(0, 300, 300).tolist()
+N_PAGES = 64
+ALL_PAGES: list[int] = np.random.RandomState(7).permutation(N_PAGES).tolist()
+PAGES = ALL_PAGES[:32]  # of one sequence: what n_ctx = 512 takes
+
+
+def mixed(name: str) -> str:
+    """A file with every kind of neighbour: float beside quantized, K beside legacy types."""
+    kinds = {"token_embd": "Q6_K", "attn_v": "Q6_K", "attn_q": "F16", "ffn_down": "Q5_1", "ffn_up": "Q8_0"}
+    return next((kind for part, kind in kinds.items() if part in name), "Q4_K")
+
+
+@lru_cache(maxsize=64)
+def graph_of(path: Path) -> Graph:
+    return optimize(build_graph(GGUFFile.open(path)))
+
+
+def config(kv_dtype: KVDType = "f16", n_threads: int = 1, **sizes: int) -> StageConfig:
+    sizes = {"n_pages": N_PAGES, "n_ctx": 512, "max_tokens": 512, **sizes}
+    return StageConfig(kv_dtype=kv_dtype, n_threads=n_threads, **sizes)
+
+
+@contextmanager
+def opened(path: Path, config: StageConfig) -> Iterator[CPUStage]:
+    stage = CPUBackend().open_stage(graph_of(path), config)
+    try:
+        yield stage
+    finally:
+        stage.close()
+
+
+@lru_cache(maxsize=64)
+def reference(path: Path, kv_dtype: KVDType) -> tuple[F32, F32]:
+    """The interpreter's logits of PROMPT, and of its first tokens as sequences of their own."""
+    stage = ReferenceBackend().open_stage(graph_of(path), config(kv_dtype))
+    return run_prompt(stage, PROMPT, PAGES, 16), singles(stage)
+
+
+def singles(stage: Stage) -> F32:
+    """Forty sequences of one token: their logits do not reach each other."""
+    return stage.run(
+        make_batch([Piece([token], [page]) for token, page in zip(PROMPT[:40], ALL_PAGES, strict=False)], 16)
+    )
+
+
+def relative_errors(logits: F32, expected: F32) -> F32:
+    """Of each row, relative to the largest logit."""
+    return np.abs(logits - expected).max(1) / np.abs(expected).max()
+
+
+def kl(expected: F32, logits: F32) -> npt.NDArray[np.float64]:
+    def logprobs(x: F32) -> npt.NDArray[np.float64]:
+        shifted = x.astype(np.float64) - x.max(1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+    p, q = logprobs(expected), logprobs(logits)
+    return (np.exp(p) * (p - q)).sum(1)
+
+
+def check_against_reference(path: Path, kv_dtype: KVDType, n_threads: int, *, is_float: bool) -> None:
+    """Bounds are a few times what every type, architecture and ISA was measured at.
+
+    Float weights differ by rounding: 1e-6, and 6e-5 where keys and values round to float16 differently. With int8
+    activations a code halfway between two integers may fall either way, which moves what follows it by up to 1.2e-2
+    (KL 1.3e-3); of sequences of one token most meet no such code and are as close as float weights are.
+    """
+    prompt, alone = reference(path, kv_dtype)
+    with opened(path, config(kv_dtype, n_threads)) as stage:
+        logits = run_prompt(stage, PROMPT, PAGES, 16)
+        errors, alone_errors = relative_errors(logits, prompt), relative_errors(singles(stage), alone)
+    exact = 5e-6 if kv_dtype == "f32" else 3e-4
+    assert np.median(alone_errors) < exact
+    assert max(errors.max(), alone_errors.max()) < (exact if is_float else 4e-2)
+    assert kl(prompt, logits).max() < (1e-7 if is_float else 5e-3)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+def test_every_type_equals_the_reference(kind: str, kv_dtype: KVDType, tiny_model: TinyModel) -> None:
+    arch = ARCHITECTURES[TYPES.index(kind) % 4]
+    check_against_reference(tiny_model(arch, kind), kv_dtype, 2, is_float=kind in FLOAT_TYPES)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind, kv_dtype", [("F32", "f32"), ("Q4_1", "f16"), (mixed, "f16")])
+def test_every_architecture_on_every_isa(
+    isa: str, arch: str, kind: str, kv_dtype: KVDType, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYINFER_ISA", isa)
+    n_threads = 1 + ARCHITECTURES.index(arch) % 3
+    check_against_reference(tiny_model(arch, kind), kv_dtype, n_threads, is_float=kind == "F32")
+
+
+@pytest.mark.parametrize(
+    "arch, shape",
+    [
+        ("llama", TinyShape(tied=True)),
+        ("llama", TinyShape(n_kv_heads=1, head_dim=48)),
+        ("qwen3", TinyShape(n_heads=6, n_kv_heads=3, head_dim=80, n_ff=160)),
+        ("gemma3", TinyShape(n_heads=2, n_kv_heads=1, head_dim=256, n_embd=96)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
+def test_other_shapes_equal_the_reference(arch: str, shape: TinyShape, kind: str, tiny_model: TinyModel) -> None:
+    check_against_reference(tiny_model(arch, kind, shape=shape), "f32", 3, is_float=kind == "BF16")
+
+
+# ---- bit-equality: a row never depends on how it was run
+BY_MODEL = pytest.mark.parametrize(
+    "arch, kind, kv_dtype",
+    [("llama", "Q4_1", "f16"), ("qwen2", "F16", "f32"), ("qwen3", mixed, "f16"), ("gemma3", "Q8_0", "f16")],
+)
+
+
+@BY_MODEL
+def test_threads_and_chunks_change_no_bit(arch: str, kind: str, kv_dtype: KVDType, tiny_model: TinyModel) -> None:
+    path = tiny_model(arch, kind)
+    with opened(path, config(kv_dtype)) as stage:
+        whole = run_prompt(stage, LONG, PAGES, 16)
+    for n_threads in (1, 2, 3):
+        with opened(path, config(kv_dtype, n_threads)) as stage:
+            for chunk in (1, 7, 16, 64, None):
+                logits = run_prompt(stage, LONG, PAGES[::-1], 16, chunk)
+                np.testing.assert_array_equal(logits, whole, err_msg=f"{n_threads} threads, chunks of {chunk}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@BY_MODEL
+def test_company_changes_no_bit(
+    isa: str, arch: str, kind: str, kv_dtype: KVDType, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight sequences at different places of their lives, prompts beside decodes, against each by itself."""
+    monkeypatch.setenv("PYINFER_ISA", isa)
+    rng = np.random.RandomState(8)
+    sequences = [rng.randint(0, 300, n).tolist() for n in (60, 1, 33, 17, 59, 16, 48, 5)]
+    tables = [ALL_PAGES[4 * i : 4 * i + 4] for i in range(8)]
+    with opened(tiny_model(arch, kind), config(kv_dtype, 2)) as stage:
+        alone = [run_prompt(stage, ids, ALL_PAGES[40:], 16) for ids in sequences]
+        done = [0] * 8
+        while any(done[i] < len(ids) for i, ids in enumerate(sequences)):
+            active = [i for i in rng.permutation(8) if done[i] < len(sequences[i]) and rng.rand() < 0.8]
+            sizes = [min(int(rng.choice([1, 1, 5, 20])), len(sequences[i]) - done[i]) for i in active]
+            if not active:
+                continue
+            pieces = [
+                Piece(sequences[i][done[i] : done[i] + n], tables[i], done[i])
+                for i, n in zip(active, sizes, strict=True)
+            ]
+            rows = np.split(stage.run(make_batch(pieces, 16)), np.cumsum(sizes)[:-1])
+            for i, n, logits in zip(active, sizes, rows, strict=True):
+                np.testing.assert_array_equal(logits, alone[i][done[i] : done[i] + n])
+                done[i] += n
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_page_sizes_change_no_bit(block_size: int, tiny_model: TinyModel) -> None:
+    path = tiny_model("gemma3", "Q8_0")
+    with opened(path, config()) as stage:
+        expected = run_prompt(stage, PROMPT, PAGES, 16)
+    with opened(path, config(block_size=block_size)) as stage:
+        np.testing.assert_array_equal(run_prompt(stage, PROMPT, PAGES[:8], block_size, 50), expected)
+
+
+# ---- rows, pages and limits
+def test_only_the_wanted_rows_come_back(tiny_model: TinyModel) -> None:
+    with opened(tiny_model("llama", "Q8_0"), config(n_threads=2)) as stage:
+        every = run_prompt(stage, PROMPT, PAGES, 16)
+        for rows in ([0, 3, 88, 89], [89], list(range(0, 90, 2)), []):
+            some = stage.run(make_batch([Piece(PROMPT, PAGES)], 16, outputs=rows))
+            assert some.shape == (len(rows), 300)
+            np.testing.assert_array_equal(some, every[rows])
+
+
+def test_a_copied_page_continues_like_its_source(tiny_model: TinyModel) -> None:
+    with opened(tiny_model("gemma3", "Q4_0"), config(n_threads=2)) as stage:
+        expected = run_prompt(stage, PROMPT[:40], [0, 1, 2], 16)[30:]
+        stage.run(make_batch([Piece(PROMPT[:30], [0, 1])], 16))
+        stage.copy_page(1, 9)
+        stage.run(make_batch([Piece(LONG[:16], [1])], 16))  # the source's page goes to somebody else
+        copied = stage.run(make_batch([Piece(PROMPT[30:40], [0, 9, 5], 30)], 16))
+        np.testing.assert_array_equal(copied, expected)
+
+
+def test_hundreds_of_steps_in_a_row(tiny_model: TinyModel) -> None:
+    """Greedy decoding of three sequences, with one thread and with two."""
+
+    def decode(n_threads: int) -> list[list[int]]:
+        with opened(tiny_model("qwen3", "Q8_0"), config(n_threads=n_threads)) as stage:
+            tokens = [[1], [2], [3]]
+            for position in range(300):
+                pieces = [Piece([ids[-1]], ALL_PAGES[20 * i : 20 * i + 20], position) for i, ids in enumerate(tokens)]
+                for ids, row in zip(tokens, stage.run(make_batch(pieces, 16)), strict=True):
+                    ids.append(int(row.argmax()))
+            return tokens
+
+    first = decode(1)
+    assert decode(2) == first
+    assert len({token for ids in first for token in ids}) > 10
+
+
+def test_a_step_may_be_as_large_as_the_limits(tiny_model: TinyModel) -> None:
+    path = tiny_model("llama", "Q8_0")
+    sizes = {"max_tokens": 40, "max_sequences": 6, "n_ctx": 100, "n_pages": 8}
+    with opened(path, config(n_threads=2, **sizes)) as stage:
+        expected = run_prompt(stage, LONG[:100], PAGES_OF_8, 16, chunk=40)  # the last token is the context's last
+        np.testing.assert_array_equal(run_prompt(stage, LONG[:100], PAGES_OF_8, 16, chunk=33), expected)
+        six = [Piece(LONG[: 7 - i // 4], [i]) for i in range(6)]
+        assert sum(len(piece.ids) for piece in six) == 40
+        rows = stage.run(make_batch(six, 16))
+        assert rows.shape == (40, 300)
+        np.testing.assert_array_equal(rows[:7], expected[:7])
+        with pytest.raises(AssertionError):
+            stage.run(make_batch([Piece(LONG[:41], PAGES_OF_8)], 16))
+        with pytest.raises(AssertionError):
+            stage.run(make_batch([Piece([1], [i]) for i in range(7)], 16))
+        np.testing.assert_array_equal(run_prompt(stage, LONG[:100], PAGES_OF_8, 16, chunk=40), expected)
+
+
+PAGES_OF_8 = [3, 0, 7, 1, 2, 6, 4]
+
+
+def test_two_stages_live_side_by_side(tiny_model: TinyModel) -> None:
+    paths = [tiny_model("llama", "Q8_0"), tiny_model("gemma3", "F32")]
+    expected = []
+    for path in paths:
+        with opened(path, config()) as stage:
+            expected.append(run_prompt(stage, PROMPT, PAGES, 16))
+    with opened(paths[0], config(n_threads=2)) as first, opened(paths[1], config(n_threads=2)) as second:
+        for _ in range(3):
+            np.testing.assert_array_equal(run_prompt(first, PROMPT, PAGES, 16, 8), expected[0])
+            np.testing.assert_array_equal(run_prompt(second, PROMPT, PAGES, 16, 8), expected[1])
+
+
+def test_closing_joins_the_threads_and_may_be_repeated(tiny_model: TinyModel) -> None:
+    stage = CPUBackend().open_stage(graph_of(tiny_model("llama", "Q8_0")), config(n_threads=3))
+    threads = list(stage._pool._threads)
+    assert len(threads) == 2 and all(thread.is_alive() for thread in threads)
+    stage.close()
+    assert not any(thread.is_alive() for thread in threads)
+    stage.close()
+    with pytest.raises(AssertionError):
+        run_prompt(stage, PROMPT, PAGES, 16)
+
+
+def test_opening_tells_its_progress(tiny_model: TinyModel) -> None:
+    seen: list[tuple[str, float]] = []
+    graph = graph_of(tiny_model("llama", "Q8_0"))
+    CPUBackend().open_stage(graph, config(), lambda what, share: seen.append((what, share))).close()
+    shares = [share for what, share in seen if what == "loading weights"]
+    assert shares == sorted(shares) and shares[-1] == 1.0 and all(0 <= share <= 1 for share in shares)
+
+
+# ---- what cannot be run is said
+def test_pages_that_are_no_multiple_of_16(tiny_model: TinyModel) -> None:
+    with pytest.raises(ConfigError, match="block size 24"):
+        CPUBackend().open_stage(graph_of(tiny_model("llama", "Q8_0")), config(block_size=24))
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", "avx512"])
+def test_an_unknown_isa(name: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYINFER_ISA", name)
+    with pytest.raises(ConfigError, match=name):
+        CPUBackend().open_stage(graph_of(tiny_model("llama", "Q8_0")), config())
+
+
+@pytest.mark.parametrize(
+    "arch, shape",
+    [
+        ("llama", TinyShape(n_embd=64, n_ff=72)),
+        ("llama", TinyShape(n_embd=72, head_dim=16)),
+        ("llama", TinyShape(n_embd=64, head_dim=8)),
+        ("qwen3", TinyShape(n_embd=64, head_dim=24)),
+    ],
+    ids=str,
+)
+def test_widths_without_kernels_are_a_model_error(arch: str, shape: TinyShape, tiny_model: TinyModel) -> None:
+    with pytest.raises(ModelError, match="multiple of"):
+        CPUBackend().open_stage(graph_of(tiny_model(arch, "F32", shape=shape)), config())
