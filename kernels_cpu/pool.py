@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +50,11 @@ class Pool:
         ]
         for thread in self._threads:
             thread.start()
+        # also when nobody closes the pool: its threads read memory that goes with it
+        self._stop = weakref.finalize(self, _stop, walker, self._at, self._control, self._threads, self._scratch)
 
     def run(self, program: Program) -> None:
-        assert len(program.ops) <= self._max_ops and self._at
+        assert len(program.ops) <= self._max_ops and self._stop.alive
         scratch = address(self._scratch[0])
         self._walker.submit(
             self._at, address(program.ops), len(program.ops), address(program.step), self.n_threads, scratch
@@ -57,8 +62,13 @@ class Pool:
 
     def close(self) -> None:
         """Join the threads; afterwards the pool cannot run anything."""
-        if self._at:
-            self._walker.stop(self._at, self.n_threads)
-            for thread in self._threads:
-                thread.join()
-            self._at = 0
+        self._stop()
+
+
+def _stop(
+    walker: Any, at: int, control: npt.NDArray[np.uint8], threads: Sequence[threading.Thread], scratch: Any
+) -> None:
+    """End the threads of a pool; `control` and `scratch` are held so that their memory outlives them."""
+    walker.stop(at, len(threads) + 1)
+    for thread in threads:
+        thread.join()
