@@ -126,13 +126,16 @@ class Compiler:
 
     def _save(self, name: str, blob: bytes) -> None:
         """A cache that cannot be written (full disk, read-only home) only costs the next start its time."""
+        partial: str | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+                partial = file.name
                 file.write(hashlib.sha256(blob).digest() + blob)
-            os.replace(file.name, self._path(name))
+            os.replace(partial, self._path(name))
         except OSError:
-            return
+            if partial is not None:
+                Path(partial).unlink(missing_ok=True)
 
 
 @lru_cache(maxsize=8)

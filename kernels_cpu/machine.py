@@ -95,9 +95,10 @@ def _emit_clock(b: Any, a: Any) -> Any:
 # POSIX clock numbers: time passed, and time this thread was running
 MONOTONIC, THREAD_TIME = (6, 16) if sys.platform == "darwin" else (1, 3)
 
+# Sequentially consistent, so that a sleeper's count and its mailbox are never both seen as they were; free on x86.
 load_word = _intrinsic("load_word", 1, lambda b, a: b.load(_word(b, a[0])))
-atomic_add = _intrinsic("atomic_add", 2, lambda b, a: b.atomic_rmw("add", _word(b, a[0]), a[1], "acq_rel"))
-atomic_load = _intrinsic("atomic_load", 1, lambda b, a: b.load_atomic(_word(b, a[0]), "acquire", 8))
+atomic_add = _intrinsic("atomic_add", 2, lambda b, a: b.atomic_rmw("add", _word(b, a[0]), a[1], "seq_cst"))
+atomic_load = _intrinsic("atomic_load", 1, lambda b, a: b.load_atomic(_word(b, a[0]), "seq_cst", 8))
 atomic_store = _intrinsic(
     "atomic_store", 2, lambda b, a: b.store_atomic(a[1], _word(b, a[0]), "release", 8), types.none
 )

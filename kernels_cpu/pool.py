@@ -29,12 +29,7 @@ class Pool:
     """`n_threads` threads, the caller's included; `run` is not reentrant."""
 
     def __init__(self, n_threads: int, scratch_bytes: int, isa: ISA, max_ops: int) -> None:
-        import numba
-
-        # Numba keys its cache by source file and CPU but not by this package's other sources: the folder does
-        numba.config.CACHE_DIR = os.fspath(cache_folder(isa) / "numba")
-        from pyinfer.kernels_cpu import walker
-
+        walker = _load_walker(isa)
         self._walker = walker
         self.n_threads = n_threads
         self._max_ops = max_ops
@@ -63,6 +58,23 @@ class Pool:
     def close(self) -> None:
         """Join the threads; afterwards the pool cannot run anything."""
         self._stop()
+
+
+def _load_walker(isa: ISA) -> Any:
+    """The module `walker`, which Numba compiles on first use and keeps where the kernels are kept, if it can."""
+    from numba.core import config
+
+    # Numba keys its cache by source file and CPU but not by this package's other sources: the folder does
+    folder = cache_folder(isa) / "numba"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.fspath(folder) if os.access(folder, os.W_OK) else ""
+    except OSError:
+        place = ""
+    vars(config)["CACHE_DIR"] = place
+    from pyinfer.kernels_cpu import walker
+
+    return walker
 
 
 def _stop(

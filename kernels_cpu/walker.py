@@ -8,6 +8,7 @@ and not everybody's time. This module is imported only by `pool`, after the comp
 from __future__ import annotations
 
 from numba import njit
+from numba.core import config
 
 from pyinfer.kernels_cpu.machine import (
     MONOTONIC,
@@ -42,9 +43,11 @@ _LATE = 1_000_000  # ns of waiting at a barrier after which somebody must have b
 _LOST = 500_000  # ns that a step's last thread must have been off its core to be the one
 _BENCH = 1_000_000_000  # ns to sit out
 _SHARES = 8  # tasks of an op are taken in about this many pieces a thread
+# where nothing can be kept Numba would refuse to compile: `pool` has set no place then
+compiled = njit(nogil=True, cache=bool(vars(config)["CACHE_DIR"]))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _sit_out(control, thread, n_all):  # type: ignore[no-untyped-def]
     """Bench `thread`; thread 0 is the caller and cannot leave, so the last active one makes room for it."""
     now = clock(MONOTONIC)
@@ -56,7 +59,7 @@ def _sit_out(control, thread, n_all):  # type: ignore[no-untyped-def]
         atomic_store(control + THREADS + thread * RECORD + BENCHED_UNTIL, now + _BENCH)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _barrier(control, thread, n_active, n_all, counters, first_op, last_op, lost):  # type: ignore[no-untyped-def]
     """Wait for all; the last one clears the task counters. `lost` is this thread's time off its core before the step."""
     phase = atomic_load(control + PHASE)
@@ -85,7 +88,7 @@ def _barrier(control, thread, n_active, n_all, counters, first_op, last_op, lost
                 yield_core()
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def walk(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
     """Run the posted program once."""
     program, step = load_word(control + PROGRAM), load_word(control + STEP)
@@ -113,7 +116,7 @@ def walk(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
             since = i + 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def work(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
     """A pool thread's life: wait for a job in the mailbox, walk it, until told to stop."""
     record = control + THREADS + thread * RECORD
@@ -134,7 +137,7 @@ def work(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
         walk(control, thread, n_all, scratch)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _call(control, thread, job):  # type: ignore[no-untyped-def]
     """Put a job into a thread's mailbox. The addition is a full fence: a sleeper is seen, or it sees the job."""
     record = control + THREADS + thread * RECORD
@@ -143,7 +146,7 @@ def _call(control, thread, job):  # type: ignore[no-untyped-def]
         wake(record + MAILBOX)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def submit(control, program, n_ops, step, n_all, scratch):  # type: ignore[no-untyped-def]
     """Post a program and walk it as thread 0, with every thread that is not benched; returns when every op is done."""
     now = clock(MONOTONIC)
@@ -164,7 +167,7 @@ def submit(control, program, n_ops, step, n_all, scratch):  # type: ignore[no-un
     walk(control, 0, n_all, scratch)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def stop(control, n_all):  # type: ignore[no-untyped-def]
     """Make every pool thread return."""
     atomic_store(control + STOP, 1)
