@@ -36,6 +36,10 @@ class TokenizerError(PyinferError):
     """A vocabulary that cannot be used, or a text that it cannot encode."""
 
 
+class ConvertError(PyinferError):
+    """A checkpoint that cannot be converted, or a model that cannot be quantized."""
+
+
 class TemplateError(PyinferError):
     """A chat template that is missing, broken, or refuses the conversation."""
 

@@ -36,6 +36,7 @@ COMMANDS: dict[str, CommandSpec] = {
     "pull": CommandSpec("pyinfer.cli.pull", "pull"),
     "list": CommandSpec("pyinfer.cli.list", "list_models"),
     "rm": CommandSpec("pyinfer.cli.rm", "rm"),
+    "convert": CommandSpec("pyinfer.cli.convert", "convert"),
     "doctor": CommandSpec("pyinfer.cli.doctor", "doctor"),
 }
 
