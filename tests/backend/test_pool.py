@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -214,13 +215,30 @@ def test_a_pool_that_nobody_closed() -> None:
     assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
 
 
+def bench(pool: Pool, thread: int, until: int) -> None:
+    """Make a thread sit out until this time, as the pool does with one that was pushed off its core."""
+    walker = pool._walker
+    at = pool._at + walker.THREADS + thread * walker.RECORD + walker.BENCHED_UNTIL
+    ctypes.c_int64.from_address(at).value = until
+
+
+@pytest.mark.parametrize("sitting_out", [(1,), (3,), (1, 2), (1, 2, 3)], ids=str)
+def test_threads_may_sit_out_and_come_back(sitting_out: tuple[int, ...]) -> None:
+    rng = np.random.RandomState(0)
+    with opened(4) as pool:
+        for until in (1 << 62, 0, 1 << 62):
+            for thread in sitting_out:
+                bench(pool, thread, until)
+            for _ in range(20):
+                chains = Chains(rng)
+                pool.run(chains.program)
+                chains.check()
+
+
 def test_all_threads_take_part() -> None:
     """With long tasks, no thread of the pool stays idle."""
-    import numba  # noqa: F401  (the pool's own requirement, imported before threads start)
-
     seen: list[int] = []
-    body: Callable[..., None] = _record_scratch
-    kernel = compiler(current_isa().name).kernel(f"test_scratch_{_VERSION}", body)
+    kernel = compiler(current_isa().name).kernel(f"test_scratch_{_VERSION}", _record_scratch)
     target = np.zeros(64, np.int64)
     ops = np.zeros((1, OP_WORDS), np.int64)
     ops[0, OpField.KERNEL], ops[0, OpField.TASKS], ops[0, OpField.BARRIER] = kernel, len(target), 1
