@@ -81,13 +81,13 @@ def _explained(text: str, body: bytes, schema: type[msgspec.Struct]) -> RequestE
 
 def _expected(text: str, name: str) -> str:
     """ "a number or null" for msgspec's "Expected `float | null`, got `str`"."""
+    if "length >= 1" in text:
+        return "a list of at least one entry"
     kinds = re.match(r"Expected `(.*?)`(?! *\|)", text)
     if kinds is not None:
         return " or ".join(_KINDS.get(kind.strip(), kind.strip()) for kind in kinds[1].split("|"))
     if name.endswith(".role"):
         return f"one of {', '.join(get_args(Role))}"
-    if "length >= 1" in text:
-        return "a list of at least one entry"
     return "something else: " + text[:1].lower() + text[1:].replace("`", "")
 
 
@@ -103,7 +103,7 @@ def _shown(body: bytes, name: str) -> str:
         for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", name):
             if name != "body":
                 value = value[int(index)] if index else value[key]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return "of the wrong type"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -137,6 +137,8 @@ class ChatTerminal:
             self._session.params = self._session.params.replace(**{name: self._parsed(name, value.strip())})
         except PyinferError as error:
             _say(one_line(str(error)))
+        else:
+            _say(f"{name} is {getattr(self._session.params, name)}")
 
     def _parsed(self, name: str, value: str) -> Any:
         """`default` is the value at the start, `none` is none; stop strings may be quoted."""
