@@ -34,8 +34,8 @@ DOOR, KERNELS = "runtime/backends.py", frozenset({"kernels_cpu", "kernels_gpu"})
 # what only some layers may use, so that the others stay light and replaceable
 CONFINED: dict[str, frozenset[str]] = {
     "cupy": frozenset({"kernels_gpu"}),
-    "numba": frozenset({"kernels_cpu"}),
-    "llvmlite": frozenset({"kernels_cpu"}),
+    "numba": frozenset({"kernels_cpu", "convert"}),
+    "llvmlite": frozenset({"kernels_cpu", "convert"}),
     "fastapi": frozenset({"server"}),
     "starlette": frozenset({"server"}),
     "uvicorn": frozenset({"server"}),
