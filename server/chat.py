@@ -11,6 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from pyinfer.errors import RequestError
 from pyinfer.runtime.chat_prompt import chat_prompt
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.server.decoding import read_request
@@ -23,6 +24,20 @@ from pyinfer.server.schemas import ApplyTemplateRequest, ChatCompletionRequest, 
 from pyinfer.server.service import ServedModel
 from pyinfer.server.sse import EventStream, while_connected
 
+# what a template gets from elsewhere, and the names of our own parameters
+_TEMPLATE_NAMES = frozenset(
+    {
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "bos_token",
+        "eos_token",
+        "template",
+        "tokenizer",
+        "self",
+    }
+)
 router = APIRouter()
 
 
@@ -55,7 +70,7 @@ async def apply_template(request: Request) -> Response:
         tools=body.tools,
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt,
-        **(body.chat_template_kwargs or {}),
+        **_template_kwargs(body),
     )
     return json_response(msgspec.json.encode({"prompt": text}))
 
@@ -72,6 +87,17 @@ def messages_of(messages: list[ChatMessage], knows_developer: bool) -> list[dict
     return result
 
 
+def _template_kwargs(body: ChatCompletionRequest | ApplyTemplateRequest) -> dict[str, Any]:
+    kwargs = body.chat_template_kwargs or {}
+    taken = sorted(_TEMPLATE_NAMES & kwargs.keys())
+    if taken:
+        raise RequestError(
+            f"chat_template_kwargs has {taken[0]!r}, which the server sets itself; leave it out",
+            param=f"chat_template_kwargs.{taken[0]}",
+        )
+    return kwargs
+
+
 def _prompt_ids(model: ServedModel, body: ChatCompletionRequest) -> list[int]:
     return chat_prompt(
         model.template,
@@ -79,7 +105,7 @@ def _prompt_ids(model: ServedModel, body: ChatCompletionRequest) -> list[int]:
         messages_of(body.messages, model.template.knows_developer),
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt,
-        **(body.chat_template_kwargs or {}),
+        **_template_kwargs(body),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from pyinfer.errors import PyinferError
@@ -80,7 +80,13 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return json_response(error_body(text, "invalid_request_error", code=code), error.status_code, error.headers)
 
 
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    """Nobody reads this; 499 is nginx's word for it in a log."""
+    return Response(status_code=499)
+
+
 def install_handlers(app: Starlette) -> None:
     app.add_exception_handler(PyinferError, _on_pyinfer_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_pyinfer_error)

@@ -53,6 +53,7 @@ BAD: list[tuple[tuple[str, dict[str, Any]], str | None, str]] = [
     (chat(store=True), "store", "use false"),
     (chat(modalities=["audio"]), "modalities", "only text"),
     (chat(reasoning_effort="low"), "reasoning_effort", "chat_template_kwargs"),
+    (chat(chat_template_kwargs={"tools": []}), "chat_template_kwargs.tools", "leave it out"),
     (chat(messages=[]), "messages", "at least one"),
     (chat(messages=[{"role": "usr", "content": "x"}]), "messages[0].role", "one of system"),
     (chat(messages=[{"role": "user", "content": "x", "foo": 1}]), "messages[0].foo", "not a field"),
