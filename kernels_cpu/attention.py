@@ -36,6 +36,7 @@ class AttentionArg(IntEnum):
     WINDOW = OpField.ARGS + 9  # positions; a huge number when there is none
     SCALE = OpField.ARGS + 10  # float32 bits
     N_PARTS = OpField.ARGS + 11
+    PAGE_SHIFT = OpField.ARGS + 12  # log2 of the blocks of 16 positions in a page
 
 
 def scratch_bytes(head_dim: int) -> int:
@@ -103,6 +104,7 @@ class _Rows:
         self.maxima = [e.var(e.floats(MASKED)) for _ in range(self.n)]
         self.sums = [e.var(e.floats(0.0)) for _ in range(self.n)]
         low, high = self.lows[0], self.highs[-1]  # rows ascend in position
+        self.last_block = b.ashr(b.sub(high, e.c(1)), e.c(4))
         with e.loop(b.sdiv(e.add(high, PARTITION - 1), e.c(PARTITION)), b.sdiv(low, e.c(PARTITION))) as partition:
             base = e.mul(partition, PARTITION)
             self.first_block = b.sdiv(e.max(base, low), e.c(16))
@@ -134,7 +136,8 @@ class _Rows:
             self.highs.append(e.add(position, 1))
             self.lows.append(e.max(b.sub(e.add(position, 1), window), 0))
         block_size = arg(AttentionArg.BLOCK_SIZE)
-        self.blocks_per_page = b.sdiv(block_size, e.c(16))
+        self.page_shift = arg(AttentionArg.PAGE_SHIFT)
+        self.in_page = b.sub(b.ashr(block_size, e.c(4)), e.c(1))  # a mask: blocks of 16 in a page are a power of two
         head_bytes = e.mul(block_size, self.head_dim * self.size)
         self.page_bytes = b.mul(head_bytes, arg(AttentionArg.N_KV_HEADS))
         at_head = b.mul(self.kv_head, head_bytes)
@@ -157,10 +160,16 @@ class _Rows:
     def _block(self, pages: Reg, block: Reg) -> Reg:
         """The address of 16 positions of this head in a K or V pool."""
         e, b = self.e, self.e.b
-        index = b.sdiv(block, self.blocks_per_page)
+        index = b.ashr(block, self.page_shift)
         page = b.sext(e.load(e.at(self.table, e.mul(index, 4)), i32, 4), i64)
-        inside = e.mul(b.srem(block, self.blocks_per_page), self.block_bytes)
+        inside = e.mul(b.and_(block, self.in_page), self.block_bytes)
         return e.at(e.at(pages, b.mul(page, self.page_bytes)), inside)
+
+    def _ask_for(self, pages: Reg, block: Reg) -> None:
+        """Prefetch 16 positions that are needed next: pages jump about, which no hardware prefetcher follows."""
+        place = self._block(pages, block)
+        for at in range(0, self.block_bytes, 64):
+            self.e.prefetch(self.e.at(place, at))
 
     def _load(self, pointer: Reg) -> Reg:
         e = self.e
@@ -174,6 +183,7 @@ class _Rows:
         e, b = self.e, self.e.b
         largest = [e.var(e.floats(MASKED)) for _ in range(self.n)]
         with e.loop(self.end_block, self.first_block) as block:
+            self._ask_for(self.v_head, block)
             self._scores(block, largest)
         weights = []
         for r in range(self.n):
@@ -232,7 +242,10 @@ class _Rows:
         width = max(w for w in range(1, budget + 1) if in_head % w == 0)
         with e.loop(self.head_dim, 0, width * e.L) as column:
             acc = [[e.var(e.floats(0.0)) for _ in range(width)] for _ in range(self.n)]
+            first_pass = b.icmp_signed("==", column, e.c(0))
             with e.loop(self.end_block, self.first_block) as block:
+                with e.when(first_pass):
+                    self._ask_for(self.k_head, e.min(e.add(block, PARTITION // 16), self.last_block))
                 values = e.at(self._block(self.v_head, block), e.mul(column, self.size))
                 rows = [self._p_at(r, block) for r in range(self.n)]
                 with e.loop(16, 0, 2) as i:

@@ -277,6 +277,7 @@ class _Lowering:
             AttentionArg.BLOCK_SIZE: self.config.block_size, AttentionArg.N_KV_HEADS: layer.n_kv_heads,
             AttentionArg.GROUP: group, AttentionArg.WINDOW: layer.window or _NO_WINDOW,
             AttentionArg.SCALE: float_bits(op.scale), AttentionArg.N_PARTS: parts,
+            AttentionArg.PAGE_SHIFT: (self.config.block_size // 16).bit_length() - 1,
         }  # fmt: skip
         dtype = self.config.kv_dtype
         kernel = self.compiler.kernel(f"attention_{layer.head_dim}_{dtype}", attention_body(layer.head_dim, dtype))

@@ -86,9 +86,9 @@ class Emitter:
         """The int64 at `index` of a record of int64 words."""
         return self.load(self.at(record, 8 * index), i64, 8)
 
-    def prefetch(self, pointer: Reg) -> None:
-        """Ask for a cache line; an address outside any mapping does nothing."""
-        self.call("llvm.prefetch.p0", void, [pointer, i32(0), i32(3), i32(1)])
+    def prefetch(self, pointer: Reg, level: int = 1) -> None:
+        """Ask for a cache line into L1 or L2; an address outside any mapping does nothing."""
+        self.call("llvm.prefetch.p0", void, [pointer, i32(0), i32(4 - level), i32(1)])
 
     # ---- vectors
     def splat(self, scalar: Reg, lanes: int | None = None) -> Reg:

@@ -130,6 +130,7 @@ class Pages:
             AttentionArg.BLOCK_SIZE: s.block_size, AttentionArg.N_KV_HEADS: s.n_kv_heads,
             AttentionArg.GROUP: s.group, AttentionArg.WINDOW: s.window,
             AttentionArg.SCALE: float_bits(s.head_dim**-0.5), AttentionArg.N_PARTS: parts,
+            AttentionArg.PAGE_SHIFT: (s.block_size // 16).bit_length() - 1,
         }  # fmt: skip
         step = step_header(
             n_tokens=len(positions), positions=positions.ctypes.data, page_tables=tables.ctypes.data,
