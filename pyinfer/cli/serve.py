@@ -81,16 +81,21 @@ class _Runner:
         self._url = ""
 
     def run(self, host: str, port: int, api_key: str | None, cors_origins: list[str]) -> None:
-        from pyinfer.server.launch import open_socket, run_server, url_of
+        from pyinfer.server.background import Background
+        from pyinfer.server.listener import open_socket, url_of
 
         with open_socket(host, port) as listener:
             self._url = url_of(listener)
+            loading = Background(
+                self._load, "pyinfer-loader"
+            )  # before the imports of the web framework, which take long
             from pyinfer.server.app import create_app
+            from pyinfer.server.launch import run_server
 
             app = create_app(self._service, api_key=api_key, cors_origins=cors_origins)
             verbose = logging.getLogger("pyinfer").isEnabledFor(logging.INFO)
-            is_loaded = run_server(app, listener, self._load, access_log=verbose)
-        if not is_loaded:
+            run_server(app, listener, loading, access_log=verbose)
+        if loading.is_running:
             sys.stdout.flush()
             os._exit(0)  # a compiler cannot be interrupted, and nothing is lost
         if self._client is not None:

@@ -17,7 +17,7 @@ import uvicorn
 from pyinfer.runtime.engine_client import EngineClient
 from pyinfer.runtime.loader import LoadedModel, load_model
 from pyinfer.server.app import create_app
-from pyinfer.server.launch import open_socket, url_of
+from pyinfer.server.listener import open_socket, url_of
 from pyinfer.server.service import ServedModel, Service
 
 

@@ -75,11 +75,15 @@ def first_events(url: str, n: int, body: dict[str, Any]) -> tuple[httpx.Client, 
 def test_disconnects_are_noticed_and_sigterm_finishes_what_runs(model_file: Path) -> None:
     with serving(model_file, "--served-model-name", "one", "--served-model-name", "two") as (process, url):
         assert [m["id"] for m in httpx.get(f"{url}/v1/models").json()["data"]] == ["one", "two"]
-        for _ in range(3):
-            client, stream, _ = first_events(url, 3, LONG)
-            assert httpx.get(f"{url}/stats").json()["running"] == 1
-            stream.close()
-            client.close()
+        for streaming in (True, False, True):
+            if streaming:
+                client, stream, _ = first_events(url, 3, LONG)
+                assert httpx.get(f"{url}/stats").json()["running"] == 1
+                stream.close()
+                client.close()
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(f"{url}/v1/chat/completions", json=LONG, timeout=0.5)
             for _ in range(200):
                 if httpx.get(f"{url}/stats").json()["pages_used"] == 0:
                     break
