@@ -9,7 +9,6 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
@@ -28,23 +27,16 @@ from pyinfer.runtime.outputs import (
 )
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.request import Request, Sequence, State
+from pyinfer.runtime.request_events import RequestEvent
 from pyinfer.runtime.request_limits import RequestLimits
+from pyinfer.runtime.sample_masks import spell_bad_words
 from pyinfer.runtime.sampler import NOT_FINITE, SequenceSampler, sample
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.scheduler import Plan, Scheduler, SchedulerConfig
+from pyinfer.runtime.vocabulary_facts import Vocabulary
 
 _log = logging.getLogger(__name__)
 _SCORING = SamplingParams(temperature=0.0, max_tokens=1)
-
-
-class Vocabulary(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    @property
-    def n_vocab(self) -> int: ...
-    @property
-    def eog_ids(self) -> frozenset[int]: ...
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]: ...
 
 
 class Engine:
@@ -71,6 +63,7 @@ class Engine:
         self.scheduler = Scheduler(
             SchedulerConfig(config.block_size, config.max_tokens, config.max_sequences, prefix_caching),
             PagePool(config.n_pages),
+            clock,
         )
         self._builder = BatchBuilder(
             block_size=config.block_size,
@@ -87,18 +80,37 @@ class Engine:
 
     # ---- requests
 
-    def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, *, salt: str = "") -> None:
-        """Queue a request; `RequestError` if it can never be served. Only requests of the same salt share pages."""
+    def add_request(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        salt: str = "",
+        bad_words: list[list[int]] | None = None,
+        resume: list[list[int] | None] | None = None,
+    ) -> None:
+        """Queue a request; `RequestError` if it can never be served. Only requests of the same salt share pages.
+
+        `bad_words` are `spell_bad_words` of the parameters', where the vocabulary cannot encode. `resume` has what each
+        sample produced in an engine that died, None for those that ended: they go on after it as if nothing had been.
+        """
         self.limits.check(prompt, params)
         request = self._new_request(request_id, prompt, params, salt)
         wanted = self.n_ctx if params.max_tokens is None else min(self.n_ctx, len(prompt) + params.max_tokens)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        bad_words = self._bad_words(params)
+        if bad_words is None:
+            bad_words = spell_bad_words(params.bad_words or (), self._vocabulary)
         ends = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             ends |= self._vocabulary.eog_ids
         for index in range(params.n_samples):
-            sequence = Sequence(request, index, limit=wanted, leader=request.sequences[0] if index else None)
+            output = resume[index] if resume is not None else []
+            if output is None:
+                continue
+            leader = request.sequences[0] if request.sequences else None
+            sequence = Sequence(request, index, limit=wanted, leader=leader)
+            sequence.tokens += output
             sequence.stop_ids = ends
             sequence.sampler = SequenceSampler(
                 params,
@@ -108,7 +120,7 @@ class Engine:
                 eog_ids=self._vocabulary.eog_ids,
                 bad_words=bad_words,
             )
-            if params.prompt_logprobs is not None and index == 0:
+            if params.prompt_logprobs is not None and index == 0 and not output:  # they come with the first token
                 sequence.reads_cache = False
                 sequence.n_score_rows = len(prompt) - 1
                 sequence.prompt_logprobs = [None]
@@ -134,12 +146,6 @@ class Engine:
         self._requests[request_id] = request
         return request
 
-    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
-        """Each word as it is spelled at the start of a text and after a space."""
-        spellings = [text for word in params.bad_words or () for text in (word, " " + word.lstrip())]
-        words = [self._vocabulary.encode(text, add_special=False) for text in spellings]
-        return [word for i, word in enumerate(words) if word and word not in words[:i]]
-
     def abort(self, request_id: str, index: int | None = None) -> list[RequestOutput]:
         """End a request, or one of its samples, now; unknown and finished ones are left as they are."""
         request = self._requests.get(request_id)
@@ -155,6 +161,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    @property
+    def events(self) -> list[RequestEvent]:
+        """What the last step did besides adding tokens."""
+        return self.scheduler.events
 
     def step(self) -> list[RequestOutput]:
         """Run one batch; returns what it added. An error in the stage fails the requests of that batch, no others."""

@@ -5,12 +5,13 @@ A step changes a row of logits, float32 [n_vocab], in place; `output` is what th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from pyinfer.graph.ops import F32Array
+from pyinfer.runtime.vocabulary_facts import Encoder
 
 _NEVER = np.float32(-np.inf)
 
@@ -49,3 +50,10 @@ class BadWords:
         for start, last in self._words:
             if not start or output[-len(start) :] == start:
                 row[last] = _NEVER
+
+
+def spell_bad_words(words: Iterable[str], vocabulary: Encoder) -> list[list[int]]:
+    """Each word as it is spelled at the start of a text and after a space."""
+    spellings = [text for word in words for text in (word, " " + word.lstrip())]
+    ids = [vocabulary.encode(text, add_special=False) for text in spellings]
+    return [word for i, word in enumerate(ids) if word and word not in ids[:i]]

@@ -11,13 +11,16 @@ refused a place keeps its place in the queue, which nobody of its priority overt
 
 from __future__ import annotations
 
+import time
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter
 
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.request import Sequence, State
+from pyinfer.runtime.request_events import EventKind, RequestEvent
 
 _by_key = attrgetter("key")
 
@@ -41,9 +44,11 @@ class Plan:
 class Scheduler:
     """Owns the queue, the running sequences and their pages."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+    def __init__(self, config: SchedulerConfig, pool: PagePool, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self.pool = pool
+        self.events: list[RequestEvent] = []  # of this step
+        self._clock = clock
         self.waiting: list[Sequence] = []  # by key: priority, arrival, sample
         self.running: list[Sequence] = []  # by key
         self._free_slots = list(range(config.max_sequences - 1, -1, -1))
@@ -62,6 +67,7 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Choose the next step; empty only when nothing waits or runs."""
+        self.events = []
         plan = Plan()
         budget, prompts, ran_out = self._plan_decodes(plan)
         for sequence in prompts:
@@ -91,7 +97,7 @@ class Scheduler:
             if n_tokens > len(sequence.pages) * block_size:
                 while not self.pool.n_available and sequence.state is State.RUNNING:
                     ran_out = True
-                    self._preempt(running[-1])
+                    self._preempt(running[-1], sequence)
                 if sequence.state is not State.RUNNING:
                     continue
                 sequence.pages.append(self.pool.allocate())
@@ -140,6 +146,7 @@ class Scheduler:
             self.n_prefix_hits += sequence.n_computed
         if sequence.metrics.preemptions == 0:
             sequence.cached_tokens = sequence.n_computed
+        self._note("scheduled", sequence, sequence.n_computed)
         sequence.slot = self._free_slots.pop()
         sequence.state = State.RUNNING
         insort(self.running, sequence, key=_by_key)
@@ -149,6 +156,8 @@ class Scheduler:
         """Note that `count` more tokens of a running sequence are computed; full pages become findable."""
         block_size = self.config.block_size
         sequence.n_computed += count
+        if count > 1 or not sequence.prompt_was_computed:
+            self._note("prompt", sequence, count)
         if sequence.n_computed >= sequence.n_prompt:
             sequence.prompt_was_computed = True
         if self.config.prefix_caching and sequence.n_computed >= (sequence.n_remembered + 1) * block_size:
@@ -157,6 +166,9 @@ class Scheduler:
             for i in range(sequence.n_remembered, n_full):
                 self.pool.remember(sequence.pages[i], digests[i])
             sequence.n_remembered = n_full
+
+    def _note(self, kind: EventKind, sequence: Sequence, n_tokens: int, by: str | None = None) -> None:
+        self.events.append(RequestEvent(sequence.request.id, sequence.index, kind, self._clock(), n_tokens, by))
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back what it holds."""
@@ -167,8 +179,9 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.state = State.FINISHED
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, by: Sequence | None = None) -> None:
         assert sequence is self.running[-1]
+        self._note("preempted", sequence, sequence.n_computed, by.request.id if by else None)
         self.running.pop()
         self._give_back(sequence)
         sequence.state = State.WAITING
