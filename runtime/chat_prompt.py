@@ -26,7 +26,7 @@ def chat_prompt(
 ) -> list[int]:
     """The ids of the rendered conversation, with the model's BOS if the template did not write it.
 
-    Control tokens are read in what the template writes, and in system and assistant messages. Where a user's or a tool's
+    Control tokens are read in what the template writes, and in system and assistant messages. Where a user's or tool's
     text spells one, it is cut in two after its first character, and both parts are plain text.
     """
     conversation = [normalized(message, index) for index, message in enumerate(messages)]

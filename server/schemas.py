@@ -1,7 +1,7 @@
 """What a request body may hold. Decoding is strict: an unknown field or a wrong type is a `RequestError` that names it.
 
-Fields that OpenAI's clients send and that cannot change an answer here are accepted (`NO_EFFECT`); options that are not
-supported are declared too, so that their refusal can say what to do instead.
+Fields that label or route a request at OpenAI and say nothing about its answer are accepted without effect; options
+that are not supported are declared too, so that their refusal (`parameters.py`) can say what to do instead.
 """
 
 from __future__ import annotations
@@ -11,19 +11,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-
-# accepted and without effect: they label or route a request at OpenAI and say nothing about its answer
-NO_EFFECT = frozenset(
-    {
-        "user",
-        "metadata",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prompt_cache_options",
-        "parallel_tool_calls",
-    }
-)
 
 
 class _Strict(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -102,7 +89,7 @@ class SamplingFields(_Strict, kw_only=True):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: str | None = None  # no effect
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
