@@ -52,6 +52,16 @@ def define(module: ir.Module, name: str, isa: ISA, n_args: int, *, internal: boo
     return Emitter(ir.IRBuilder(fn.append_basic_block("entry")), isa), fn
 
 
+def emit_ir(symbol: str, isa: ISA, body: Body) -> str:
+    """The unoptimized IR of one kernel, as text."""
+    module = ir.Module(symbol)
+    e, fn = define(module, symbol, isa, N_ARGS, internal=False)
+    op, step, first, last, scratch = fn.args
+    body(e, e.ptr(op), e.ptr(step), first, last, e.ptr(scratch))
+    e.b.ret_void()
+    return str(module)
+
+
 class Compiler:
     """Compiles kernels for one ISA and keeps them loaded for the life of the process."""
 
@@ -89,21 +99,12 @@ class Compiler:
                 self._addresses[name] = address
             return address
 
-    def emit(self, symbol: str, body: Body) -> str:
-        """The unoptimized IR of one kernel, as text."""
-        module = ir.Module(symbol)
-        module.triple = self._machine.triple
-        e, fn = define(module, symbol, self.isa, N_ARGS, internal=False)
-        op, step, first, last, scratch = fn.args
-        body(e, e.ptr(op), e.ptr(step), first, last, e.ptr(scratch))
-        e.b.ret_void()
-        return str(module)
-
     def _build(self, name: str, symbol: str, body: Body) -> bytes:
         llvm = self._llvm
         if self.on_compile is not None:
             self.on_compile(name)
-        module = llvm.parse_assembly(self.emit(symbol, body))
+        module = llvm.parse_assembly(emit_ir(symbol, self.isa, body))
+        module.triple = self._machine.triple
         module.verify()
         options = llvm.create_pipeline_tuning_options(speed_level=3)
         options.loop_unrolling = False  # emitters unroll where it pays

@@ -16,60 +16,58 @@ class ISA:
 
     name: str
     lanes: int  # 32-bit lanes of a vector
-    dot: Literal["vpdpbusd", "vpmaddubsw", "widen"]  # how four u8 x i8 products are added to an i32 lane
+    dot: Literal["vpdpbusd", "vpmaddubsw", "sdot", "widen"]  # how four u8 x i8 products are added to an i32 lane
     half: bool  # the CPU converts float16 by itself
     cpu: str  # LLVM's target CPU and features
     features: str
     prefetch: int = 0  # bytes ahead that weights are asked for; 0 leaves it to the hardware
 
 
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512_VNNI = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+# name, lanes, dot, float16, and the feature sets of which one is needed; best first
+_KINDS: tuple[tuple[str, int, Literal["vpdpbusd", "vpmaddubsw", "sdot", "widen"], bool, tuple[tuple[str, ...], ...]], ...] = (
+    ("avx512vnni", 16, "vpdpbusd", True, (_AVX512_VNNI,)),
+    ("avxvnni", 8, "vpdpbusd", True, ((*_AVX2, "avxvnni"), (*_AVX2, *_AVX512_VNNI))),
+    ("avx2", 8, "vpmaddubsw", True, (_AVX2,)),
+    ("neon", 4, "sdot", True, (("neon", "dotprod"),)),
+    ("portable", 4, "widen", False, ((),)),
+)
 # Measured: Zen 5 reads Q5_K and Q6_K 1.7 times faster with it, Zen 4 up to twice slower.
 _PREFETCH = {"znver5": 4096}
-_CHOICES = ("avx512vnni", "avxvnni", "avx2", "portable")
 
 
-def _host() -> tuple[str, dict[str, bool], str]:
+def _target() -> tuple[str, dict[str, bool], str]:
+    """LLVM's name and features of the CPU to compile for: this one, or what Numba's own variables say."""
     import llvmlite.binding as llvm
 
+    name = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+    if "NUMBA_CPU_FEATURES" in os.environ:
+        text = os.environ["NUMBA_CPU_FEATURES"]
+        return name, {word[1:]: word[0] == "+" for word in text.split(",") if word}, text
     features = llvm.get_host_cpu_features()
-    return llvm.get_host_cpu_name(), dict(features), features.flatten()
+    return name, dict(features), features.flatten()
 
 
 def available() -> tuple[str, ...]:
     """The ISA names this machine can run, best first."""
-    _, has, _ = _host()
-
-    def all_of(*names: str) -> bool:
-        return all(has.get(name, False) for name in names)
-
-    found = []
-    if all_of("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"):
-        found.append("avx512vnni")
-    if all_of("avx2", "fma", "f16c") and (all_of("avxvnni") or all_of("avx512vl", "avx512vnni")):
-        found.append("avxvnni")
-    if all_of("avx2", "fma", "f16c"):
-        found.append("avx2")
-    return (*found, "portable")
+    _, has, _ = _target()
+    return tuple(kind[0] for kind in _KINDS if any(all(has.get(f, False) for f in need) for need in kind[4]))
 
 
 @lru_cache(maxsize=8)
 def make_isa(name: str) -> ISA:
     """The ISA called `name`; ConfigError when it is unknown or this CPU lacks it."""
-    if name not in _CHOICES:
-        raise ConfigError(f"PYINFER_ISA={name!r} is not one of {', '.join(_CHOICES)}")
+    names = [kind[0] for kind in _KINDS]
+    if name not in names:
+        raise ConfigError(f"PYINFER_ISA={name!r} is not one of {', '.join(names)}")
     if name not in available():
         raise ConfigError(f"PYINFER_ISA={name!r} needs instructions this CPU lacks; it can run {', '.join(available())}")
-    cpu, has, features = _host()
-    if name == "avx512vnni":
-        return ISA(name, 16, "vpdpbusd", True, cpu, features, _PREFETCH.get(cpu, 0))
-    if name == "avxvnni":
-        return ISA(name, 8, "vpdpbusd", True, cpu, features, _PREFETCH.get(cpu, 0))
-    if name == "avx2":
-        return ISA(name, 8, "vpmaddubsw", True, cpu, features, _PREFETCH.get(cpu, 0))
-    # On x86 portable code must not lean on what the host happens to have: it is the path for the oldest machines.
-    if "sse2" in has:
-        return ISA(name, 4, "widen", False, "x86-64", "+sse2")
-    return ISA(name, 4, "widen", False, cpu, features)
+    cpu, has, features = _target()
+    _, lanes, dot, half, _ = _KINDS[names.index(name)]
+    if name == "portable" and "sse2" in has:  # not leaning on what this host happens to have: it is for the oldest ones
+        cpu, features = "x86-64", "+sse2"
+    return ISA(name, lanes, dot, half, cpu, features, 0 if name == "portable" else _PREFETCH.get(cpu, 0))
 
 
 def current_isa() -> ISA:

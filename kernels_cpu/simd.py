@@ -213,6 +213,10 @@ class Emitter:
             pairs = self.call("llvm.x86.avx2.pmadd.ub.sw", words, [u, s])
             quads = self.call("llvm.x86.avx2.pmadd.wd", self.vi, [pairs, ir.Constant(words, [1] * (n // 2))])
             return self.b.add(acc, quads)
+        if self.isa.dot == "sdot":
+            if max_unsigned > 127:  # both sides are signed here: w = u - 128, and no offset is left
+                u = self.b.xor(u, ir.Constant(bytes_, [-128] * n))
+            return self.call("llvm.aarch64.neon.sdot.v4i32.v16i8", self.vi, [acc, u, s])
         # even and odd bytes as i16, so that a baseline CPU multiplies eight at a time
         to16 = vector(i16, n // 2)
         even, odd = range(0, n, 2), range(1, n, 2)
@@ -226,8 +230,8 @@ class Emitter:
         return self.b.add(acc, pairs32)
 
     def signed_offset(self, offset: int) -> int:
-        """What is left to subtract from `dot4`'s codes: AVX2's sign trick has taken Q8_0's 128 off already."""
-        return 0 if self.isa.dot == "vpmaddubsw" and offset == 128 else offset
+        """What is left to subtract from `dot4`'s codes: where it works on signed weights Q8_0's 128 is off already."""
+        return 0 if self.isa.dot in ("vpmaddubsw", "sdot") and offset == 128 else offset
 
     # ---- exp
     def exp(self, x: Reg) -> Reg:
