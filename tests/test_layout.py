@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("quant", "graph", "kernels_cpu", "kernels_gpu", "runtime", "server", "convert")
+FOLDERS = ("quant", "graph", "kernels_cpu", "kernels_gpu", "runtime", "server", "convert", "loadgen")
 # layer -> the layers it may import, beside itself and the standard library
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
@@ -26,6 +26,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "runtime": frozenset({"errors", "quant", "graph"}),
     "server": frozenset({"", "errors", "quant", "graph", "runtime"}),
     "convert": frozenset({"errors", "quant", "kernels_cpu"}),
+    "loadgen": frozenset({"errors", "runtime"}),
     "cli": frozenset({"", "errors", *FOLDERS}),
     "": frozenset({"errors", "runtime", "cli"}),  # pyinfer/__init__.py and __main__.py
 }
@@ -136,7 +137,7 @@ def test_every_imported_package_is_a_dependency() -> None:
     project = settings()["project"]
     assert isinstance(project, dict)
     extras = project["optional-dependencies"]
-    declared = {_import_name(text) for text in (*project["dependencies"], *extras["gpu"])}
+    declared = {_import_name(text) for text in (*project["dependencies"], *extras["gpu"], *extras["plots"])}
     imported = {i.module.split(".")[0] for i in IMPORTS if not i.is_relative} - {"pyinfer", ""}
     missing = imported - set(sys.stdlib_module_names) - declared
     assert not missing, f"imported and not in pyproject.toml: {sorted(missing)}"

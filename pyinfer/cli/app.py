@@ -31,6 +31,7 @@ COMMANDS: dict[str, CommandSpec] = {
     "serve": CommandSpec("pyinfer.cli.serve", "serve"),
     "run": CommandSpec("pyinfer.cli.run", "run"),
     "bench": CommandSpec("pyinfer.cli.bench", "bench"),
+    "bench-serve": CommandSpec("pyinfer.cli.bench_serve", "bench_serve"),
     "tokenize": CommandSpec("pyinfer.cli.tokenize", "tokenize"),
     "show": CommandSpec("pyinfer.cli.show", "show"),
     "pull": CommandSpec("pyinfer.cli.pull", "pull"),

@@ -1,0 +1,1 @@
+"""Load generator: measures any OpenAI-compatible server from the client's side."""
