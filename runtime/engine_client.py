@@ -1,142 +1,92 @@
-"""`EngineClient`: the asyncio face of an engine that runs on its own thread.
-
-What crosses over are messages (`Message` in, `RequestOutput` out), so that the thread can become a process. An engine
-without work waits on a condition and takes no CPU.
-"""
+"""`EngineClient`: the asyncio face of an engine that runs elsewhere, on a thread (`EngineThread`) or in a process of
+its own (`EngineProcess`)."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 import uuid
-from collections import deque
-from types import TracebackType
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Protocol
 
-import msgspec
-
-from pyinfer.errors import EngineError, RequestError, UnavailableError
-from pyinfer.runtime.engine import Engine
+from pyinfer.errors import RequestError, UnavailableError
+from pyinfer.runtime.engine_messages import AbortRequest, AddRequest, Message, StepReport
 from pyinfer.runtime.outputs import EngineStats, RequestFailure, RequestOutput
+from pyinfer.runtime.request_limits import RequestLimits
+from pyinfer.runtime.request_stream import Mailbox, RequestStream
 from pyinfer.runtime.sampling_params import SamplingParams
 
-_log = logging.getLogger(__name__)
-_STOPPED = RequestFailure("the engine has stopped; restart the server", "server_error", 503)
+if TYPE_CHECKING:
+    from pyinfer.runtime.engine import Engine
+
+STOPPED = RequestFailure("the engine has stopped; restart the server", "server_error", 503)
+_DRAINING = "the server is shutting down and takes no new requests"
 
 
-class AddRequest(msgspec.Struct, frozen=True, tag=True):
-    request_id: str
-    prompt: list[int]
-    params: SamplingParams
-    salt: str = ""
+class Observer(Protocol):
+    """Is told what happens, for metrics and timelines. Times are those of `time.monotonic`."""
+
+    def added(self, request_id: str, n_prompt: int, params: SamplingParams, now: float) -> None:
+        """A request was taken; called on the event loop."""
+
+    def stepped(self, report: StepReport) -> None:
+        """The engine did a step; called on the client's thread, after the chunks were handed on."""
+
+    def restarted(self, request_ids: list[str], now: float) -> None:
+        """The engine died; these requests go on in a new one."""
 
 
-class AbortRequest(msgspec.Struct, frozen=True, tag=True):
-    request_id: str
-    index: int | None = None  # a single sample
-
-
-Message = AddRequest | AbortRequest
-
-
-class _Mailbox:
-    """Where a request's chunks wait for its stream; lives on the stream's event loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, n_running: int) -> None:
-        self.loop = loop
-        self.n_running = n_running  # samples that the engine has not ended; guarded by the client's lock
-        self.chunks: deque[RequestOutput] = deque()
-        self.waiter: asyncio.Future[None] | None = None
-
-    def push(self, chunk: RequestOutput) -> None:
-        self.chunks.append(chunk)
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-
-class RequestStream:
-    """An async iterator over a request's chunks, until each sample has its finish reason.
-
-    Leaving it early (`aclose`, `async with`, cancelling the task that iterates, dropping it) aborts the request.
-    Iterating raises `EngineError` if the request fails. Used from one event loop.
-    """
-
-    def __init__(self, client: EngineClient, request_id: str, n_samples: int, mailbox: _Mailbox) -> None:
-        self.request_id = request_id
-        self._client = client
-        self._n_open = n_samples
-        self._mailbox = mailbox
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        mailbox = self._mailbox
-        while not mailbox.chunks:
-            if self._n_open == 0:
-                raise StopAsyncIteration
-            mailbox.waiter = mailbox.loop.create_future()
-            try:
-                await mailbox.waiter
-            except asyncio.CancelledError:
-                self._leave()
-                raise
-            finally:
-                mailbox.waiter = None
-        chunk = mailbox.chunks.popleft()
-        if chunk.failure is not None:
-            self._n_open = 0
-            raise _error_of(chunk.failure)
-        if chunk.finish_reason is not None:
-            self._n_open -= 1
-        return chunk
-
-    async def aclose(self) -> None:
-        """Abort what still runs and end the iteration."""
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._n_open:
-            self._n_open = 0
-            self._client._forget(self.request_id)
-        self._mailbox.chunks.clear()
-
-    async def __aenter__(self) -> RequestStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._leave()
-
-    def __del__(self) -> None:
-        self._leave()
-
-
-def _error_of(failure: RequestFailure) -> EngineError | UnavailableError:
-    return UnavailableError(failure.message) if failure.http_status == 503 else EngineError(failure.message)
-
-
-class EngineClient:
+class EngineClient(ABC):
     """Any thread may call `abort` and `stats`; `generate` needs a running event loop, several loops may share it."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._inbox: list[Message] = []
-        self._mailboxes: dict[str, _Mailbox] = {}  # of requests that the engine has not ended
+        self._mailboxes: dict[str, Mailbox] = {}  # of requests that the engine has not ended
         self._is_draining = False
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="pyinfer-engine", daemon=True)
-        self._thread.start()
+        self._failure: RequestFailure | None = None  # why no request is taken any more
+        self.observer: Observer | None = None
 
-    @classmethod
-    def in_process(cls, engine: Engine) -> EngineClient:
+    @staticmethod
+    def in_process(engine: Engine) -> EngineClient:
         """A client whose engine loop runs on a thread of this process; from now on nobody else may step the engine."""
-        return cls(engine)
+        from pyinfer.runtime.engine_thread import EngineThread
 
-    # ---- the asyncio side
+        return EngineThread(engine)
+
+    # ---- what the two kinds differ in
+
+    @property
+    @abstractmethod
+    def limits(self) -> RequestLimits:
+        """What the engine can serve at all."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """As of the last step."""
+
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """False once the engine has ended for good: after `close`, or because of a fault in it."""
+
+    @property
+    def is_ready(self) -> bool:
+        """False while there is no engine at work: it has ended, or is being started again."""
+        return self.is_alive
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine's loop; unfinished requests fail with `UnavailableError`."""
+
+    @abstractmethod
+    def _send(self, message: Message) -> None:
+        """Hand a message to the engine; called with the lock held."""
+
+    def _add_request(self, request_id: str, prompt: list[int], params: SamplingParams, salt: str) -> AddRequest:
+        return AddRequest(request_id, prompt, params, salt)
+
+    # ---- requests
 
     def generate(
         self,
@@ -148,31 +98,32 @@ class EngineClient:
     ) -> RequestStream:
         """Submit a request now and return its chunks; raises `RequestError` at once if it can never be served."""
         params = SamplingParams() if params is None else params
-        self._engine.limits.check(prompt_ids, params)
+        self.limits.check(prompt_ids, params)
         request_id = uuid.uuid4().hex if request_id is None else request_id
-        mailbox = _Mailbox(asyncio.get_running_loop(), params.n_samples)
+        mailbox = Mailbox(asyncio.get_running_loop(), params.n_samples)
         with self._condition:
-            if self._is_draining or self._is_closed:
-                raise UnavailableError("the server is shutting down and takes no new requests")
+            if self._failure is not None:
+                raise UnavailableError(self._failure.message)
+            if self._is_draining:
+                raise UnavailableError(_DRAINING)
             if request_id in self._mailboxes:
                 raise RequestError(f"request id {request_id!r} is in use by a running request", param="request_id")
             self._mailboxes[request_id] = mailbox
-            self._inbox.append(AddRequest(request_id, list(prompt_ids), params, salt))
-            self._condition.notify()
-        return RequestStream(self, request_id, params.n_samples, mailbox)
+            if self.observer is not None:
+                self.observer.added(request_id, len(prompt_ids), params, time.monotonic())
+            self._send(self._add_request(request_id, list(prompt_ids), params, salt))
+        return RequestStream(request_id, params.n_samples, mailbox, self._forget)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its samples, within a step; its stream gets a last chunk with "abort"."""
         with self._condition:
-            self._inbox.append(AbortRequest(request_id, index))
-            self._condition.notify()
+            self._send(AbortRequest(request_id, index))
 
     def _forget(self, request_id: str) -> None:
         """Abort a request that nobody listens to any more."""
         with self._condition:
             if self._mailboxes.pop(request_id, None) is not None:
-                self._inbox.append(AbortRequest(request_id))
-                self._condition.notify()
+                self._send(AbortRequest(request_id))
 
     async def drain(self, timeout: float = 30.0) -> bool:
         """Take no new requests and wait for the running ones; aborts what is left after `timeout` seconds.
@@ -188,57 +139,11 @@ class EngineClient:
             self.abort(request_id)
         return not left
 
-    def stats(self) -> EngineStats:
-        return self._engine.stats()
-
-    @property
-    def is_alive(self) -> bool:
-        """False once the engine's thread has ended: after `close`, or because of a fault in it."""
-        return self._thread.is_alive()
-
-    def close(self) -> None:
-        """Stop the engine's thread; unfinished requests fail with `UnavailableError`. The engine itself stays open."""
-        with self._condition:
-            self._is_closed = True
-            self._condition.notify()
-        self._thread.join()
-
-    # ---- the engine's thread
-
-    def _run(self) -> None:
-        try:
-            while (messages := self._next_messages()) is not None:
-                outputs = [output for message in messages for output in self._handle(message)]
-                outputs += self._engine.step()
-                self._deliver(outputs)
-        except Exception:
-            _log.exception("the engine's thread ended")
-        finally:
-            self._end_all()
-
-    def _next_messages(self) -> list[Message] | None:
-        """What arrived since the last step; waits if there is nothing to do; None when closed."""
-        with self._condition:
-            while not self._inbox and not self._is_closed and not self._engine.has_work:
-                self._condition.wait()
-            if self._is_closed:
-                return None
-            messages, self._inbox = self._inbox, []
-            return messages
-
-    def _handle(self, message: Message) -> list[RequestOutput]:
-        if isinstance(message, AbortRequest):
-            return self._engine.abort(message.request_id, message.index)
-        try:
-            self._engine.add_request(message.request_id, message.prompt, message.params, salt=message.salt)
-        except Exception as error:
-            failure = RequestFailure(str(error), "server_error", 500)
-            return [RequestOutput(message.request_id, failure=failure)]
-        return []
+    # ---- chunks
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Hand a step's chunks to their event loops, one call a loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, RequestOutput]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, RequestOutput]]] = {}
         with self._condition:
             for output in outputs:
                 mailbox = self._mailboxes.get(output.request_id)
@@ -255,19 +160,15 @@ class EngineClient:
                 for _, output in chunks:
                     self._forget(output.request_id)
 
-    def _end_all(self) -> None:
-        """Tell every listener, and leave the engine empty."""
+    def _fail_all(self, failure: RequestFailure) -> list[str]:
+        """Tell every listener that nothing more comes, and take no more requests; returns the requests' ids."""
         with self._condition:
-            self._is_closed = True
+            self._failure = failure
             request_ids = list(self._mailboxes)
-        for request_id in request_ids:
-            try:
-                self._engine.abort(request_id)
-            except Exception:
-                _log.exception("a request could not be ended")
-        self._deliver([RequestOutput(request_id, failure=_STOPPED) for request_id in request_ids])
+        self._deliver([RequestOutput(request_id, failure=failure) for request_id in request_ids])
+        return request_ids
 
 
-def _push_all(chunks: list[tuple[_Mailbox, RequestOutput]]) -> None:
+def _push_all(chunks: list[tuple[Mailbox, RequestOutput]]) -> None:
     for mailbox, chunk in chunks:
         mailbox.push(chunk)

@@ -1,0 +1,81 @@
+"""What a client and an engine say to each other: on a thread as it is, between processes as msgpack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from pyinfer.graph.backend import StageConfig
+from pyinfer.runtime.outputs import EngineStats, RequestOutput
+from pyinfer.runtime.request_events import RequestEvent
+from pyinfer.runtime.request_limits import RequestLimits
+from pyinfer.runtime.sampling_params import SamplingParams
+
+# ---- to the engine
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    salt: str = ""
+    bad_words: list[list[int]] | None = None  # those of the parameters, spelled; None: the engine can do it
+    resume: list[list[int] | None] | None = None  # by sample: what it produced in an engine that died; None: it ended
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+    index: int | None = None  # a single sample
+
+
+class LoadModel(msgspec.Struct, frozen=True, tag=True):
+    path: str
+    options: dict[str, Any]  # fields of `LoadOptions`
+
+
+class Vocabulary(msgspec.Struct, frozen=True, tag=True):
+    """Comes beside or after `LoadModel`, from where the tokenizer is."""
+
+    n_vocab: int
+    eog_ids: list[int]
+
+
+class Close(msgspec.Struct, frozen=True, tag=True):
+    """Give everything back and end."""
+
+
+Message = AddRequest | AbortRequest
+ToEngine = AddRequest | AbortRequest | LoadModel | Vocabulary | Close
+
+# ---- from the engine
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    what: str
+    share: float  # done, 0..1
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    limits: RequestLimits
+    config: StageConfig  # sizes as they were chosen
+    kv_bytes: int  # of the KV pool
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    kind: str  # name of the `PyinferError`
+    message: str
+    param: str | None = None
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """All that one turn of the engine's loop did: it is also the engine's sign of life."""
+
+    time: float  # `time.monotonic` at its end
+    seconds: float  # how long it took
+    outputs: list[RequestOutput]
+    events: list[RequestEvent]
+    stats: EngineStats
+
+
+FromEngine = Loading | Loaded | LoadFailed | StepReport
