@@ -4,14 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyinfer.errors import PyinferError as PyinferError
+    from pyinfer.runtime.beam_search import BeamSearchParams as BeamSearchParams
     from pyinfer.runtime.llm import LLM as LLM
     from pyinfer.runtime.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "PyinferError", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "PyinferError", "SamplingParams", "__version__"]
 
 _HOME = {
     "LLM": "pyinfer.runtime.llm",
+    "BeamSearchParams": "pyinfer.runtime.beam_search",
     "SamplingParams": "pyinfer.runtime.sampling_params",
     "PyinferError": "pyinfer.errors",
 }

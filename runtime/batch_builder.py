@@ -22,6 +22,7 @@ class Step:
     batch: Batch
     sampled: list[Sequence] = field(default_factory=list)
     sampled_rows: list[int] = field(default_factory=list)  # row of the logits for each of them
+    searched: list[tuple[Sequence, int]] = field(default_factory=list)  # beams and their rows, not among the sampled
     # sequence, its first scored position, first row of the logits, number of rows
     scored: list[tuple[Sequence, int, int, int]] = field(default_factory=list)
 
@@ -89,7 +90,7 @@ class BatchBuilder:
             page_tables=self._page_tables(sequences),
             output_rows=self._count_up[:n],
         )
-        return Step(batch, sampled=sequences, sampled_rows=list(range(n)))
+        return _step(batch, sequences, list(range(n)))
 
     def _mixed(self, plan: Plan) -> Step:
         block_size = self._block_size
@@ -113,7 +114,7 @@ class BatchBuilder:
                 self._output_rows[n_rows : n_rows + n_scored] = self._count_up[row : row + n_scored]
                 scored.append((sequence, first_scored, n_rows, n_scored))
                 n_rows += n_scored
-            if sequence.sampler is not None and first + count == len(sequence.tokens):
+            if sequence.wants_next and first + count == len(sequence.tokens):
                 self._output_rows[n_rows] = end - 1
                 sampled.append(sequence)
                 sampled_rows.append(n_rows)
@@ -127,4 +128,16 @@ class BatchBuilder:
             page_tables=self._page_tables(plan.sequences),
             output_rows=self._output_rows[:n_rows],
         )
-        return Step(batch, sampled, sampled_rows, scored)
+        step = _step(batch, sampled, sampled_rows)
+        step.scored = scored
+        return step
+
+
+def _step(batch: Batch, sequences: list[Sequence], rows: list[int]) -> Step:
+    """Beams are told apart; they are rare."""
+    if all(sequence.sampler is not None for sequence in sequences):
+        return Step(batch, list(sequences), rows)
+    pairs = list(zip(sequences, rows, strict=True))
+    sampled = [(sequence, row) for sequence, row in pairs if sequence.sampler is not None]
+    searched = [(sequence, row) for sequence, row in pairs if sequence.sampler is None]
+    return Step(batch, [sequence for sequence, _ in sampled], [row for _, row in sampled], searched)

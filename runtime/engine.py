@@ -16,6 +16,7 @@ from pyinfer.errors import RequestError
 from pyinfer.graph.backend import Stage, StageConfig
 from pyinfer.graph.ops import F32Array
 from pyinfer.runtime.batch_builder import BatchBuilder, Step
+from pyinfer.runtime.beam_search import BeamSearch, BeamSearchParams
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.outputs import (
     EngineStats,
@@ -25,6 +26,7 @@ from pyinfer.runtime.outputs import (
     RequestMetrics,
     RequestOutput,
 )
+from pyinfer.runtime.page_moves import make_moves
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.request_events import RequestEvent
@@ -36,6 +38,7 @@ from pyinfer.runtime.scheduler import Plan, Scheduler, SchedulerConfig
 from pyinfer.runtime.vocabulary_facts import Vocabulary
 
 _log = logging.getLogger(__name__)
+_NOT_FINITE = "the model's logits are not finite; its weights may be broken"
 _SCORING = SamplingParams(temperature=0.0, max_tokens=1)
 
 
@@ -132,11 +135,19 @@ class Engine:
         self.limits.check_scoring(token_ids)
         request = self._new_request(request_id, token_ids, _SCORING, "")
         sequence = Sequence(request, 0, limit=len(token_ids))
-        sequence.reads_cache = False
+        sequence.reads_cache = sequence.wants_next = False
         sequence.n_score_rows = len(token_ids)
         sequence.logits = np.empty((len(token_ids), self.limits.n_vocab), np.float32)
         request.sequences.append(sequence)
         self.scheduler.add(sequence)
+
+    def add_beam_search(self, request_id: str, prompt: list[int], params: BeamSearchParams, *, salt: str = "") -> None:
+        """Queue a beam search; all its chunks come at its end, one a beam, the best first."""
+        self.limits.check(prompt, params.sampling)
+        request = self._new_request(request_id, prompt, params.sampling, salt)
+        request.sequences.append(Sequence(request, 0, limit=min(self.n_ctx, len(prompt) + params.max_tokens)))
+        request.beams = BeamSearch(params, request, self._vocabulary.eog_ids)
+        self.scheduler.add(request.sequences[0])
 
     def _new_request(self, request_id: str, prompt: list[int], params: SamplingParams, salt: str) -> Request:
         if request_id in self._requests:
@@ -153,6 +164,8 @@ class Engine:
             return []
         if request.is_finished:  # scored, and its logits were not taken
             del self._requests[request_id]
+        if request.beams is not None:
+            index = None
         sequences = [s for s in request.sequences if s.state is not State.FINISHED and index in (None, s.index)]
         return [self._end(sequence, RequestOutput(request_id, sequence.index), "abort") for sequence in sequences]
 
@@ -174,20 +187,22 @@ class Engine:
             return []
         self._n_steps += 1
         try:
+            make_moves(plan.moves, self._stage)
             step = self._builder.build(plan)
             logits = self._stage.run(step.batch)
             self._score(step, logits)
+            self._advance(plan)
+            self._fork_samples(step)
             tokens = self._sample(step, logits)
         except Exception as error:
             _log.exception("a step of %d sequences failed", len(plan.sequences))
             return self._fail(plan.sequences, f"the engine failed while running this request: {error!r}")
-        self._advance(plan)
-        outputs: list[RequestOutput] = []
+        outputs = [output for sequence, row in step.searched for output in self._search(sequence, logits[row])]
         for sequence, token, row in tokens:
             if sequence.state is State.RUNNING:  # not so after a sibling's failure
                 outputs.append(self._append(sequence, token, logits[row]))
         for sequence, *_ in step.scored:
-            if sequence.sampler is None and sequence.n_scored == sequence.n_score_rows:
+            if not sequence.wants_next and sequence.n_scored == sequence.n_score_rows:
                 outputs.append(self._end(sequence, RequestOutput(sequence.request.id), "length"))
         return outputs
 
@@ -202,6 +217,42 @@ class Engine:
                     token = sequence.tokens[position + i + 1]
                     sequence.prompt_logprobs.append(token_logprobs(logits[row + i], token, n))
             sequence.n_scored = position + count
+
+    def _fork_samples(self, step: Step) -> None:
+        """A prompt was computed: its request's other samples go on from the same pages and the same logits."""
+        for sequence, row in list(zip(step.sampled, step.sampled_rows, strict=True)):
+            siblings = sequence.request.sequences
+            if sequence.n_output > 0 or len(siblings) == 1:
+                continue
+            for sibling in siblings:
+                if sibling.state is State.WAITING and sibling.n_output == 0 and self.scheduler.fork(sequence, sibling):
+                    sibling.cached_tokens = sequence.cached_tokens
+                    sibling.metrics.first_scheduled_time = self._clock()
+                    step.sampled.append(sibling)
+                    step.sampled_rows.append(row)
+
+    def _search(self, sequence: Sequence, row: F32Array) -> list[RequestOutput]:
+        """Take the logits of a beam; once all of its request have theirs, they advance or are told."""
+        request, beams = sequence.request, sequence.request.beams
+        assert beams is not None
+        if sequence.state is not State.RUNNING:
+            return []
+        if not np.isfinite(row.max()):
+            return self._fail([sequence], _NOT_FINITE)
+        if sequence.metrics.first_token_time == 0.0:
+            sequence.metrics.first_token_time = self._clock()
+        beams.take(sequence, row)
+        if not beams.is_ready:
+            return []
+        self._n_generated += len(request.sequences)
+        if beams.advance(self.scheduler):
+            return []
+        for each in request.sequences:
+            self.scheduler.finish(each)
+        del self._requests[request.id]
+        self._n_finished += 1
+        sequence.metrics.finished_time = self._clock()
+        return beams.outputs(sequence)
 
     def _sample(self, step: Step, logits: F32Array) -> list[tuple[Sequence, int, int]]:
         samplers = [s.sampler for s in step.sampled if s.sampler is not None]
@@ -222,7 +273,7 @@ class Engine:
         """Add a sampled token and see whether the sequence ends with it."""
         request = sequence.request
         if token == NOT_FINITE:
-            return self._fail([sequence], "the model's logits are not finite; its weights may be broken")[0]
+            return self._fail([sequence], _NOT_FINITE)[0]
         output = RequestOutput(request.id, sequence.index, [token])
         if request.params.needs_logprobs:
             output.new_logprobs = [token_logprobs(row, token, request.params.logprobs or 0)]

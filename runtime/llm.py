@@ -12,13 +12,22 @@ from types import TracebackType
 from typing import Any, overload
 
 from pyinfer.errors import EngineError, RequestError
+from pyinfer.runtime.beam_search import BeamSearchParams
 from pyinfer.runtime.chat_prompt import chat_prompt
 from pyinfer.runtime.chat_template import Message
 from pyinfer.runtime.hub import resolve
 from pyinfer.runtime.loader import load_model
-from pyinfer.runtime.outputs import EngineStats, FloatMatrix, GenerationOutput, RequestMetrics, RequestOutput
+from pyinfer.runtime.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    EngineStats,
+    FloatMatrix,
+    GenerationOutput,
+    RequestMetrics,
+    RequestOutput,
+)
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.text_stream import TextChunk, TextStream, best, fold, with_text
+from pyinfer.runtime.text_stream import TextChunk, TextStream, beam_sequence, best, fold, with_text
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -92,6 +101,26 @@ class LLM:
         params = _one_each(sampling_params, self.model.chat_params, len(prompt_ids))
         texts: list[str | None] = [self._tokenizer.decode(ids, skip_special=False) for ids in prompt_ids]
         return self._generate(texts, prompt_ids, params, use_tqdm)
+
+    def beam_search(self, prompts: Prompts, params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The likeliest texts after each prompt; prompts as for `generate`."""
+        _, prompt_ids = self._prompts(prompts)
+        found: list[list[BeamSearchSequence]] = [[] for _ in prompt_ids]
+        for ids in prompt_ids:
+            self._engine.limits.check(ids, params.sampling)
+        with self._exclusive():
+            names = {self._new_id(): i for i in range(len(prompt_ids))}
+            try:
+                for name, i in names.items():
+                    self._engine.add_beam_search(name, prompt_ids[i], params)
+                while not all(found):
+                    for output in self._step():
+                        i = names[output.request_id]
+                        found[i].append(beam_sequence(output, prompt_ids[i], self._tokenizer))
+            except BaseException:
+                self._drop(list(names))
+                raise
+        return [BeamSearchOutput(sequences) for sequences in found]
 
     @overload
     def logits(self, token_ids: Sequence[int]) -> FloatMatrix: ...

@@ -57,6 +57,7 @@ class RequestOutput(msgspec.Struct):
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first chunk of sample 0; first entry None
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache
     metrics: RequestMetrics | None = None  # with a sample's last chunk
+    cumulative_logprob: float | None = None  # of a whole beam
     failure: RequestFailure | None = None  # the request died; the last chunk of the whole request
 
 
@@ -83,6 +84,23 @@ class GenerationOutput(msgspec.Struct):
     metrics: RequestMetrics | None
     num_cached_tokens: int = 0
     finished: bool = True
+
+
+class BeamSearchSequence(msgspec.Struct):
+    """One text that beam search found."""
+
+    tokens: list[int]  # prompt and output
+    logprobs: list[TokenLogprobs]  # of the output's tokens and of the end token, kept or not
+    cum_logprob: float
+    text: str  # of all tokens
+    finish_reason: FinishReason | None
+    stop_reason: int | None = None  # the end token
+
+
+class BeamSearchOutput(msgspec.Struct):
+    """What `LLM.beam_search` returns for one prompt: at most `beam_width` texts, best first."""
+
+    sequences: list[BeamSearchSequence]
 
 
 class EngineStats(msgspec.Struct, frozen=True):

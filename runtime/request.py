@@ -12,6 +12,7 @@ from pyinfer.runtime.pages import page_digest, root_digest
 from pyinfer.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from pyinfer.runtime.beam_search import BeamSearch
     from pyinfer.runtime.sampler import SequenceSampler
 
 Key = tuple[int, int, int]
@@ -33,10 +34,12 @@ class Sequence:
         "cached_tokens",
         "digests",
         "index",
+        "is_paused",
         "key",
         "leader",
         "limit",
         "logits",
+        "may_share_last_page",
         "metrics",
         "n_computed",
         "n_prompt",
@@ -53,6 +56,7 @@ class Sequence:
         "state",
         "stop_ids",
         "tokens",
+        "wants_next",
     )
 
     def __init__(self, request: Request, index: int, *, limit: int, leader: Sequence | None = None) -> None:
@@ -62,11 +66,13 @@ class Sequence:
         self.tokens = list(request.prompt)
         self.n_prompt = len(request.prompt)
         self.limit = limit  # ends when it has so many tokens
-        self.leader = leader  # sample 0: computes the prompt that the others then find in the prefix cache
+        self.leader = leader  # sample 0: computes the prompt, whose pages the others then share
 
         self.state = State.WAITING
         self.n_computed = 0  # tokens whose keys and values are in the pages
         self.pages: list[int] = []
+        self.may_share_last_page = False  # since a fork: others may hold the page that the next token goes to
+        self.is_paused = False  # all is computed; waits for the other beams to choose its next token
         self.slot = -1  # row in the engine's tables while running
         self.digests = [root_digest(request.salt)]  # digests[i + 1] is page i's
         self.n_remembered = 0  # pages offered for reuse
@@ -78,7 +84,8 @@ class Sequence:
         self.n_scored = 0  # of those, done
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.logits: FloatMatrix | None = None  # what `Engine.logits` gathers
-        self.sampler: SequenceSampler | None = None  # None: only scored
+        self.wants_next = True  # the logits after its last token; False: only scored
+        self.sampler: SequenceSampler | None = None
         self.stop_ids: frozenset[int] = frozenset()
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
 
@@ -103,7 +110,7 @@ class Sequence:
 class Request:
     """A prompt, its parameters and the sequences made from them."""
 
-    __slots__ = ("arrival_number", "arrival_time", "id", "params", "prompt", "salt", "sequences")
+    __slots__ = ("arrival_number", "arrival_time", "beams", "id", "params", "prompt", "salt", "sequences")
 
     def __init__(
         self,
@@ -122,6 +129,7 @@ class Request:
         self.arrival_time = clock()
         self.salt = salt  # only requests of the same salt share pages
         self.sequences: list[Sequence] = []
+        self.beams: BeamSearch | None = None
 
     @property
     def is_finished(self) -> bool:

@@ -85,7 +85,7 @@ class SequenceSampler:
 
 def sample(logits: F32Array, rows: Seq[int], samplers: Seq[SequenceSampler], histories: Seq[list[int]]) -> list[int]:
     """A token, or `NOT_FINITE`, for each of `rows` of `logits`, float32 [n_rows, n_vocab]."""
-    if len(rows) == logits.shape[0] and all(sampler.is_argmax for sampler in samplers):
+    if list(rows) == list(range(logits.shape[0])) and all(sampler.is_argmax for sampler in samplers):
         tokens = logits.argmax(axis=1)
         chosen = logits[range(len(rows)), tokens].tolist()
         return [

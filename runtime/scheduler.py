@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter
 
+from pyinfer.runtime.page_moves import CopyPage, Move
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.request import Sequence, State
 from pyinfer.runtime.request_events import EventKind, RequestEvent
@@ -39,6 +40,7 @@ class Plan:
 
     sequences: list[Sequence] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)  # of pages, to be made first, in this order
 
 
 class Scheduler:
@@ -69,42 +71,69 @@ class Scheduler:
         """Choose the next step; empty only when nothing waits or runs."""
         self.events = []
         plan = Plan()
-        budget, prompts, ran_out = self._plan_decodes(plan)
+        n_preemptions = self.n_preemptions
+        budget, prompts = self._plan_decodes(plan)
         for sequence in prompts:
             if budget == 0:
                 break
             if sequence.state is State.RUNNING:
                 budget = self._plan(plan, sequence, budget)
-        if not ran_out:
+        if self.n_preemptions == n_preemptions:
+            self._admit_waiting(plan, budget)
+        while not plan.sequences and self.waiting:  # all that run wait for one that does not: they give way
+            self._preempt(self.running[-1])
             self._admit_waiting(plan, budget)
         return plan
 
-    def _plan_decodes(self, plan: Plan) -> tuple[int, list[Sequence], bool]:
-        """Plan everyone with one token to go; returns the budget left, the others, and whether pages ran out."""
+    def _plan_decodes(self, plan: Plan) -> tuple[int, list[Sequence]]:
+        """Plan everyone with one token to go; returns the budget left and those with more to go."""
         budget, block_size, running = self.config.max_tokens, self.config.block_size, self.running
         prompts: list[Sequence] = []
-        ran_out = False
         i = 0
         while i < len(running):  # preemption shortens it from the end
             sequence = running[i]
             i += 1
             n_tokens = len(sequence.tokens)
-            if n_tokens - sequence.n_computed > 1:
-                prompts.append(sequence)
+            if n_tokens - sequence.n_computed != 1:
+                if n_tokens > sequence.n_computed:
+                    prompts.append(sequence)
                 continue
             if budget == 0:
                 continue
-            if n_tokens > len(sequence.pages) * block_size:
-                while not self.pool.n_available and sequence.state is State.RUNNING:
-                    ran_out = True
-                    self._preempt(running[-1], sequence)
-                if sequence.state is not State.RUNNING:
-                    continue
-                sequence.pages.append(self.pool.allocate())
+            must_take = n_tokens > len(sequence.pages) * block_size or sequence.may_share_last_page
+            if must_take and not self._take_page(plan, sequence):
+                continue
             plan.sequences.append(sequence)
             plan.counts.append(1)
             budget -= 1
-        return budget, prompts, ran_out
+        return budget, prompts
+
+    def _take_page(self, plan: Plan, sequence: Sequence) -> bool:
+        """A page of its own for the next token: a new one, or a copy of one that others hold too.
+
+        Those that are served last give way for it; False if that was the sequence itself.
+        """
+        pool, pages = self.pool, sequence.pages
+        index = sequence.n_computed // self.config.block_size
+        while True:
+            if index < len(pages) and pool.references[pages[index]] == 1:
+                sequence.may_share_last_page = False
+                return True
+            if pool.n_available:
+                break
+            self._preempt(self.running[-1], sequence)
+            if sequence.state is not State.RUNNING:
+                return False
+        page = pool.allocate()
+        if index < len(pages):
+            assert index == len(pages) - 1
+            plan.moves.append(CopyPage(pages[index], page))
+            pool.release([pages[index]])
+            sequence.pages = [*pages[:index], page]  # a new list: its row in the page tables is written again
+        else:
+            pages.append(page)
+        sequence.may_share_last_page = False
+        return True
 
     def _plan(self, plan: Plan, sequence: Sequence, budget: int) -> int:
         count = min(len(sequence.tokens) - sequence.n_computed, budget)
@@ -113,13 +142,17 @@ class Scheduler:
         return budget - count
 
     def _admit_waiting(self, plan: Plan, budget: int) -> None:
-        n_admitted = 0
+        passed: list[Sequence] = []
+        n_seen = 0
         for sequence in self.waiting:
-            if budget == 0 or not self._free_slots or sequence.is_held or not self._admit(sequence):
+            if sequence.is_paused:
+                passed.append(sequence)
+            elif budget == 0 or not self._free_slots or sequence.is_held or not self._admit(sequence):
                 break
-            n_admitted += 1
-            budget = self._plan(plan, sequence, budget)
-        del self.waiting[:n_admitted]
+            else:
+                budget = self._plan(plan, sequence, budget)
+            n_seen += 1
+        self.waiting[:n_seen] = passed
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence the pages of all its tokens, shared where the prefix is known; False if they lack."""
@@ -150,6 +183,28 @@ class Scheduler:
         sequence.slot = self._free_slots.pop()
         sequence.state = State.RUNNING
         insort(self.running, sequence, key=_by_key)
+        return True
+
+    def fork(self, parent: Sequence, child: Sequence) -> bool:
+        """Let a waiting child whose tokens are the parent's run on its pages; False if it has to wait for its turn.
+
+        The last page may be written to by both: who comes first takes a copy.
+        """
+        if parent.state is not State.RUNNING or not self._free_slots:
+            return False
+        self.waiting.remove(child)
+        for page in parent.pages:
+            self.pool.share(page)
+        child.pages = list(parent.pages)
+        child.n_computed, child.n_remembered = parent.n_computed, parent.n_remembered
+        child.digests = list(parent.digests)
+        child.prompt_was_computed = True
+        parent.may_share_last_page = child.may_share_last_page = (
+            parent.n_computed < len(parent.pages) * self.config.block_size
+        )
+        child.slot = self._free_slots.pop()
+        child.state = State.RUNNING
+        insort(self.running, child, key=_by_key)
         return True
 
     def advance(self, sequence: Sequence, count: int) -> None:
@@ -193,6 +248,7 @@ class Scheduler:
         self.pool.release(reversed(sequence.pages))
         self._free_slots.append(sequence.slot)
         sequence.pages = []
+        sequence.may_share_last_page = False
         sequence.slot = -1
         sequence.n_computed = sequence.n_remembered = 0
 
@@ -205,10 +261,16 @@ class Scheduler:
         for sequence in self.waiting:
             assert not sequence.pages and sequence.slot == -1 and sequence.n_computed == 0
         for sequence in self.running:
-            assert sequence.n_computed < len(sequence.tokens) <= sequence.limit
+            assert sequence.n_computed < len(sequence.tokens) + sequence.is_paused <= sequence.limit + 1
+            assert len(sequence.tokens) <= sequence.limit
             assert sequence.n_computed <= len(sequence.pages) * block_size
             assert len(set(sequence.pages)) == len(sequence.pages), "a sequence holds a page twice"
             assert sequence.n_remembered * block_size <= sequence.n_computed
+            last = sequence.n_computed // block_size
+            if last < len(sequence.pages) and not sequence.may_share_last_page:
+                assert all(self.pool.references[page] == 1 for page in sequence.pages[last:]), (
+                    "a page to write is shared"
+                )
         slots = [sequence.slot for sequence in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_sequences)), "slots leak"
         self.pool.check(page for sequence in self.running for page in sequence.pages)

@@ -8,7 +8,14 @@ from __future__ import annotations
 import msgspec
 
 from pyinfer.runtime.detokenizer import IncrementalDetokenizer
-from pyinfer.runtime.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, TokenLogprobs
+from pyinfer.runtime.outputs import (
+    BeamSearchSequence,
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestOutput,
+    TokenLogprobs,
+)
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.tokenizer import Tokenizer
 
@@ -106,3 +113,17 @@ def best(completions: list[CompletionOutput], params: SamplingParams) -> list[Co
         msgspec.structs.replace(c, index=i, logprobs=c.logprobs if params.logprobs is not None else None)
         for i, c in enumerate(ranked)
     ]
+
+
+def beam_sequence(output: RequestOutput, prompt: list[int], tokenizer: Tokenizer) -> BeamSearchSequence:
+    """A beam as `LLM.beam_search` returns it."""
+    assert output.new_logprobs is not None and output.cumulative_logprob is not None
+    tokens = prompt + output.new_token_ids
+    return BeamSearchSequence(
+        tokens=tokens,
+        logprobs=[with_text(entry, tokenizer) for entry in output.new_logprobs],
+        cum_logprob=output.cumulative_logprob,
+        text=tokenizer.decode(tokens),
+        finish_reason=output.finish_reason,
+        stop_reason=output.stop_token,
+    )

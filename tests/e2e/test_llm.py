@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden import MODELS, golden_prompts
 
-from pyinfer import LLM, SamplingParams
+from pyinfer import LLM, BeamSearchParams, SamplingParams
 from pyinfer.errors import ConfigError, EngineError, ModelNotFoundError, RequestError
 from pyinfer.runtime.outputs import GenerationOutput
 
@@ -195,3 +195,26 @@ def test_bad_options_and_closed_models_say_so(path: Path) -> None:
     closed.close()
     with pytest.raises(EngineError, match="closed"):
         closed.generate("a")
+
+
+def test_beam_search_over_forks_is_that_over_whole_texts(path: Path, llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=3, max_tokens=8)
+    prompts = [golden_prompts("smollm2")["story"].ids[:21], llm.tokenize(TEXTS[1])]
+    for prompt, output in zip(prompts, llm.beam_search(prompts, params), strict=True):
+        beams, done = [(prompt, 0.0)], []
+        for _ in range(params.max_tokens):
+            grown = []
+            for (tokens, total), rows in zip(beams, llm.logits([tokens for tokens, _ in beams]), strict=True):
+                exact = rows[-1].astype(np.float64)
+                exact -= exact.max() + np.log(np.exp(exact - exact.max()).sum())
+                for token in np.argsort(-exact, kind="stable")[:6].tolist():
+                    ends = token in llm.model.tokenizer.eog_ids
+                    (done if ends else grown).append((tokens if ends else [*tokens, token], total + exact[token]))
+            beams = sorted(grown, key=lambda b: b[1], reverse=True)[:3]
+        expected = sorted(done + beams, key=lambda b: b[1] / len(b[0]), reverse=True)[:3]
+        assert [sequence.tokens for sequence in output.sequences] == [tokens for tokens, _ in expected]
+        for sequence, (tokens, total) in zip(output.sequences, expected, strict=True):
+            assert sequence.cum_logprob == pytest.approx(total, abs=1e-3)
+            assert sequence.text == llm.detokenize(tokens)
+    with pytest.raises(RequestError, match="context of 1024"):
+        llm.beam_search([[1] * 1024], params)

@@ -126,7 +126,7 @@ def test_samples_compute_the_prompt_once_and_differ() -> None:
     engine.add_request("a", prompt_of(160), SamplingParams(n=4, max_tokens=8, seed=5, ignore_eos=True))
     chunks = drive(engine)
     assert len({tuple(tokens_of(chunks["a", i])) for i in range(4)}) == 4
-    assert stage_of(engine).n_tokens == 160 + 3 * 16 + 4 * 7
+    assert stage_of(engine).n_tokens == 160 + 4 * 7
 
 
 def test_seedless_requests_differ_but_follow_the_engines_seed() -> None:
@@ -396,7 +396,7 @@ def test_random_steps_keep_every_promise(n_wanted: int, priorities: list[int]) -
     assert not open_requests and stats.pages_used == 0 and not engine._requests
     assert n_compared > n_wanted / 20 and n_cancelled > n_wanted / 200 and n_failed > n_wanted / 2000
     assert stats.preemptions > n_wanted / 200 and stats.prefix_hits > n_wanted / 2
-    assert longest_wait < 3000
+    assert longest_wait < (3000 if len(priorities) == 1 else n_wanted)
 
 
 def watch_first_in_order(engine: Engine) -> None:
