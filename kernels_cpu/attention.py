@@ -53,7 +53,9 @@ def attention_body(head_dim: int, dtype: str) -> Body:
             _Rows(inner, rows, head_dim, dtype, fn.args).emit()
             inner.b.ret_void()
             kernels[rows] = fn
-        n_parts, n_kv, group = (e.field(op, i) for i in (AttentionArg.N_PARTS, AttentionArg.N_KV_HEADS, AttentionArg.GROUP))
+        n_parts, n_kv, group = (
+            e.field(op, i) for i in (AttentionArg.N_PARTS, AttentionArg.N_KV_HEADS, AttentionArg.GROUP)
+        )
         tiles = e.ptr(e.field(step, StepField.ATTENTION_TILES))
         raw = [b.ptrtoint(p, i64) for p in (op, step, scratch)]
         with e.loop(last, first) as task:
@@ -129,7 +131,9 @@ class _Rows:
             token = b.add(self.token, b.sdiv(row, group))
             at_head = e.mul(b.add(b.mul(self.kv_head, group), b.srem(row, group)), 4 * self.head_dim)
             position = b.sext(e.load(e.at(positions, e.mul(token, 4)), i32, 4), i64)
-            self.queries.append(e.at(e.at(e.ptr(arg(AttentionArg.Q)), b.mul(token, arg(AttentionArg.Q_STRIDE))), at_head))
+            self.queries.append(
+                e.at(e.at(e.ptr(arg(AttentionArg.Q)), b.mul(token, arg(AttentionArg.Q_STRIDE))), at_head)
+            )
             self.outputs.append(
                 e.at(e.at(e.ptr(arg(AttentionArg.OUT)), b.mul(token, arg(AttentionArg.OUT_STRIDE))), at_head)
             )
@@ -215,9 +219,7 @@ class _Rows:
         with e.loop(self.head_dim, 0, 2) as d:
             k_at, q_at = e.at(keys, e.mul(d, 16 * self.size)), e.at(self.q, e.mul(d, 4 * self.n))
             for parity in range(2):
-                columns = [
-                    self._load(e.at(k_at, (parity * 16 + v * e.L) * self.size)) for v in range(self.vectors)
-                ]
+                columns = [self._load(e.at(k_at, (parity * 16 + v * e.L) * self.size)) for v in range(self.vectors)]
                 for r in range(self.n):
                     query = e.splat_float(e.at(q_at, 4 * (parity * self.n + r)))
                     for v in range(self.vectors):

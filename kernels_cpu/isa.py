@@ -26,7 +26,9 @@ class ISA:
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512_VNNI = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 # name, lanes, dot, float16, and the feature sets of which one is needed; best first
-_KINDS: tuple[tuple[str, int, Literal["vpdpbusd", "vpmaddubsw", "sdot", "widen"], bool, tuple[tuple[str, ...], ...]], ...] = (
+_KINDS: tuple[
+    tuple[str, int, Literal["vpdpbusd", "vpmaddubsw", "sdot", "widen"], bool, tuple[tuple[str, ...], ...]], ...
+] = (
     ("avx512vnni", 16, "vpdpbusd", True, (_AVX512_VNNI,)),
     ("avxvnni", 8, "vpdpbusd", True, ((*_AVX2, "avxvnni"), (*_AVX2, *_AVX512_VNNI))),
     ("avx2", 8, "vpmaddubsw", True, (_AVX2,)),
@@ -62,7 +64,9 @@ def make_isa(name: str) -> ISA:
     if name not in names:
         raise ConfigError(f"PYINFER_ISA={name!r} is not one of {', '.join(names)}")
     if name not in available():
-        raise ConfigError(f"PYINFER_ISA={name!r} needs instructions this CPU lacks; it can run {', '.join(available())}")
+        raise ConfigError(
+            f"PYINFER_ISA={name!r} needs instructions this CPU lacks; it can run {', '.join(available())}"
+        )
     cpu, has, features = _target()
     _, lanes, dot, half, _ = _KINDS[names.index(name)]
     if name == "portable" and "sse2" in has:  # not leaning on what this host happens to have: it is for the oldest ones

@@ -35,7 +35,10 @@ def rope_body(head_dim: int, n_dims: int, pairing: str) -> Body:
             angles = e.at(table, e.mul(position, n_dims * 4))
             with e.loop(e.field(op, RopeArg.N_HEADS)) as head:
                 at_head = e.mul(head, head_dim * 4)
-                source, target = e.at(e.at(x, e.mul(m, x_stride)), at_head), e.at(e.at(out, e.mul(m, out_stride)), at_head)
+                source, target = (
+                    e.at(e.at(x, e.mul(m, x_stride)), at_head),
+                    e.at(e.at(out, e.mul(m, out_stride)), at_head),
+                )
                 for i in range(0, half, lanes):
                     cos, sin = (e.load(e.at(angles, 4 * (part * half + i)), wide, 4) for part in (0, 1))
                     if pairing == "half":

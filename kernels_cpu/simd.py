@@ -190,7 +190,9 @@ class Emitter:
         odd = self.b.and_(self.b.lshr(magnitude, k(13)), k(1))
         normal = self.b.lshr(self.b.add(self.b.add(magnitude, k(0xC8000FFF - (1 << 32))), odd), k(13))
         half_float = ir.Constant(vector(f32, n), [0.5] * n)
-        tiny = self.b.sub(self.b.bitcast(self.b.fadd(self.b.bitcast(magnitude, vector(f32, n)), half_float), ints), k(0x3F000000))
+        tiny = self.b.sub(
+            self.b.bitcast(self.b.fadd(self.b.bitcast(magnitude, vector(f32, n)), half_float), ints), k(0x3F000000)
+        )
         small = self.b.icmp_signed("<", magnitude, k(0x38800000))
         return self.b.trunc(self.b.or_(self.b.select(small, tiny, normal), sign), vector(i16, n))
 

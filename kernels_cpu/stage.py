@@ -29,7 +29,9 @@ class CPUStage:
 
     def __init__(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> None:
         if config.block_size < 16 or config.block_size & (config.block_size - 1):
-            raise ConfigError(f"block size {config.block_size} is not 16, 32, 64 or a higher power of two, as CPU pages are")
+            raise ConfigError(
+                f"block size {config.block_size} is not 16, 32, 64 or a higher power of two, as CPU pages are"
+            )
         isa = current_isa()
         compiler = compiler_for(isa)
         compiler.on_compile = (lambda name: progress(f"compiling kernel {name}", 0.0)) if progress else None

@@ -25,7 +25,8 @@ from pyinfer.kernels_cpu.opcode import OP_WORDS, STEP_WORDS, OpField, StepField
 from pyinfer.kernels_cpu.pool import Pool, Program
 from pyinfer.kernels_cpu.simd import i64
 
-pytestmark = pytest.mark.backend
+# a hang in native code answers no signal
+pytestmark = [pytest.mark.backend, pytest.mark.timeout(120, method="thread")]
 
 MAX_OPS = 12
 SIZE = 300  # tasks of an op at most
