@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any, Protocol
 
@@ -10,6 +11,9 @@ import msgspec
 from pyinfer.errors import ConfigError
 from pyinfer.loadgen.http_client import HttpClient, StatusError
 from pyinfer.loadgen.http_reader import HttpError
+
+
+_SECONDS = 30.0  # for one text
 
 
 class Tokenizer(Protocol):
@@ -52,11 +56,12 @@ class ServerTokenizer:
 
     async def _post(self, path: str, body: dict[str, Any], key: str, kind: Any) -> Any:
         try:
-            reply = await self._client.request("POST", path, msgspec.json.encode(body))
+            async with asyncio.timeout(_SECONDS):
+                reply = await self._client.request("POST", path, msgspec.json.encode(body))
             return msgspec.convert(msgspec.json.decode(reply)[key], kind)
-        except (StatusError, HttpError, msgspec.MsgspecError, KeyError, TypeError) as error:
+        except (StatusError, HttpError, OSError, msgspec.MsgspecError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{self._client.base_url}{path} does not count tokens ({error}); "
+                f"{self._client.base_url}{path} does not count tokens ({error or type(error).__name__}); "
                 "name a model with the server's vocabulary in --tokenizer",
                 param="tokenizer",
             ) from error

@@ -6,7 +6,6 @@ import asyncio
 import datetime
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,19 +13,15 @@ import typer
 
 from pyinfer.cli.bench_serve_output import METRICS, ServeReport
 from pyinfer.cli.common import checked
-from pyinfer.cli.progress import terminal_progress
 from pyinfer.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from pyinfer.loadgen.http_client import HttpClient
-    from pyinfer.loadgen.openai_stream import Endpoint, LoadRequest, RequestRecord, SendOptions
+    from pyinfer.loadgen.openai_stream import Endpoint
     from pyinfer.loadgen.runner import RunResult
-    from pyinfer.loadgen.tokens import Tokenizer
 
 DATASETS = ("random", "sharegpt", "shared-prefix")
 ENDPOINTS = ("completions", "chat")
 OUTPUTS = ("text", "json")
-_SHORT = 10.0  # seconds in which a server can name its models
 _WORK, _SERVER, _RESULT = "Workload", "Server", "Result"
 
 
@@ -220,6 +215,7 @@ def bench_serve(
     ] = None,
 ) -> None:
     """Measure any OpenAI-compatible server: TTFT, TPOT, ITL, throughput, goodput."""
+    from pyinfer.cli import bench_serve_run as bench
     from pyinfer.loadgen.http_client import HttpClient
     from pyinfer.loadgen.metrics import parse_goodput
     from pyinfer.loadgen.openai_stream import SendOptions
@@ -243,20 +239,22 @@ def bench_serve(
 
         check_plot(plot)
     client = HttpClient(base_url, api_key)
-    name = model or asyncio.run(_first_model(client))
+    name = model or asyncio.run(bench.first_model(client))
     fields = parse_body(extra_body)
     api: Endpoint = "chat" if endpoint == "chat" else "completions"
     options = SendOptions(name, api, temperature, ignore_eos, timeout, fields)
-    counter = _tokenizer(tokenizer, client)
-    work = _Work(dataset, dataset_path, input_len or 512, output_len, range_ratio or 0.0, prefix_len, num_prefixes or 1)
+    counter = bench.make_tokenizer(tokenizer, client)
+    work = bench.Work(
+        dataset, dataset_path, input_len or 512, output_len, range_ratio or 0.0, prefix_len, num_prefixes or 1
+    )
     rate = parse_rate(request_rate)
 
-    async def measure() -> RunResult:
-        requests = await _requests(work, num_prompts + warmup, counter, api, seed)
-        return await _measure(client, requests, warmup, options, rate, max_concurrency, seed)
+    async def run() -> RunResult:
+        requests = await bench.make_requests(work, num_prompts + warmup, counter, api, seed)
+        return await bench.measure(client, requests, warmup, options, rate, max_concurrency, seed)
 
-    result = asyncio.run(measure())
-    asyncio.run(_count_missing(result.records, counter))
+    result = asyncio.run(run())
+    asyncio.run(bench.count_missing(result.records, counter))
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S"),
         "base_url": client.base_url,
@@ -291,97 +289,3 @@ def _refuse_unused(dataset: str, **given: object) -> None:
     for name, value in given.items():
         if value is not None and name not in used:
             raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect with --dataset {dataset}")
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What the requests are made from."""
-
-    dataset: str
-    path: Path | None
-    input_len: int
-    output_len: int | None
-    range_ratio: float
-    prefix_len: int | None
-    n_prefixes: int
-
-
-async def _requests(work: _Work, n: int, tokenizer: Tokenizer, endpoint: Endpoint, seed: int) -> list[LoadRequest]:
-    from pyinfer.loadgen.sharegpt import read_exchanges, sharegpt_file
-    from pyinfer.loadgen.workload import RandomWorkload, conversation_requests, random_requests
-
-    if work.dataset == "sharegpt":
-        exchanges = read_exchanges(work.path or sharegpt_file(terminal_progress()))
-        return await conversation_requests(exchanges, n, tokenizer, seed, output_len=work.output_len)
-    prefix_len = (work.prefix_len or 1024) if work.dataset == "shared-prefix" else 0
-    workload = RandomWorkload(work.input_len, work.output_len or 128, work.range_ratio, prefix_len, work.n_prefixes)
-    return await random_requests(workload, n, tokenizer, endpoint, seed)
-
-
-def _tokenizer(reference: str | None, client: HttpClient) -> Tokenizer:
-    from pyinfer.loadgen.tokens import LocalTokenizer, ServerTokenizer
-
-    if reference is None:
-        return ServerTokenizer(client)
-    from pyinfer.runtime.hub import resolve
-    from pyinfer.runtime.tokenizer import load_tokenizer
-
-    return LocalTokenizer(load_tokenizer(resolve(reference, terminal_progress())))
-
-
-async def _first_model(client: HttpClient) -> str:
-    import msgspec
-
-    from pyinfer.loadgen.http_client import StatusError
-    from pyinfer.loadgen.http_reader import HttpError
-
-    try:
-        async with asyncio.timeout(_SHORT):
-            reply = await client.request("GET", "/v1/models")
-        name: str = msgspec.convert(msgspec.json.decode(reply)["data"][0]["id"], str)
-    except TimeoutError:
-        raise RequestError(f"{client.base_url} does not answer within {_SHORT:g} s; is it a server?") from None
-    except OSError as error:
-        hint = "start one with 'pyinfer serve', or name another with --base-url"
-        raise RequestError(f"no server at {client.base_url} ({error.strerror or error}); {hint}") from error
-    except (StatusError, HttpError, msgspec.MsgspecError, LookupError, TypeError) as error:
-        raise RequestError(f"{client.base_url}/v1/models names no model ({error}); give one with --model") from error
-    return name
-
-
-async def _measure(
-    client: HttpClient,
-    requests: list[LoadRequest],
-    n_warmup: int,
-    options: SendOptions,
-    rate: float,
-    max_concurrency: int | None,
-    seed: int,
-) -> RunResult:
-    from pyinfer.cli.bench_serve_output import RequestBar
-    from pyinfer.loadgen.runner import run_load, warm_up
-
-    counted = requests[
-        : len(requests) - n_warmup
-    ]  # the warm-up's prompts are others, so that it fills no cache for them
-    with RequestBar(len(counted)) as bar:
-        failure = await warm_up(client, requests[len(counted) :], options)
-        if failure is not None:
-            raise RequestError(f"the warm-up request failed: {failure.error}")
-        bar.start()
-        return await run_load(
-            client,
-            counted,
-            options,
-            request_rate=rate,
-            max_concurrency=max_concurrency,
-            seed=seed,
-            on_done=bar.add,
-        )
-
-
-async def _count_missing(records: list[RequestRecord], tokenizer: Tokenizer) -> None:
-    """Tokens of the answers whose server did not say how many there are."""
-    for record in records:
-        if record.is_ok and not record.n_output:
-            record.n_output = len(await tokenizer.encode(record.text, add_special=False))
