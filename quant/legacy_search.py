@@ -10,7 +10,8 @@ from pyinfer.quant.codec import ByteArray, FloatArray
 def signed_codes(weights: FloatArray, zero: int) -> tuple[FloatArray, ByteArray]:
     """(scale (n, 1), codes (n, 32) below 2*zero): the weight of the largest magnitude gets code 0, code `zero` is 0."""
     at = np.abs(weights).argmax(axis=-1, keepdims=True)
-    scale = np.take_along_axis(weights, at, axis=-1) / np.float32(-zero)
+    extreme = np.take_along_axis(weights, at, axis=-1) + np.float32(0)  # a zero loses its sign, as in ggml
+    scale = extreme / np.float32(-zero)
     codes = np.trunc(weights * inverse(scale) + np.float32(zero + 0.5))
     return scale, codes.clip(0, 2 * zero - 1).astype(np.uint8)
 

@@ -1,0 +1,167 @@
+"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks without an imatrix: one division a block, byte for byte what ggml writes.
+
+The codecs in `quant` are the specification; this is the same in vector code, at the speed of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from pyinfer.convert.jit import compiled
+from pyinfer.kernels_cpu.isa import current_isa
+from pyinfer.kernels_cpu.simd import Emitter, Reg, f32, i8, i32, vector
+
+_BLOCK = 32
+_FLOATS, _INTS, _BYTES = vector(f32, _BLOCK), vector(i32, _BLOCK), vector(i8, _BLOCK)
+
+
+class _Block:
+    """One block of 32 weights in registers, and where its bytes go."""
+
+    def __init__(self, e: Emitter, x: Reg, out: Reg) -> None:
+        self.e, self.b, self.out = e, e.b, out
+        self.x = e.load(x, _FLOATS, 4)
+
+    def fold(self, combine: Callable[[Reg, Reg], Reg]) -> Reg:
+        value, n = self.x, _BLOCK
+        while n > 1:
+            n //= 2
+            value = combine(self.e.shuffle(value, range(n)), self.e.shuffle(value, range(n, 2 * n)))
+        return self.b.extract_element(value, i32(0))
+
+    def first_equal(self, value: Reg) -> Reg:
+        """Index of the first weight that equals `value`, 32 if none does."""
+        mask = self.b.bitcast(self.b.fcmp_ordered("==", self.x, self.e.splat(value, _BLOCK)), i32)
+        return self.e.call("llvm.cttz.i32", i32, [mask, ir.Constant(ir.IntType(1), 0)])
+
+    def inverse(self, scale: Reg) -> Reg:
+        """1 / scale; 0 where that is infinite, for such a scale is 0 in float16 anyway."""
+        result = self.b.fdiv(f32(1.0), scale)
+        finite = self.b.fcmp_ordered("<", self.e.call("llvm.fabs.f32", f32, [result]), f32(float("inf")))
+        return self.b.select(finite, result, f32(0.0))
+
+    def store_half(self, value: Reg, at: int) -> None:
+        kind = vector(f32, 1)
+        single = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, i32(0))
+        self.e.store(self.e.float_to_half(single), self.e.at(self.out, at), 1)
+
+    def codes(self, scaled: Reg, top: int) -> Reg:
+        """Bytes 0..top of numbers that already have the half added which rounds them."""
+        limit, nothing = ir.Constant(_FLOATS, [float(top)] * _BLOCK), ir.Constant(_FLOATS, [0.0] * _BLOCK)
+        clipped = self.e.fmax(self.e.fmin(scaled, limit), nothing)
+        return self.b.trunc(self.b.fptosi(clipped, _INTS), _BYTES)
+
+    def store_codes(self, codes: Reg, bits: int, at: int) -> None:
+        """Nibbles, weights 0..15 low and 16..31 high; before them, of 5-bit codes, the fifth bits."""
+        b, e = self.b, self.e
+        if bits == 5:
+            fifth = b.icmp_unsigned(">", codes, ir.Constant(_BYTES, [15] * _BLOCK))
+            e.store(b.bitcast(fifth, i32), e.at(self.out, at), 1)
+            codes, at = b.and_(codes, ir.Constant(_BYTES, [15] * _BLOCK)), at + 4
+        half = vector(i8, 16)
+        high = b.shl(e.shuffle(codes, range(16, 32)), ir.Constant(half, [4] * 16))
+        e.store(b.or_(e.shuffle(codes, range(16)), high), e.at(self.out, at), 1)
+
+
+def _signed(block: _Block, bits: int) -> None:
+    """weight = scale * (code - zero); the weight of the largest magnitude gets code 0, of equal ones the first."""
+    b, zero = block.b, 1 << (bits - 1)
+    low, high = block.fold(block.e.fmin), block.fold(block.e.fmax)
+    size = b.fneg(low)
+    is_high = b.or_(
+        b.fcmp_ordered(">", high, size),
+        b.and_(
+            b.fcmp_ordered("==", high, size),
+            b.icmp_unsigned("<", block.first_equal(high), block.first_equal(low)),
+        ),
+    )
+    extreme = b.select(is_high, high, low)
+    extreme = b.select(b.fcmp_ordered("==", extreme, f32(0.0)), f32(0.0), extreme)
+    scale = b.fdiv(extreme, f32(-float(zero)))
+    scaled = b.fmul(block.x, block.e.splat(block.inverse(scale), _BLOCK))
+    codes = block.codes(b.fadd(scaled, ir.Constant(_FLOATS, [zero + 0.5] * _BLOCK)), 2 * zero - 1)
+    block.store_half(scale, 0)
+    block.store_codes(codes, bits, 2)
+
+
+def _affine(block: _Block, bits: int) -> None:
+    """weight = scale * code + minimum."""
+    b, top = block.b, (1 << bits) - 1
+    low, high = block.fold(block.e.fmin), block.fold(block.e.fmax)
+    is_constant = b.fcmp_ordered("==", low, high)
+    low = b.extract_element(block.x, block.first_equal(low))  # a zero keeps the sign that the first one has
+    scale = b.fdiv(b.select(is_constant, f32(0.0), b.fsub(high, low)), f32(float(top)))
+    above = b.fsub(block.x, block.e.splat(low, _BLOCK))
+    scaled = b.fmul(above, block.e.splat(block.inverse(scale), _BLOCK))
+    codes = block.codes(b.fadd(scaled, ir.Constant(_FLOATS, [0.5] * _BLOCK)), top)
+    block.store_half(scale, 0)
+    block.store_half(low, 2)
+    block.store_codes(codes, bits, 4)
+
+
+def _bytes(block: _Block, bits: int) -> None:
+    """weight = scale * code; halves are rounded away from zero, as C's roundf does."""
+    b, e = block.b, block.e
+    size = e.fmax(b.fneg(block.fold(e.fmin)), block.fold(e.fmax))
+    scale = b.fdiv(e.call("llvm.fabs.f32", f32, [size]), f32(127.0))
+    scaled = b.fmul(block.x, e.splat(block.inverse(scale), _BLOCK))
+    whole = b.fptosi(scaled, _INTS)
+    rest = b.fsub(scaled, b.sitofp(whole, _FLOATS))
+    up = b.fcmp_ordered(">=", rest, ir.Constant(_FLOATS, [0.5] * _BLOCK))
+    down = b.fcmp_ordered("<=", rest, ir.Constant(_FLOATS, [-0.5] * _BLOCK))
+    rounded = b.add(whole, b.sub(b.zext(up, _INTS), b.zext(down, _INTS)))
+    block.store_half(scale, 0)
+    e.store(b.trunc(rounded, _BYTES), e.at(block.out, 2), 1)
+
+
+def _row_function(name: str, emit: Callable[[_Block, int], None], bits: int, block_bytes: int) -> Any:
+    """An intrinsic `name(x, out, n_blocks)` of two addresses and a count."""
+    signature = types.void(types.int64, types.int64, types.int64)
+
+    def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        e = Emitter(builder, current_isa())
+        x, out = e.ptr(args[0]), e.ptr(args[1])
+        with e.loop(args[2]) as i:
+            emit(_Block(e, e.at(x, e.mul(i, 4 * _BLOCK)), e.at(out, e.mul(i, block_bytes))), bits)
+        return context.get_dummy_value()
+
+    scope: dict[str, Any] = {"signature": signature, "codegen": codegen}
+    exec(f"def {name}(typingctx, x, out, n_blocks):\n    return signature, codegen\n", scope)
+    return intrinsic(scope[name])
+
+
+_q4_0 = _row_function("_q4_0", _signed, 4, 18)
+_q4_1 = _row_function("_q4_1", _affine, 4, 20)
+_q5_0 = _row_function("_q5_0", _signed, 5, 22)
+_q5_1 = _row_function("_q5_1", _affine, 5, 24)
+_q8_0 = _row_function("_q8_0", _bytes, 8, 34)
+
+
+@compiled
+def encode_q4_0(x, columns, out):  # type: ignore[no-untyped-def]
+    _q4_0(x.ctypes.data, out.ctypes.data, x.size // 32)
+
+
+@compiled
+def encode_q4_1(x, columns, out):  # type: ignore[no-untyped-def]
+    _q4_1(x.ctypes.data, out.ctypes.data, x.size // 32)
+
+
+@compiled
+def encode_q5_0(x, columns, out):  # type: ignore[no-untyped-def]
+    _q5_0(x.ctypes.data, out.ctypes.data, x.size // 32)
+
+
+@compiled
+def encode_q5_1(x, columns, out):  # type: ignore[no-untyped-def]
+    _q5_1(x.ctypes.data, out.ctypes.data, x.size // 32)
+
+
+@compiled
+def encode_q8_0(x, columns, out):  # type: ignore[no-untyped-def]
+    _q8_0(x.ctypes.data, out.ctypes.data, x.size // 32)

@@ -1,0 +1,108 @@
+"""Q3_K and Q6_K, and Q4_0 and Q5_0 with an imatrix: search and packing in one pass, as Numba code.
+
+Arguments of every `encode_*` are those of `encode_affine`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyinfer.convert.encode_affine import store_nibbles
+from pyinfer.convert.half_float import round_to_half, store_half
+from pyinfer.convert.importance import mean_square, weigh_block, weigh_by_columns
+from pyinfer.convert.jit import compiled
+from pyinfer.convert.signed_search import fit_signed, search_signed
+
+_BLOCK = 256
+
+
+@compiled
+def encode_q3_k(x, columns, out):  # type: ignore[no-untyped-def]
+    w, wx = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    scales, codes = np.empty((2, 16), np.int8), np.empty(_BLOCK, np.uint8)
+    for row in range(len(x)):
+        for b in range(x.shape[1] // _BLOCK):
+            block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 110 : (b + 1) * 110]
+            weigh_block(block, columns, b * _BLOCK, 16, w, wx)
+            d = fit_signed(block, w, wx, 16, np.float32(4), np.float32(-32), 2, scales)
+            _write_codes(block, 16, np.float32(4), d, scales[0], codes)
+            for i in range(32):
+                thirds = np.uint8(0)
+                for g in range(8):
+                    thirds |= (codes[32 * g + i] >> 2) << g
+                to[i] = thirds
+            for half in range(2):
+                for i in range(32):
+                    k = 128 * half + i
+                    low, high = (codes[k] & 3) | ((codes[k + 32] & 3) << 2), codes[k + 64] & 3
+                    to[32 + 32 * half + i] = low | (high << 4) | ((codes[k + 96] & 3) << 6)
+            for j in range(4):
+                pairs = np.uint8(0)
+                for k in range(4):
+                    pairs |= (np.uint8(scales[0, 4 * k + j] + 32) >> 4) << (2 * k)
+                to[104 + j] = pairs
+            for j in range(8):
+                to[96 + j] = (np.uint8(scales[0, j] + 32) & 15) | ((np.uint8(scales[0, j + 8] + 32) & 15) << 4)
+            store_half(to, 108, d)
+
+
+@compiled
+def encode_q6_k(x, columns, out):  # type: ignore[no-untyped-def]
+    w, wx = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    scales, codes = np.empty((2, 16), np.int8), np.empty(_BLOCK, np.uint8)
+    for row in range(len(x)):
+        for b in range(x.shape[1] // _BLOCK):
+            block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 210 : (b + 1) * 210]
+            weigh_block(block, columns, b * _BLOCK, 16, w, wx)
+            d = fit_signed(block, w, wx, 16, np.float32(32), np.float32(-128), 3, scales)
+            _write_codes(block, 16, np.float32(32), d, scales[0], codes)
+            for half in range(2):
+                for i in range(64):
+                    k = 128 * half + i
+                    to[64 * half + i] = (codes[k] & 15) | ((codes[k + 64] & 15) << 4)
+                for i in range(32):
+                    k = 128 * half + i
+                    low, high = (codes[k] >> 4) | ((codes[k + 32] >> 4) << 2), codes[k + 64] >> 4
+                    to[128 + 32 * half + i] = low | (high << 4) | ((codes[k + 96] >> 4) << 6)
+            for g in range(16):
+                to[192 + g] = np.uint8(scales[0, g])
+            store_half(to, 208, d)
+
+
+@compiled
+def _write_codes(x, group, zero, d, scales, codes):  # type: ignore[no-untyped-def]
+    """The codes that `signed_search` reckoned with: the same operations in the same order."""
+    limit, shift = zero + zero - np.float32(0.5), zero + np.float32(0.5)
+    for g in range(x.size // group):
+        scale = d * np.float32(scales[g])
+        inverse = np.float32(1) / scale if abs(scale) > np.float32(1e-30) else np.float32(0)
+        for i in range(g * group, (g + 1) * group):
+            codes[i] = np.int32(max(min(x[i] * inverse + shift, limit), np.float32(0)))
+
+
+@compiled
+def encode_q4_0_weighted(x, columns, out):  # type: ignore[no-untyped-def]
+    _encode_32(x, columns, np.float32(8), 18, out)
+
+
+@compiled
+def encode_q5_0_weighted(x, columns, out):  # type: ignore[no-untyped-def]
+    _encode_32(x, columns, np.float32(16), 22, out)
+
+
+@compiled
+def _encode_32(x, columns, zero, block_bytes, out):  # type: ignore[no-untyped-def]
+    w, wx, found = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32), np.empty(1, np.float32)
+    codes, one = np.empty(32, np.uint8), np.ones(1, np.int8)
+    for row in range(len(x)):
+        weigh_by_columns(x[row], columns, np.float32(4) * mean_square(x[row]), w, wx)
+        for b in range(x.shape[1] // 32):
+            at, to = 32 * b, out[row, b * block_bytes : (b + 1) * block_bytes]
+            block = x[row, at : at + 32]
+            search_signed(
+                block.ctypes.data, w.ctypes.data + 4 * at, wx.ctypes.data + 4 * at, 32, found.ctypes.data, zero
+            )  # fmt: skip
+            d = round_to_half(found[0])
+            _write_codes(block, 32, zero, d, one, codes)
+            store_half(to, 0, d)
+            store_nibbles(codes, to, 2)

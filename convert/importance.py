@@ -1,0 +1,49 @@
+"""How much an error at each weight counts, as Numba code.
+
+With an importance matrix: the mean square of the column's inputs, times a factor that grows with the weight itself, as
+llama.cpp weighs. Without one: the weight's magnitude above its group's typical one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyinfer.convert.jit import compiled
+
+
+@compiled
+def mean_square(x):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for i in range(x.size):
+        total += x[i] * x[i]
+    return total / np.float32(x.size)
+
+
+@compiled
+def weigh_by_columns(x, columns, typical, w, wx):  # type: ignore[no-untyped-def]
+    """Importances w and w * x of weights x; `columns` are those of their inputs, `typical` a mean square of weights."""
+    for i in range(x.size):
+        w[i] = columns[i] * np.sqrt(typical + x[i] * x[i])
+        wx[i] = w[i] * x[i]
+
+
+@compiled
+def weigh_by_size(x, group, w, wx):  # type: ignore[no-untyped-def]
+    """Importances w and w * x of weights x in groups of `group`."""
+    for start in range(0, x.size, group):
+        total = np.float32(0)
+        for i in range(start, start + group):
+            total += x[i] * x[i]
+        typical = np.sqrt(total / np.float32(group))
+        for i in range(start, start + group):
+            w[i] = typical + abs(x[i])
+            wx[i] = w[i] * x[i]
+
+
+@compiled
+def weigh_block(x, columns, start, group, w, wx):  # type: ignore[no-untyped-def]
+    """Importances of a super-block x (256,) whose first column is `start`; `columns` is empty without a matrix."""
+    if columns.size:
+        weigh_by_columns(x, columns[start : start + x.size], np.float32(4) * mean_square(x), w, wx)
+    else:
+        weigh_by_size(x, group, w, wx)
