@@ -5,6 +5,7 @@ All of it is data, so that a further family is one more table in `pyinfer.conver
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -114,8 +115,7 @@ def llama3_factors(config: HFConfig) -> dict[str, FloatArray]:
     rope = config.rope()
     if rope.kind != "llama3":
         return {}
-    columns = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    wavelengths = 2 * np.pi * rope.base ** columns.astype(np.float64)
+    wavelengths = 2 * math.pi * rope.base ** (np.arange(0, config.head_dim, 2) / config.head_dim)
     factor, context = rope.number("factor"), rope.number("original_max_position_embeddings")
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)

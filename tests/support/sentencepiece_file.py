@@ -12,7 +12,8 @@ _BPE = 2
 def write_sentencepiece(path: Path, pieces: Iterable[tuple[str, float, int]], model_type: int = _BPE) -> Path:
     """`pieces` are (text, score, kind) in the order of the ids."""
     content = b"".join(_message(1, _piece(*piece)) for piece in pieces)
-    path.write_bytes(content + _message(2, _key(3, 0) + _varint(model_type)))
+    trainer = _key(3, 0) + _varint(model_type) + _key(35, 0) + _varint(1)  # 35: falls back to bytes
+    path.write_bytes(content + _message(2, trainer))
     return path
 
 

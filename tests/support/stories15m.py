@@ -57,9 +57,7 @@ class Llama2c:
         x = w["tok_embeddings"][ids]
         for i in range(self.n_layers):
             h = _norm(x, w["attention_norm"][i])
-            q, k, v = (
-                (h @ w[name][i].T).reshape(len(ids), -1, head).swapaxes(0, 1) for name in ("wq", "wk", "wv")
-            )
+            q, k, v = ((h @ w[name][i].T).reshape(len(ids), -1, head).swapaxes(0, 1) for name in ("wq", "wk", "wv"))
             q, k = _rotate(q, angles), _rotate(k, angles)
             scores = q @ k.swapaxes(1, 2) / np.sqrt(head) + mask
             scores = np.exp(scores - scores.max(-1, keepdims=True))
@@ -102,9 +100,7 @@ def read_llama2c(data: bytes) -> Llama2c:
     for name, shape in shapes.items():
         weights[name] = np.frombuffer(data, "<f4", int(np.prod(shape)), at).reshape(shape)
         at += weights[name].nbytes
-    return Llama2c(
-        dim, hidden_dim, n_layers, n_heads, n_kv_heads, n_vocab, n_ctx, weights, data[WEIGHTS_BYTES:]
-    )
+    return Llama2c(dim, hidden_dim, n_layers, n_heads, n_kv_heads, n_vocab, n_ctx, weights, data[WEIGHTS_BYTES:])
 
 
 def write_hf_folder(folder: Path, model: Llama2c, dtype: str = "F32", shards: int = 1) -> Path:
@@ -149,14 +145,14 @@ def write_hf_folder(folder: Path, model: Llama2c, dtype: str = "F32", shards: in
 
 
 def pieces(model: Llama2c) -> Iterator[tuple[str, float, int]]:
-    """(text, score, kind) of llama2.c's tokenizer.bin: SentencePiece's with plain spaces and other names for BOS, EOS."""
+    """(text, score, kind) of tokenizer.bin: SentencePiece's but for spaces, bytes and the names of BOS, EOS."""
     at = 4
     for i in range(model.n_vocab):
         score, length = struct.unpack_from("<fi", model.tokenizer, at)
         text = model.tokenizer[at + 8 : at + 8 + length].decode().replace(" ", "\u2581")
         at += 8 + length
         kind = 2 if i == 0 else 3 if i < 3 else 6 if i < 259 else 1
-        yield text.strip() if kind == 3 else text, score, kind
+        yield f"<0x{i - 3:02X}>" if kind == 6 else text.strip() if kind == 3 else text, score, kind
 
 
 def _hf_tensors(model: Llama2c) -> Iterator[tuple[str, F32Array]]:
