@@ -3,7 +3,8 @@
 Every query row reduces over partitions of 256 absolute positions, each with its own maximum, sum and weighted V, merged in
 ascending order (online softmax, arXiv:1805.02867). Rows of one sequence and KV head are computed 8, 4, 2 or 1 at a time with
 the same operations in the same order for each row; a mask or a window only contributes exact zeros. So a row's result is the
-same in decode, in a chunk and in a whole prompt.
+same in decode, in a chunk and in a whole prompt. With fewer heads than threads a sequence's partitions are shared out in
+spans: each partition's part is stored, and `attention_merge` merges them in the same order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ ROW_TILES = (8, 4, 2, 1)
 
 
 class AttentionArg(IntEnum):
-    """Operands of `attention`; task t is row part t % N_PARTS of KV head (t / N_PARTS) % N_KV_HEADS of a token tile."""
+    """Operands of `attention` and `attention_merge`.
+
+    An attention task is, counted from the fastest: a span, a row part (N_PARTS), a KV head, a token tile.
+    """
 
     Q = OpField.ARGS
     Q_STRIDE = OpField.ARGS + 1
@@ -37,6 +41,8 @@ class AttentionArg(IntEnum):
     SCALE = OpField.ARGS + 10  # float32 bits
     N_PARTS = OpField.ARGS + 11
     PAGE_SHIFT = OpField.ARGS + 12  # log2 of the blocks of 16 positions in a page
+    PARTIALS = OpField.ARGS + 13  # float32 [tokens][heads][MAX_PARTITIONS][head_dim + 2]
+    MAX_PARTITIONS = OpField.ARGS + 14
 
 
 def scratch_bytes(head_dim: int) -> int:
@@ -49,7 +55,7 @@ def attention_body(head_dim: int, dtype: str) -> Body:
         b = e.b
         kernels = {}
         for rows in ROW_TILES:
-            inner, fn = define(b.module, f"attend_{head_dim}_{dtype}_{rows}", e.isa, 7, internal=True)
+            inner, fn = define(b.module, f"attend_{head_dim}_{dtype}_{rows}", e.isa, 8, internal=True)
             _Rows(inner, rows, head_dim, dtype, fn.args).emit()
             inner.b.ret_void()
             kernels[rows] = fn
@@ -58,8 +64,10 @@ def attention_body(head_dim: int, dtype: str) -> Body:
         )
         tiles = e.ptr(e.field(step, StepField.ATTENTION_TILES))
         raw = [b.ptrtoint(p, i64) for p in (op, step, scratch)]
+        n_spans = e.field(step, StepField.N_SPANS)
         with e.loop(last, first) as task:
-            part, rest = b.srem(task, n_parts), b.sdiv(task, n_parts)
+            span, rest = b.srem(task, n_spans), b.sdiv(task, n_spans)
+            part, rest = b.srem(rest, n_parts), b.sdiv(rest, n_parts)
             kv_head, tile = b.srem(rest, n_kv), b.sdiv(rest, n_kv)
             record = e.at(tiles, e.mul(tile, 16))
             sequence, token, count = (b.sext(e.load(e.at(record, 4 * i), i32, 4), i64) for i in range(3))
@@ -67,8 +75,10 @@ def attention_body(head_dim: int, dtype: str) -> Body:
             start = b.sdiv(b.mul(part, n_rows), n_parts)
             end = b.sdiv(b.mul(e.add(part, 1), n_rows), n_parts)
 
-            def call(rows: int, at: Reg, sequence: Reg = sequence, token: Reg = token, kv_head: Reg = kv_head) -> None:
-                b.call(kernels[rows], [raw[0], raw[1], raw[2], sequence, token, kv_head, at])
+            place = [sequence, token, kv_head, span]
+
+            def call(rows: int, at: Reg, place: list[Reg] = place) -> None:
+                b.call(kernels[rows], [*raw, *place, at])
 
             full = b.add(start, b.and_(b.sub(end, start), e.c(-8)))
             with e.loop(full, start, 8) as row:
@@ -83,13 +93,24 @@ def attention_body(head_dim: int, dtype: str) -> Body:
     return body
 
 
+def merge_sums(e: Emitter, maximum: Reg, total: Reg, new_maximum: Reg, new_total: Reg) -> tuple[Reg, Reg]:
+    """Take one more partition into the registers `maximum` and `total`; the factors for the values so far and its own."""
+    b = e.b
+    before = e.get(maximum)
+    after = e.fmax(before, new_maximum)
+    keep, take = e.exp(b.fsub(before, after)), e.exp(b.fsub(new_maximum, after))
+    e.set(total, e.fma(e.get(total), keep, b.fmul(new_total, take)))
+    e.set(maximum, after)
+    return keep, take
+
+
 class _Rows:
     """Emits the attention of `n` query rows of one sequence and KV head."""
 
     def __init__(self, e: Emitter, n: int, head_dim: int, dtype: str, args: Any) -> None:
         self.e, self.n, self.head_dim, self.dtype = e, n, head_dim, dtype
         self.size = KV_BYTES[dtype]
-        op, step, scratch, self.sequence, self.token, self.kv_head, self.first_row = args
+        op, step, scratch, self.sequence, self.token, self.kv_head, self.span, self.first_row = args
         self.op, self.step, self.scratch = e.ptr(op), e.ptr(step), e.ptr(scratch)
         self.q = self.scratch
         self.p = e.at(self.scratch, 4 * 8 * head_dim)
@@ -100,24 +121,49 @@ class _Rows:
         e, b = self.e, self.e.b
         self._place_rows()
         self._read_queries()
-        n_bytes = 4 * self.n * self.head_dim
-        with e.loop(n_bytes, 0, 4 * e.L) as at:
-            e.store(e.floats(0.0), e.at(self.o, at), 4)
         self.maxima = [e.var(e.floats(MASKED)) for _ in range(self.n)]
         self.sums = [e.var(e.floats(0.0)) for _ in range(self.n)]
+        self._start()
         low, high = self.lows[0], self.highs[-1]  # rows ascend in position
         self.last_block = b.ashr(b.sub(high, e.c(1)), e.c(4))
-        with e.loop(b.sdiv(e.add(high, PARTITION - 1), e.c(PARTITION)), b.sdiv(low, e.c(PARTITION))) as partition:
+        begin, end = b.sdiv(low, e.c(PARTITION)), b.sdiv(e.add(high, PARTITION - 1), e.c(PARTITION))
+        n_spans, count = e.field(self.step, StepField.N_SPANS), b.sub(end, begin)
+        many = b.icmp_signed(">", n_spans, e.c(1))
+        cut = lambda k: b.add(begin, b.sdiv(b.mul(count, k), n_spans))  # noqa: E731
+        with e.loop(cut(e.add(self.span, 1)), cut(self.span)) as partition:
             base = e.mul(partition, PARTITION)
             self.first_block = b.sdiv(e.max(base, low), e.c(16))
             self.end_block = b.sdiv(e.add(e.min(e.add(base, PARTITION), high), 15), e.c(16))
             self.base_block = b.sdiv(base, e.c(16))
             self._partition()
+            with e.when(many):
+                self._store_partial(partition)
+                self._start()
+        with e.when(b.not_(many)):
+            for r in range(self.n):
+                total = e.get(self.sums[r])
+                with e.loop(4 * self.head_dim, 0, 4 * e.L) as at:
+                    value = e.load(e.at(e.at(self.o, 4 * r * self.head_dim), at), e.vf, 4)
+                    e.store(b.fdiv(value, total), e.at(self.outputs[r], at), 4)
+
+    def _start(self) -> None:
+        """Nothing seen yet."""
+        e = self.e
+        with e.loop(4 * self.n * self.head_dim, 0, 4 * e.L) as at:
+            e.store(e.floats(0.0), e.at(self.o, at), 4)
         for r in range(self.n):
-            total = e.get(self.sums[r])
+            e.set(self.maxima[r], e.floats(MASKED))
+            e.set(self.sums[r], e.floats(0.0))
+
+    def _store_partial(self, partition: Reg) -> None:
+        """Weighted values, maximum and sum of one partition of each row, merged into nothing: as they are."""
+        e, b = self.e, self.e.b
+        for r in range(self.n):
+            record = e.at(self.partials[r], e.mul(partition, 4 * (self.head_dim + 2)))
             with e.loop(4 * self.head_dim, 0, 4 * e.L) as at:
-                value = e.load(e.at(e.at(self.o, 4 * r * self.head_dim), at), e.vf, 4)
-                e.store(b.fdiv(value, total), e.at(self.outputs[r], at), 4)
+                e.store(e.load(e.at(e.at(self.o, 4 * r * self.head_dim), at), e.vf, 4), e.at(record, at), 4)
+            for i, slot in enumerate((self.maxima[r], self.sums[r])):
+                e.store(b.extract_element(e.get(slot), i32(0)), e.at(record, 4 * (self.head_dim + i)), 4)
 
     def _place_rows(self) -> None:
         """Row r of the tile is head kv_head * group + r % group of token r / group."""
@@ -125,11 +171,14 @@ class _Rows:
         arg = lambda i: e.field(self.op, i)  # noqa: E731
         group, window = arg(AttentionArg.GROUP), arg(AttentionArg.WINDOW)
         positions = e.ptr(e.field(self.step, StepField.POSITIONS))
-        self.queries, self.outputs, self.lows, self.highs = [], [], [], []
+        n_heads = b.mul(arg(AttentionArg.N_KV_HEADS), group)
+        partial_bytes = e.mul(arg(AttentionArg.MAX_PARTITIONS), 4 * (self.head_dim + 2))
+        self.queries, self.outputs, self.partials, self.lows, self.highs = [], [], [], [], []
         for r in range(self.n):
             row = e.add(self.first_row, r)
             token = b.add(self.token, b.sdiv(row, group))
-            at_head = e.mul(b.add(b.mul(self.kv_head, group), b.srem(row, group)), 4 * self.head_dim)
+            head = b.add(b.mul(self.kv_head, group), b.srem(row, group))
+            at_head = e.mul(head, 4 * self.head_dim)
             position = b.sext(e.load(e.at(positions, e.mul(token, 4)), i32, 4), i64)
             self.queries.append(
                 e.at(e.at(e.ptr(arg(AttentionArg.Q)), b.mul(token, arg(AttentionArg.Q_STRIDE))), at_head)
@@ -137,6 +186,8 @@ class _Rows:
             self.outputs.append(
                 e.at(e.at(e.ptr(arg(AttentionArg.OUT)), b.mul(token, arg(AttentionArg.OUT_STRIDE))), at_head)
             )
+            index = b.add(b.mul(token, n_heads), head)
+            self.partials.append(e.at(e.ptr(arg(AttentionArg.PARTIALS)), b.mul(index, partial_bytes)))
             self.highs.append(e.add(position, 1))
             self.lows.append(e.max(b.sub(e.add(position, 1), window), 0))
         block_size = arg(AttentionArg.BLOCK_SIZE)
@@ -204,12 +255,7 @@ class _Rows:
             sums = e.get(total[0])
             for slot in total[1:]:
                 sums = b.fadd(sums, e.get(slot))
-            before = e.get(self.maxima[r])
-            after = e.fmax(before, top)
-            keep, take = e.exp(b.fsub(before, after)), e.exp(b.fsub(top, after))
-            e.set(self.sums[r], e.fma(e.get(self.sums[r]), keep, b.fmul(e.splat(e.reduce_add(sums)), take)))
-            e.set(self.maxima[r], after)
-            weights.append((keep, take))
+            weights.append(merge_sums(e, self.maxima[r], self.sums[r], top, e.splat(e.reduce_add(sums))))
         self._weighted_values(weights)
 
     def _scores(self, block: Reg, largest: list[Reg]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -29,6 +29,7 @@ from pyinfer.graph.ops import (
 )
 from pyinfer.graph.rope import Rope
 from pyinfer.kernels_cpu.attention import AttentionArg, attention_body
+from pyinfer.kernels_cpu.attention_merge import Partials, merge_body
 from pyinfer.kernels_cpu.buffers import Buffer, BufferPlan
 from pyinfer.kernels_cpu.compiler import Compiler
 from pyinfer.kernels_cpu.kv_store import StoreArg, store_kv_body
@@ -83,7 +84,8 @@ class _Lowering:
         self.graph, self.config, self.compiler = graph, config, compiler
         self.weights, self.pages, self.ropes = weights, pages, ropes
         self.buffers = BufferPlan(graph, config.max_tokens)
-        self.keep: list[Any] = [self.buffers]
+        self.partials = Partials(graph, config)
+        self.keep: list[Any] = [self.buffers, self.partials]
         self._records: list[npt.NDArray[np.int64]] = []
         self._pending_reads: set[int] = set()
         self._pending_writes: set[int] = set()
@@ -108,7 +110,6 @@ class _Lowering:
         self.buffers.read(*op.inputs)
 
     def finish(self) -> npt.NDArray[np.int64]:
-        self._records[-1][OpField.BARRIER] = 1
         return np.ascontiguousarray(np.stack(self._records))
 
     # ---- records
@@ -117,19 +118,24 @@ class _Lowering:
         kernel: int,
         tasks: int,
         per: StepField,
-        arguments: dict[IntEnum, int],
+        arguments: Mapping[Any, int],
         *,
         reads: Iterable[int],
         writes: Iterable[int],
+        optional: bool = False,
     ) -> None:
-        """Append one record; the record before gets a barrier if this one depends on anything since the last barrier."""
+        """Append one record, with a barrier if it depends on anything since the last one.
+
+        An optional record may have no tasks in a step; its barrier then does not happen, so nothing can count on it.
+        """
         reads, writes = set(reads), set(writes)
+        record = np.zeros(OP_WORDS, np.int64)
         if reads & self._pending_writes or writes & (self._pending_writes | self._pending_reads):
-            self._records[-1][OpField.BARRIER] = 1
-            self._pending_reads, self._pending_writes = set(), set()
+            record[OpField.BARRIER] = 1
+            if not optional:
+                self._pending_reads, self._pending_writes = set(), set()
         self._pending_reads |= reads
         self._pending_writes |= writes
-        record = np.zeros(OP_WORDS, np.int64)
         record[OpField.KERNEL], record[OpField.TASKS], record[OpField.TASKS_PER] = kernel, tasks, per
         for field, value in arguments.items():
             record[field] = value
@@ -278,12 +284,17 @@ class _Lowering:
             AttentionArg.GROUP: group, AttentionArg.WINDOW: layer.window or _NO_WINDOW,
             AttentionArg.SCALE: float_bits(op.scale), AttentionArg.N_PARTS: parts,
             AttentionArg.PAGE_SHIFT: (self.config.block_size // 16).bit_length() - 1,
+            AttentionArg.PARTIALS: self.partials.address, AttentionArg.MAX_PARTITIONS: self.partials.max_partitions,
         }  # fmt: skip
         dtype = self.config.kv_dtype
         kernel = self.compiler.kernel(f"attention_{layer.head_dim}_{dtype}", attention_body(layer.head_dim, dtype))
         reads = {q.address, self.pages.key_address(op.layer)}
         tasks = layer.n_kv_heads * parts
-        self._emit(kernel, tasks, StepField.N_ATTENTION, arguments, reads=reads, writes={out.address})
+        writes = {out.address, self.partials.address}
+        self._emit(kernel, tasks, StepField.N_ATTENTION, arguments, reads=reads, writes=writes)
+        merge = self.compiler.kernel(f"attention_merge_{layer.head_dim}", merge_body(layer.head_dim))
+        reads = {self.partials.address}
+        self._emit(merge, op.n_heads, StepField.N_MERGED, arguments, reads=reads, writes={out.address}, optional=True)
         if value is not op.out:
             self._quantize_into(out, op.out)
             self.buffers.release(out)

@@ -17,7 +17,7 @@ class OpField(IntEnum):
     KERNEL = 0  # address of the kernel
     TASKS = 1  # tasks = TASKS * step[TASKS_PER]
     TASKS_PER = 2  # a StepField
-    BARRIER = 3  # 1: every thread finishes this op before the next one starts
+    BARRIER = 3  # 1: every op before this one is finished before it starts (unless it has no tasks)
     ARGS = 4
 
 
@@ -27,14 +27,16 @@ class StepField(IntEnum):
     ONE = 0  # always 1
     N_TOKENS = 1
     N_OUTPUTS = 2
-    N_ATTENTION = 3  # row tiles over all sequences
+    N_ATTENTION = 3  # row tiles over all sequences, times the spans
     TOKEN_IDS = 4  # addresses of the batch's arrays
     POSITIONS = 5
     SLOTS = 6
     OUTPUT_ROWS = 7
     PAGE_TABLES = 8
     PAGE_TABLE_STRIDE = 9  # bytes
-    ATTENTION_TILES = 10  # int32 [N_ATTENTION, 4]: sequence, first token, number of tokens, unused
+    ATTENTION_TILES = 10  # int32 [N_ATTENTION / N_SPANS, 4]: sequence, first token, number of tokens, unused
+    N_SPANS = 11  # parts that each sequence's partitions are cut into; 1: attention writes its result itself
+    N_MERGED = 12  # tokens whose spans are to be merged: N_TOKENS with several spans, else 0
 
 
 STEP_WORDS = 16

@@ -9,7 +9,8 @@ from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import Progress, StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
-from pyinfer.kernels_cpu.attention import scratch_bytes
+from pyinfer.kernels_cpu.attention import PARTITION, scratch_bytes
+from pyinfer.kernels_cpu.attention_merge import MAX_SPLIT_TOKENS
 from pyinfer.kernels_cpu.compiler import compiler_for
 from pyinfer.kernels_cpu.isa import current_isa
 from pyinfer.kernels_cpu.lower import lower, matrices
@@ -77,7 +78,10 @@ class CPUStage:
         self._page_tables[: len(tables), : tables.shape[1]] = tables
         self._ropes.cover(int(batch.positions.max()))
         self._step[StepField.N_TOKENS], self._step[StepField.N_OUTPUTS] = n, n_outputs
-        self._step[StepField.N_ATTENTION] = self._cut_tiles(batch)
+        n_tiles = self._cut_tiles(batch)
+        spans = self._spans(batch, n_tiles)
+        self._step[StepField.N_SPANS], self._step[StepField.N_ATTENTION] = spans, n_tiles * spans
+        self._step[StepField.N_MERGED] = n if spans > 1 else 0
         self._pool.run(self._program)
         rows = self._logits.memory.view(np.float32).reshape(self._config.max_tokens, -1)
         return rows[:n_outputs, : self._graph.n_vocab]
@@ -97,6 +101,14 @@ class CPUStage:
                 self._tiles[count, :3] = sequence, token, min(_TILE_TOKENS, end - token)
                 count += 1
         return count
+
+    def _spans(self, batch: Batch, n_tiles: int) -> int:
+        """Parts to cut each sequence's positions into, so that every thread has attention to do."""
+        partitions = int(batch.positions.max()) // PARTITION + 1
+        if batch.n_tokens > MAX_SPLIT_TOKENS or self._config.n_threads == 1 or partitions == 1:
+            return 1
+        heads = min((layer.n_kv_heads for layer in self._graph.kv_layers), default=1)
+        return max(1, min(partitions, 2 * self._config.n_threads // (n_tiles * heads)))
 
     def copy_page(self, source: int, target: int) -> None:
         self._pages.copy(source, target)

@@ -100,10 +100,14 @@ def walk(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
         op = program + i * _OP_BYTES
         n_tasks = load_word(op + _TASKS) * load_word(step + 8 * load_word(op + _TASKS_PER))
         kernel = load_word(op + _KERNEL)
-        if n_active == 1:
-            if n_tasks > 0:
-                call_kernel(kernel, op, step, 0, n_tasks, scratch)
+        if n_tasks == 0:
             continue
+        if n_active == 1:
+            call_kernel(kernel, op, step, 0, n_tasks, scratch)
+            continue
+        if load_word(op + _BARRIER) != 0:
+            _barrier(control, thread, n_active, n_all, counters, since, i - 1, lost)
+            since = i
         piece = max(1, n_tasks // (n_active * _SHARES))
         counter = counters + i * LINE
         while True:
@@ -111,9 +115,8 @@ def walk(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
             if start >= n_tasks:
                 break
             call_kernel(kernel, op, step, start, min(start + piece, n_tasks), scratch)
-        if load_word(op + _BARRIER) != 0:
-            _barrier(control, thread, n_active, n_all, counters, since, i, lost)
-            since = i + 1
+    if n_active > 1:
+        _barrier(control, thread, n_active, n_all, counters, since, n_ops - 1, lost)
 
 
 @compiled

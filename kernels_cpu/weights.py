@@ -89,7 +89,6 @@ class WeightArena:
             op = np.zeros((1, OP_WORDS), np.int64)
             op[0, OpField.KERNEL] = repack_kernel(compiler, weight.codec.name)
             op[0, OpField.TASKS], op[0, OpField.TASKS_PER] = packed.n_groups, StepField.ONE
-            op[0, OpField.BARRIER] = 1
             op[0, RepackArg.SOURCE] = address(weight.data)
             op[0, RepackArg.ROW_BYTES] = weight.data.shape[-1]
             op[0, RepackArg.N_ROWS] = weight.shape[0]

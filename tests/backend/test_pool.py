@@ -77,7 +77,7 @@ def close_in_time(pool: Pool) -> None:
 
 
 class Chains:
-    """A random program: two chains of ops side by side, with a barrier after each pair."""
+    """A random program: two chains of ops side by side, with a barrier between pairs."""
 
     def __init__(self, rng: np.random.RandomState) -> None:
         self.n_pairs = int(rng.randint(1, MAX_OPS // 2 + 1))
@@ -95,7 +95,7 @@ class Chains:
                 op[OpField.TASKS], op[OpField.TASKS_PER] = (self.n[0], StepField.ONE) if not chain else (
                     1, StepField.N_TOKENS,
                 )  # fmt: skip
-                op[OpField.BARRIER] = chain
+                op[OpField.BARRIER] = 1  # each waits for the pair before; one without tasks waits for nothing
                 op[MixArg.SOURCE] = self.buffers[chain, i].ctypes.data
                 op[MixArg.TARGET] = self.buffers[chain, i + 1].ctypes.data
                 op[MixArg.N], op[MixArg.DONE] = self.n[chain], self.done[chain, i].ctypes.data

@@ -159,6 +159,23 @@ def test_threads_and_chunks_change_no_bit(arch: str, kind: str, kv_dtype: KVDTyp
                 np.testing.assert_array_equal(logits, whole, err_msg=f"{n_threads} threads, chunks of {chunk}")
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_sharing_out_a_long_sequence_changes_no_bit(arch: str, tiny_model: TinyModel) -> None:
+    """Six partitions of 256 positions: more threads than KV heads cut them into spans."""
+    path = tiny_model(arch, "Q8_0")
+    rng = np.random.RandomState(8)
+    ids, pages = rng.randint(0, 300, 1490).tolist(), rng.permutation(94).tolist()
+    tail = [(1480, 1), (1481, 3), (1484, 6)]
+    results = []
+    for n_threads in (1, 4):
+        with opened(path, config(n_threads=n_threads, n_pages=94, n_ctx=1504)) as stage:
+            for start in range(0, 1480, 370):
+                stage.run(make_batch([Piece(ids[start : start + 370], pages, start)], 16, []))
+            batches = [make_batch([Piece(ids[start : start + n], pages, start)], 16) for start, n in tail]
+            results.append(np.concatenate([stage.run(batch).copy() for batch in batches]))
+    np.testing.assert_array_equal(*results)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @BY_MODEL
 def test_company_changes_no_bit(
@@ -286,9 +303,10 @@ def test_opening_tells_its_progress(tiny_model: TinyModel) -> None:
 
 
 # ---- what cannot be run is said
-def test_pages_that_are_no_multiple_of_16(tiny_model: TinyModel) -> None:
-    with pytest.raises(ConfigError, match="block size 24"):
-        CPUBackend().open_stage(graph_of(tiny_model("llama", "Q8_0")), config(block_size=24))
+@pytest.mark.parametrize("block_size", [0, 8, 24, 48])
+def test_page_sizes_without_kernels(block_size: int, tiny_model: TinyModel) -> None:
+    with pytest.raises(ConfigError, match=f"block size {block_size} "):
+        CPUBackend().open_stage(graph_of(tiny_model("llama", "Q8_0")), config(block_size=block_size))
 
 
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "avx512"])

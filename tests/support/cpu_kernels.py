@@ -71,7 +71,7 @@ class Guarded:
 def step_header(**fields: int) -> npt.NDArray[np.int64]:
     """A step's words by their lower-case names."""
     step = np.zeros(STEP_WORDS, np.int64)
-    step[StepField.ONE] = 1
+    step[StepField.ONE] = step[StepField.N_SPANS] = 1
     for name, value in fields.items():
         step[StepField[name.upper()]] = value
     return step
