@@ -41,8 +41,8 @@ from pyinfer.kernels_cpu.opcode import OP_WORDS, OpField, StepField
 from pyinfer.kernels_cpu.pages import KVPages
 from pyinfer.kernels_cpu.repack import EmbedArg
 from pyinfer.kernels_cpu.rope_kernel import RopeArg, rope_body
-from pyinfer.kernels_cpu.row_ops import RowArg, add_body, gated_body, quantize_body, rms_norm_body, select_rows_body
 from pyinfer.kernels_cpu.rope_tables import RopeTables
+from pyinfer.kernels_cpu.row_ops import RowArg, add_body, gated_body, quantize_body, rms_norm_body, select_rows_body
 from pyinfer.kernels_cpu.weight_format import ROWS
 from pyinfer.kernels_cpu.weights import WeightArena, check_supported, embed_kernel, matmul_kernel
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping
-from enum import IntEnum
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +77,7 @@ def step_header(**fields: int) -> npt.NDArray[np.int64]:
     return step
 
 
-def op_record(arguments: Mapping[IntEnum, int]) -> npt.NDArray[np.int64]:
+def op_record(arguments: Mapping[Any, int]) -> npt.NDArray[np.int64]:
     op = np.zeros(OP_WORDS, np.int64)
     for field, value in arguments.items():
         op[field] = value
@@ -86,7 +86,7 @@ def op_record(arguments: Mapping[IntEnum, int]) -> npt.NDArray[np.int64]:
 
 def call(
     kernel: int,
-    arguments: Mapping[IntEnum, int],
+    arguments: Mapping[Any, int],
     step: npt.NDArray[np.int64],
     n_tasks: int,
     *,
