@@ -145,7 +145,9 @@ def test_every_imported_package_is_a_dependency() -> None:
 
 def _import_name(requirement: str) -> str:
     name = requirement.split(">")[0].split("=")[0].split("[")[0].strip()
-    return "cupy" if name.startswith("cupy-") else name.replace("-", "_")
+    if name.startswith("cupy-"):
+        return "cupy"
+    return {"pyzmq": "zmq"}.get(name, name.replace("-", "_"))
 
 
 def test_every_package_is_installed() -> None:
