@@ -23,7 +23,12 @@ def vocabulary_metadata(
     table = _table(checkpoint, family, pre_tokenizer)
     n_vocab = config.integer("vocab_size", len(table.tokens))
     table.resize(n_vocab)
-    metadata = {**table.metadata(), **special_metadata(checkpoint, n_vocab)}
+    try:
+        metadata = {**table.metadata(), **special_metadata(checkpoint, n_vocab)}
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ConvertError(
+            f"{checkpoint.folder}: tokenizer.json or tokenizer_config.json is damaged ({error!r}); fetch it again"
+        ) from error
     if family.arch == "llama":
         metadata |= _llama_specials(n_vocab)
     if family.vocabulary == "wordpiece":

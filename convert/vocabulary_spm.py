@@ -36,8 +36,8 @@ def from_model(checkpoint: HFCheckpoint, family: Family) -> VocabularyTable:
 
 def is_sentencepiece(tokenizer: dict[str, Any]) -> bool:
     """Whether a `tokenizer.json` is BPE over characters with a fallback to bytes, as SentencePiece does it."""
-    model = tokenizer.get("model") or {}
-    return model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+    model = tokenizer.get("model")
+    return isinstance(model, dict) and model.get("type") == "BPE" and bool(model.get("byte_fallback"))
 
 
 def from_json(checkpoint: HFCheckpoint, family: Family) -> VocabularyTable:
