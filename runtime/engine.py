@@ -54,19 +54,22 @@ class Engine:
         n_vocab: int | None = None,  # width of the logits, if the vocabulary's size is not it
         seed: int = 0,
         prefix_caching: bool = True,
+        policy: str = "priority",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.n_ctx = min(config.n_ctx, config.n_pages * config.block_size)
-        self.limits = RequestLimits(self.n_ctx, vocabulary.n_vocab if n_vocab is None else n_vocab)
         self._stage = stage
         self._vocabulary = vocabulary
         self._clock = clock
         self._seeds = random.Random(seed)
         self.scheduler = Scheduler(
-            SchedulerConfig(config.block_size, config.max_tokens, config.max_sequences, prefix_caching),
+            SchedulerConfig(config.block_size, config.max_tokens, config.max_sequences, prefix_caching, policy),
             PagePool(config.n_pages),
             clock,
+        )
+        self.limits = RequestLimits(
+            self.n_ctx, vocabulary.n_vocab if n_vocab is None else n_vocab, self.scheduler.policy.takes_priority
         )
         self._builder = BatchBuilder(
             block_size=config.block_size,
@@ -90,16 +93,18 @@ class Engine:
         params: SamplingParams,
         *,
         salt: str = "",
+        route: str = "",
         bad_words: list[list[int]] | None = None,
         resume: list[list[int] | None] | None = None,
     ) -> None:
         """Queue a request; `RequestError` if it can never be served. Only requests of the same salt share pages.
 
+        Those of a `route` are of a kind: the lengths of their answers say how long the next will be.
         `bad_words` are `spell_bad_words` of the parameters', where the vocabulary cannot encode. `resume` has what each
         sample produced in an engine that died, None for those that ended: they go on after it as if nothing had been.
         """
         self.limits.check(prompt, params)
-        request = self._new_request(request_id, prompt, params, salt)
+        request = self._new_request(request_id, prompt, params, salt, route)
         wanted = self.n_ctx if params.max_tokens is None else min(self.n_ctx, len(prompt) + params.max_tokens)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         if bad_words is None:
@@ -149,10 +154,12 @@ class Engine:
         request.beams = BeamSearch(params, request, self._vocabulary.eog_ids)
         self.scheduler.add(request.sequences[0])
 
-    def _new_request(self, request_id: str, prompt: list[int], params: SamplingParams, salt: str) -> Request:
+    def _new_request(
+        self, request_id: str, prompt: list[int], params: SamplingParams, salt: str, route: str = ""
+    ) -> Request:
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use by a running request", param="request_id")
-        request = Request(request_id, prompt, params, self._n_arrived, salt=salt, clock=self._clock)
+        request = Request(request_id, prompt, params, self._n_arrived, salt=salt, route=route, clock=self._clock)
         self._n_arrived += 1
         self._requests[request_id] = request
         return request
@@ -293,6 +300,8 @@ class Engine:
     def _end(self, sequence: Sequence, output: RequestOutput, reason: FinishReason | None) -> RequestOutput:
         self.scheduler.finish(sequence)
         sequence.metrics.finished_time = self._clock()
+        if reason != "abort" and sequence.wants_next:
+            self.scheduler.predictor.learn(sequence.request.route, sequence.n_prompt, sequence.n_output)
         output.finish_reason = reason
         output.metrics = sequence.metrics
         request = sequence.request

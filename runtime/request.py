@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyinfer.runtime.beam_search import BeamSearch
     from pyinfer.runtime.sampler import SequenceSampler
 
-Key = tuple[int, int, int]
+Key = tuple[float, int, int]  # less is served first: rank, arrival, index
 
 
 class State(Enum):
@@ -62,7 +62,7 @@ class Sequence:
     def __init__(self, request: Request, index: int, *, limit: int, leader: Sequence | None = None) -> None:
         self.request = request
         self.index = index
-        self.key: Key = (request.params.priority, request.arrival_number, index)
+        self.key: Key = (0.0, request.arrival_number, index)  # the scheduler sets the rank
         self.tokens = list(request.prompt)
         self.n_prompt = len(request.prompt)
         self.limit = limit  # ends when it has so many tokens
@@ -110,7 +110,7 @@ class Sequence:
 class Request:
     """A prompt, its parameters and the sequences made from them."""
 
-    __slots__ = ("arrival_number", "arrival_time", "beams", "id", "params", "prompt", "salt", "sequences")
+    __slots__ = ("arrival_number", "arrival_time", "beams", "id", "params", "prompt", "route", "salt", "sequences")
 
     def __init__(
         self,
@@ -120,6 +120,7 @@ class Request:
         arrival_number: int,
         *,
         salt: str = "",
+        route: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.id = request_id
@@ -128,6 +129,7 @@ class Request:
         self.arrival_number = arrival_number
         self.arrival_time = clock()
         self.salt = salt  # only requests of the same salt share pages
+        self.route = route  # what kind of request it is; those of a kind have answers of like lengths
         self.sequences: list[Sequence] = []
         self.beams: BeamSearch | None = None
 

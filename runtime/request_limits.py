@@ -13,6 +13,7 @@ from pyinfer.runtime.sampling_params import SamplingParams
 class RequestLimits(msgspec.Struct, frozen=True):
     n_ctx: int  # longest sequence, prompt and answer together
     n_vocab: int
+    takes_priority: bool = True  # False: the scheduling policy has no use for one
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         """`RequestError` for a request that can never be served."""
@@ -23,6 +24,12 @@ class RequestLimits(msgspec.Struct, frozen=True):
                 "and one to answer; shorten it or load the model with a larger context",
                 param="prompt",
                 code="context_length_exceeded",
+            )
+        if params.priority and not self.takes_priority:
+            raise RequestError(
+                f"priority is {params.priority}, but requests are not served by priority here; leave it out or use "
+                "--scheduling-policy priority",
+                param="priority",
             )
         self._check_ids("stop_token_ids", params.stop_token_ids or ())
         self._check_ids("logit_bias", params.logit_bias or ())

@@ -1,25 +1,31 @@
 """`Scheduler`: decides at every step how many tokens each sequence advances.
 
 There are no modes: decode is 1, a piece of a prompt is many. Continuous batching (Orca, OSDI 2022) with chunked prompts
-(Sarathi-Serve, arXiv:2403.02310): sequences that decode go first, what is left of the budget goes to prompts. First
-come, first served within a priority. A sequence gets the pages of all its known tokens when it is admitted, so that
-only decoding can run out of pages; then the one that is served last gives up its own and waits to be computed again.
+(Sarathi-Serve, arXiv:2403.02310): sequences that decode go first, what is left of the budget goes to prompts. The order
+is a `Policy`'s, first come, first served among equals. A sequence gets the pages of all its known tokens when it is
+admitted, so that only decoding can run out of pages; then the one that is served last gives up its own and waits to be
+computed again.
 
 Plain Python over ints, no arrays. Nobody starves: the first in order is never the victim of another, and what is
-refused a place keeps its place in the queue, which nobody of its priority overtakes.
+refused a place keeps its place in the queue, where only those that the policy prefers overtake it, and from `max_aging`
+seconds after its arrival nobody: then what runs and what is as old and came earlier is all that is served before it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import insort
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter
 
+from pyinfer.runtime.length_predictor import LengthPredictor
 from pyinfer.runtime.page_moves import CopyPage, Move
 from pyinfer.runtime.pages import PagePool
+from pyinfer.runtime.policy import make_policy
 from pyinfer.runtime.request import Sequence, State
 from pyinfer.runtime.request_events import EventKind, RequestEvent
 
@@ -32,6 +38,8 @@ class SchedulerConfig:
     max_tokens: int = 512  # per step, over all sequences
     max_sequences: int = 256
     prefix_caching: bool = True
+    policy: str = "priority"
+    max_aging: float = 60.0  # seconds after its arrival, a request goes before all that are younger than that
 
 
 @dataclass(slots=True)
@@ -46,12 +54,21 @@ class Plan:
 class Scheduler:
     """Owns the queue, the running sequences and their pages."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        clock: Callable[[], float] = time.monotonic,
+        predictor: LengthPredictor | None = None,
+    ) -> None:
         self.config = config
         self.pool = pool
+        self.predictor = LengthPredictor() if predictor is None else predictor
+        self.policy = make_policy(config.policy, self.predictor, config.max_tokens)
+        self._young: OrderedDict[Sequence, None] = OrderedDict()  # those that age, in order of arrival
         self.events: list[RequestEvent] = []  # of this step
         self._clock = clock
-        self.waiting: list[Sequence] = []  # by key: priority, arrival, sample
+        self.waiting: list[Sequence] = []  # by key: rank, arrival, sample
         self.running: list[Sequence] = []  # by key
         self._free_slots = list(range(config.max_sequences - 1, -1, -1))
         self.n_preemptions = 0
@@ -65,10 +82,23 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits into the pool when it is alone."""
         assert sequence.state is State.WAITING and -(-sequence.limit // self.config.block_size) <= self.pool.n_pages
+        sequence.key = (self.policy.rank(sequence), *sequence.key[1:])
+        self._young[sequence] = None
         insort(self.waiting, sequence, key=_by_key)
+
+    def _promote_old(self) -> None:
+        """Those that are `max_aging` old or older go before all others, among themselves in order of arrival."""
+        born_before = self._clock() - self.config.max_aging
+        while self._young and (sequence := next(iter(self._young))).request.arrival_time <= born_before:
+            del self._young[sequence]
+            queue = self.waiting if sequence.state is State.WAITING else self.running
+            queue.remove(sequence)
+            sequence.key = (-math.inf, *sequence.key[1:])
+            insort(queue, sequence, key=_by_key)
 
     def schedule(self) -> Plan:
         """Choose the next step; empty only when nothing waits or runs."""
+        self._promote_old()
         self.events = []
         plan = Plan()
         n_preemptions = self.n_preemptions
@@ -232,6 +262,7 @@ class Scheduler:
             self._give_back(sequence)
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
+        self._young.pop(sequence, None)
         sequence.state = State.FINISHED
 
     def _preempt(self, sequence: Sequence, by: Sequence | None = None) -> None:
