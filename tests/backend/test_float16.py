@@ -42,7 +42,7 @@ def convert(isa: str, name: str, body: Any, x: npt.NDArray[Any], dtype: type[np.
     source[: len(x)] = x
     out = Guarded(n * np.dtype(dtype).itemsize)
     arguments = {_SOURCE: source.ctypes.data, _TARGET: out.address}
-    call(compiler(isa).kernel(f"{name}_{_VERSION}", body), arguments, step_header(), n // lanes)  # type: ignore[arg-type]
+    call(compiler(isa).kernel(f"{name}_{_VERSION}", body), arguments, step_header(), n // lanes)
     out.check()
     return out.bytes.view(dtype)[: len(x)]
 

@@ -53,7 +53,8 @@ def run(isa: str, x: F32, head_dim: int, n_dims: int, pairing: Pairing, *, in_pl
     step = step_header(positions=POSITIONS.ctypes.data, n_tokens=len(x))
     kernel = compiler(isa).kernel(f"rope_{head_dim}_{n_dims}_{pairing}", rope_body(head_dim, n_dims, pairing))
     call(kernel, arguments, step, len(x), cuts=(2, 3))
-    source.check(), out.check()
+    source.check()
+    out.check()
     return out.floats(len(x))[:, : x.shape[1]].copy()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -252,7 +253,7 @@ def test_hundreds_of_steps_in_a_row(tiny_model: TinyModel) -> None:
 
 def test_a_step_may_be_as_large_as_the_limits(tiny_model: TinyModel) -> None:
     path = tiny_model("llama", "Q8_0")
-    sizes = {"max_tokens": 40, "max_sequences": 6, "n_ctx": 100, "n_pages": 8}
+    sizes: dict[str, Any] = {"max_tokens": 40, "max_sequences": 6, "n_ctx": 100, "n_pages": 8}
     with opened(path, config(n_threads=2, **sizes)) as stage:
         expected = run_prompt(stage, LONG[:100], PAGES_OF_8, 16, chunk=40)  # the last token is the context's last
         np.testing.assert_array_equal(run_prompt(stage, LONG[:100], PAGES_OF_8, 16, chunk=33), expected)

@@ -36,7 +36,8 @@ def test_models_equal_the_exact_run(model: str, model_path: Callable[[str], Path
 def test_int8_activations_cost_no_more_than_llamacpps(model: str, model_path: Callable[[str], Path]) -> None:
     graph = optimize(build_graph(GGUFFile.open(model_path(model))))
     stage = ReferenceBackend().open_stage(graph, StageConfig(n_pages=5, kv_dtype="f16"))
-    ours, theirs = [], []
+    ours: list[float] = []
+    theirs: list[float] = []
     for name in PROMPTS:
         prompt = golden_prompts(model)[name]
         ours.extend(prompt.kl(run_prompt(stage, prompt.ids, [0, 1, 2, 3, 4], block_size=16)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def test_batch_equals_one_by_one(llm: LLM) -> None:
         for output in together:
             for sample in output.outputs:
                 assert (
-                    sample.text == llm.detokenize([*output.prompt_token_ids, *sample.token_ids])[len(output.prompt) :]
+                    sample.text
+                    == llm.detokenize([*output.prompt_token_ids, *sample.token_ids])[len(output.prompt or "") :]
                 )
 
 
@@ -153,7 +155,8 @@ def test_all_forms_of_prompts(llm: LLM) -> None:
     ids = [llm.tokenize(text) for text in TEXTS[:2]]
     expected = ids_of(llm.generate(TEXTS[:2], GREEDY))
     assert ids_of(llm.generate(ids, GREEDY)) == expected
-    assert ids_of(llm.generate(ids[0], GREEDY)) == ids_of(llm.generate(np.array(ids[0]), GREEDY)) == expected[:1]
+    array: Any = np.array(ids[0])
+    assert ids_of(llm.generate(ids[0], GREEDY)) == ids_of(llm.generate(array, GREEDY)) == expected[:1]
     assert ids_of(llm.generate(TEXTS[:2], [GREEDY, GREEDY])) == expected
     assert llm.generate([]) == []
     two = llm.chat([[{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Bye"}]], GREEDY)
@@ -177,9 +180,9 @@ def test_mistakes_are_named_and_leave_nothing_behind(llm: LLM) -> None:
     with pytest.raises(RequestError, match="2 sampling_params for 1"):
         llm.generate("a", [GREEDY, GREEDY])
     with pytest.raises(RequestError, match="float"):
-        llm.generate([1.5], GREEDY)  # type: ignore[list-item]
+        llm.generate([1.5], GREEDY)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="integers"):
-        llm.generate([[1, 1.5]], GREEDY)  # type: ignore[list-item]
+        llm.generate([[1, 1.5]], GREEDY)  # type: ignore[arg-type]
     assert llm.stats().running == llm.stats().waiting == 0
 
 
@@ -201,9 +204,10 @@ def test_beam_search_over_forks_is_that_over_whole_texts(path: Path, llm: LLM) -
     params = BeamSearchParams(beam_width=3, max_tokens=8)
     prompts = [golden_prompts("smollm2")["story"].ids[:21], llm.tokenize(TEXTS[1])]
     for prompt, output in zip(prompts, llm.beam_search(prompts, params), strict=True):
-        beams, done = [(prompt, 0.0)], []
+        beams: list[tuple[list[int], float]] = [(prompt, 0.0)]
+        done: list[tuple[list[int], float]] = []
         for _ in range(params.max_tokens):
-            grown = []
+            grown: list[tuple[list[int], float]] = []
             for (tokens, total), rows in zip(beams, llm.logits([tokens for tokens, _ in beams]), strict=True):
                 exact = rows[-1].astype(np.float64)
                 exact -= exact.max() + np.log(np.exp(exact - exact.max()).sum())

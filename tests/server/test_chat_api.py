@@ -16,7 +16,8 @@ def streamed(server: Any, **options: Any) -> tuple[list[str], list[str | None], 
     """Texts and finish reasons by choice, and the chunks."""
     chunks = list(server.openai.chat.completions.create(model="tiny", messages=MESSAGES, stream=True, **options))
     n = options.get("n", 1)
-    texts, reasons = [""] * n, [None] * n
+    texts = [""] * n
+    reasons: list[str | None] = [None] * n
     for chunk in chunks:
         for choice in chunk.choices:
             texts[choice.index] += choice.delta.content or ""

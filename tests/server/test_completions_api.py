@@ -26,7 +26,9 @@ def test_all_forms_of_a_prompt(server: Any) -> None:
 def test_a_stream_of_several_prompts_is_the_whole_reply(server: Any) -> None:
     options: dict[str, Any] = {"max_tokens": 10, "seed": 4, "n": 2, "echo": True, "logprobs": 1}
     reply = complete(server, ["the sea", "or"], **options)
-    texts, tokens, offsets = [""] * 4, [[] for _ in range(4)], [[] for _ in range(4)]
+    texts = [""] * 4
+    tokens: list[list[str]] = [[] for _ in range(4)]
+    offsets: list[list[int]] = [[] for _ in range(4)]
     for chunk in complete(server, ["the sea", "or"], stream=True, **options):
         for choice in chunk.choices:
             texts[choice.index] += choice.text

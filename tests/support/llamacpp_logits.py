@@ -27,7 +27,7 @@ def _scaling(arch: str, kind: str, **more: Any) -> dict[str, Any]:
     return {f"{arch}.rope.scaling.{key}": value for key, value in keys.items()}
 
 
-def _biases() -> dict[str, npt.NDArray[np.float32]]:
+def _biases() -> dict[str, npt.NDArray[np.float64]]:
     rng = np.random.RandomState(1)
     widths = {
         "attn_q": 64,
@@ -119,4 +119,4 @@ if __name__ == "__main__":
             case: _llamacpp_logits(write_tiny_model(file, arch, "F32", **options))
             for case, (arch, options) in CASES.items()
         }
-    np.savez_compressed(DATA, **logits)
+    np.savez_compressed(DATA, **logits)  # type: ignore[arg-type]

@@ -72,16 +72,19 @@ def random_weights(codec_name: str, rows: int, cols: int, rng: Rng, std: float) 
         put(0, std / (4.6 if codec_name == "Q4_0" else 9.2))
     elif codec_name in ("Q4_1", "Q5_1"):
         top = 15 if codec_name == "Q4_1" else 31
-        put(0, std * 3.4 / top), put(2, -std * 1.7)
+        put(0, std * 3.4 / top)
+        put(2, -std * 1.7)
     elif codec_name in ("Q4_K", "Q5_K"):
         top = 15 if codec_name == "Q4_K" else 31
-        put(0, std * 3.4 / (36 * top)), put(2, std * 1.7 / 36)
+        put(0, std * 3.4 / (36 * top))
+        put(2, std * 1.7 / 36)
         blocks[:, 8:12] = blocks[:, 4:8]  # the mins equal the scales: mean zero
         blocks[:, 12:16] = (blocks[:, 12:16] & 15) * 17
     elif codec_name == "Q6_K":
         put(208, std / (18.5 * 74))
     elif codec_name == "Q2_K":
-        put(80, std / 9.9), put(82, std / 6.6)
+        put(80, std / 9.9)
+        put(82, std / 6.6)
         blocks[:, :16] = (blocks[:, :16] & 15) * 17
     elif codec_name == "Q3_K":
         put(108, std / (18.5 * 2.3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_what_does_not_fit_names_both_numbers(graph: Graph) -> None:
         ("swap_space", 4),
     ],
 )
-def test_a_wrong_option_is_named(name: str, value: object, tiny_model: Callable[..., Path]) -> None:
+def test_a_wrong_option_is_named(name: str, value: Any, tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match=name):
         load_model(tiny_model(), **{name: value})
 
