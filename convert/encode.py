@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from pyinfer.errors import ModelError
+from pyinfer.kernels_cpu.compiler import cache_folder
+from pyinfer.kernels_cpu.isa import current_isa
 from pyinfer.quant.codec import ByteArray, Codec, FloatArray
 from pyinfer.quant.codecs import codec_by_name
 
@@ -50,7 +52,7 @@ def transcode(
     columns = data.shape[1] // source.block_bytes * source.block_size
     out = np.empty((len(data), codec.row_bytes(columns)), np.uint8)
     importance = _EMPTY if weights is None else _usable(weights, columns)
-    kernel = _kernel(codec, weighted=weights is not None)
+    kernel = _kernel(codec, columns, weighted=weights is not None)
 
     def run(rows: slice) -> None:
         kernel(source.dequantize(data[rows]), importance, out[rows])
@@ -78,12 +80,15 @@ def _usable(weights: FloatArray, columns: int) -> FloatArray:
     return usable
 
 
-def _kernel(codec: Codec, weighted: bool) -> Callable[[FloatArray, FloatArray, ByteArray], None]:
+def _kernel(codec: Codec, columns: int, weighted: bool) -> Callable[[FloatArray, FloatArray, ByteArray], None]:
     """Fills bytes (n, row bytes) from float32 (n, columns) and importances (columns,) or (0,)."""
     name = codec.name
     if name == "BF16":
         bf16 = _compiled("encode_plain", "encode_bf16")
         return lambda rows, _, out: bf16(rows.view(np.uint32).ravel(), out.view(np.uint16).ravel())
+    if name == "F16" and columns % 32 == 0 and current_isa().half:
+        f16: Callable[[FloatArray, FloatArray, ByteArray], None] = _compiled("encode_legacy", "encode_f16")
+        return f16
     if name in _EXACT and (name == "Q8_0" or not weighted):
         search = _compiled("encode_legacy", f"encode_{name.lower()}")
     elif name in _AFFINE or name in _SIGNED:
@@ -126,9 +131,6 @@ def _compiled(module: str, function: str) -> Any:
 @lru_cache(maxsize=1)
 def _cache_place() -> str:
     """A folder named after the sources, for Numba looks only at the one that defines a function; "" if none can be."""
-    from pyinfer.kernels_cpu.compiler import cache_folder
-    from pyinfer.kernels_cpu.isa import current_isa
-
     digest = hashlib.sha256()
     for pattern in _NUMBA_SOURCES:
         for path in sorted(Path(__file__).parent.glob(pattern)):

@@ -1,4 +1,4 @@
-"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks without an imatrix: one division a block, byte for byte what ggml writes.
+"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks without an imatrix: one division a block, byte for byte what ggml writes; F16.
 
 The codecs in `quant` are the specification; this is the same in vector code, at the speed of memory.
 """
@@ -119,6 +119,11 @@ def _bytes(block: _Block, bits: int) -> None:
     e.store(b.trunc(rounded, _BYTES), e.at(block.out, 2), 1)
 
 
+def _halves(block: _Block, bits: int) -> None:
+    """float16 of 32 weights, on a CPU that rounds them by itself: also infinities and NaN."""
+    block.e.store(block.e.float_to_half(block.x), block.out, 1)
+
+
 def _row_function(name: str, emit: Callable[[_Block, int], None], bits: int, block_bytes: int) -> Any:
     """An intrinsic `name(x, out, n_blocks)` of two addresses and a count."""
     signature = types.void(types.int64, types.int64, types.int64)
@@ -139,6 +144,7 @@ _q4_0 = _row_function("_q4_0", _signed, 4, 18)
 _q4_1 = _row_function("_q4_1", _affine, 4, 20)
 _q5_0 = _row_function("_q5_0", _signed, 5, 22)
 _q5_1 = _row_function("_q5_1", _affine, 5, 24)
+_f16 = _row_function("_f16", _halves, 16, 64)
 _q8_0 = _row_function("_q8_0", _bytes, 8, 34)
 
 
@@ -165,3 +171,8 @@ def encode_q5_1(x, columns, out):  # type: ignore[no-untyped-def]
 @compiled
 def encode_q8_0(x, columns, out):  # type: ignore[no-untyped-def]
     _q8_0(x.ctypes.data, out.ctypes.data, x.size // 32)
+
+
+@compiled
+def encode_f16(x, columns, out):  # type: ignore[no-untyped-def]
+    _f16(x.ctypes.data, out.ctypes.data, x.size // 32)
