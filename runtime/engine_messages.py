@@ -51,6 +51,10 @@ ToEngine = AddRequest | AbortRequest | LoadModel | Vocabulary | Close
 # ---- from the engine
 
 
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """The process is there and connected."""
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     what: str
     share: float  # done, 0..1
@@ -78,4 +82,4 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-FromEngine = Loading | Loaded | LoadFailed | StepReport
+FromEngine = Started | Loading | Loaded | LoadFailed | StepReport

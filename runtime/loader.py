@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.sizes import format_binary
 from pyinfer.runtime.threads import default_threads
 from pyinfer.runtime.tokenizer import Tokenizer, load_tokenizer
+from pyinfer.runtime.vocabulary_facts import Vocabulary
 
 _MAX_KV_MEMORY = 4 << 30
 _ELEMENT_BYTES = {"f16": 2, "f32": 4}
@@ -103,46 +105,72 @@ def load_model(path: str | Path, *, progress: Progress | None = None, **options:
 
     `progress` is called with what is being done and the share done. Raises a `PyinferError` that names what is wrong.
     """
-    unknown = options.keys() - LoadOptions.__dataclass_fields__.keys()
-    if unknown:
-        raise ConfigError(f"{min(unknown)} is not an option of a model", param=min(unknown))
-    chosen = LoadOptions(**options)
-    from pyinfer.graph.passes import optimize
-    from pyinfer.runtime.models.registry import build_graph
-
-    backend = open_backend(chosen.backend)
+    chosen = load_options(options)
     file = GGUFFile.open(path)
     try:
         with ThreadPoolExecutor(1, "pyinfer-tokenizer") as pool:
             tokenizer = pool.submit(load_tokenizer, file)
-            graph = optimize(build_graph(file))
-            config = plan_sizes(graph, file.size, chosen)
-            stage = backend.open_stage(graph, config, progress)
+            opened = open_engine(file, chosen, tokenizer.result, progress)
             try:
-                engine = Engine(
-                    stage,
-                    config,
-                    tokenizer.result(),
-                    n_vocab=graph.n_vocab,
-                    seed=chosen.seed,
-                    prefix_caching=chosen.enable_prefix_caching,
-                )
                 return LoadedModel(
                     file=file,
                     tokenizer=tokenizer.result(),
-                    graph=graph,
-                    engine=engine,
+                    graph=opened.graph,
+                    engine=opened.engine,
                     chat_template=ChatTemplate.from_gguf(file, override=chosen.chat_template),
                     info=model_info(file),
-                    config=config,
-                    kv_bytes=config.n_pages * _page_bytes(graph, config.block_size, config.kv_dtype),
+                    config=opened.engine.config,
+                    kv_bytes=opened.kv_bytes,
                 )
             except BaseException:
-                stage.close()
+                opened.engine.close()
                 raise
     except BaseException:
         file.close()
         raise
+
+
+def load_options(options: Mapping[str, Any]) -> LoadOptions:
+    """Checked; `ConfigError` for a name that is no option."""
+    unknown = options.keys() - LoadOptions.__dataclass_fields__.keys()
+    if unknown:
+        raise ConfigError(f"{min(unknown)} is not an option of a model", param=min(unknown))
+    return LoadOptions(**options)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedEngine:
+    """A model's engine without its text side."""
+
+    engine: Engine
+    graph: Graph
+    kv_bytes: int  # of the KV pool
+
+
+def open_engine(
+    file: GGUFFile, options: LoadOptions, vocabulary: Callable[[], Vocabulary], progress: Progress | None
+) -> OpenedEngine:
+    """Weights, kernels and pages. `vocabulary` is asked last, so that it can be read meanwhile."""
+    from pyinfer.graph.passes import optimize
+    from pyinfer.runtime.models.registry import build_graph
+
+    backend = open_backend(options.backend)
+    graph = optimize(build_graph(file))
+    config = plan_sizes(graph, file.size, options)
+    stage = backend.open_stage(graph, config, progress)
+    try:
+        engine = Engine(
+            stage,
+            config,
+            vocabulary(),
+            n_vocab=graph.n_vocab,
+            seed=options.seed,
+            prefix_caching=options.enable_prefix_caching,
+        )
+    except BaseException:
+        stage.close()
+        raise
+    return OpenedEngine(engine, graph, config.n_pages * _page_bytes(graph, config.block_size, config.kv_dtype))
 
 
 def _page_bytes(graph: Graph, block_size: int, kv_dtype: str) -> int:
