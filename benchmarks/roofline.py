@@ -12,9 +12,7 @@ the machine does. Float types have no share of the int8 peak.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,100 +20,22 @@ import numpy.typing as npt
 from machine_state import describe_machine
 
 from pyinfer.kernels_cpu.activation_a8 import row_bytes
-from pyinfer.kernels_cpu.compiler import Compiler, compiler_for
+from pyinfer.kernels_cpu.compiler import compiler_for
 from pyinfer.kernels_cpu.isa import current_isa
 from pyinfer.kernels_cpu.matmul_block import MatMulArg
 from pyinfer.kernels_cpu.matmul_float import FLOAT_BYTES
 from pyinfer.kernels_cpu.matmul_types import BLOCK_SOURCES
 from pyinfer.kernels_cpu.memory import address, allocate
-from pyinfer.kernels_cpu.opcode import OP_WORDS, STEP_WORDS, OpField, StepField
-from pyinfer.kernels_cpu.pool import Pool, Program
+from pyinfer.kernels_cpu.opcode import StepField
+from pyinfer.kernels_cpu.peak import MAX_OPS, PeakMeter, read_memory
+from pyinfer.kernels_cpu.pool import Program
 from pyinfer.kernels_cpu.row_ops import RowArg, quantize_body
-from pyinfer.kernels_cpu.simd import Emitter, Reg
 from pyinfer.kernels_cpu.weights import WeightArena, matmul_kernel
 from pyinfer.quant.codecs import codec_by_name
 from pyinfer.quant.tensor import QuantTensor
 
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192))
 COLD_BYTES = 256 << 20  # read between two uses of a weight: over any last-level cache that we know of but a server's
-MAX_OPS = 256
-_READ_CHUNK = 64 << 10
-_ACCUMULATORS, _DOTS_A_LOOP, _DOT_LOOPS = 16, 32, 100_000
-_ARG = int(OpField.ARGS)
-
-
-def read_body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
-    """Loads everything once; a task is 64 KiB. The xor goes to the scratch so that the loads stay."""
-    sums = [e.var(e.ints(0)) for _ in range(8)]
-    vector_bytes = 4 * e.L
-    with e.loop(last, first) as task:
-        chunk = e.at(e.ptr(e.field(op, _ARG)), e.mul(task, _READ_CHUNK))
-        with e.loop(_READ_CHUNK, 0, 16 * vector_bytes) as at:
-            for i in range(16):
-                value = e.load(e.at(e.at(chunk, at), i * vector_bytes), e.vi)
-                e.set(sums[i % 8], e.b.xor(e.get(sums[i % 8]), value))
-    total = e.get(sums[0])
-    for slot in sums[1:]:
-        total = e.b.xor(total, e.get(slot))
-    e.store(total, scratch)
-
-
-def dot_body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
-    """A task is `_DOT_LOOPS` times 32 dot products into 16 registers; the fence keeps the loop from being folded."""
-    sums = [e.var(e.ints(0)) for _ in range(_ACCUMULATORS)]
-    with e.loop(last, first), e.loop(_DOT_LOOPS):
-        e.b.fence("seq_cst" if e.isa.name == "portable" else "acq_rel")
-        left, right = e.load(scratch, e.vi), e.load(e.at(scratch, 64), e.vi)
-        for i in range(_DOTS_A_LOOP):
-            slot = sums[i % _ACCUMULATORS]
-            e.set(slot, e.dot4(e.get(slot), left, right, 15))
-    total = e.get(sums[0])
-    for slot in sums[1:]:
-        total = e.b.add(total, e.get(slot))
-    e.store(total, e.at(scratch, 128))
-
-
-class Bench:
-    """A pool of one size, and the timing of programs on it."""
-
-    def __init__(self, compiler: Compiler, n_threads: int, samples: int) -> None:
-        self.compiler, self.n_threads, self.samples = compiler, n_threads, samples
-        self.pool = Pool(n_threads, 4096, compiler.isa, MAX_OPS)
-        self.step = np.zeros(STEP_WORDS, np.int64)
-        self.step[StepField.ONE] = 1
-
-    def seconds(self, ops: npt.NDArray[np.int64]) -> float:
-        """Median time of one run of these op records."""
-        program = Program(ops, self.step)
-        self.pool.run(program)
-        times = []
-        for _ in range(self.samples):
-            begin = time.perf_counter()
-            self.pool.run(program)
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
-
-    def record(self, kernel: int, tasks: int, arguments: dict[int, int]) -> npt.NDArray[np.int64]:
-        op = np.zeros(OP_WORDS, np.int64)
-        op[OpField.KERNEL], op[OpField.TASKS], op[OpField.TASKS_PER], op[OpField.BARRIER] = kernel, tasks, 0, 1
-        for word, value in arguments.items():
-            op[word] = value
-        return op
-
-    def read_rate(self, memory: npt.NDArray[np.uint8]) -> float:
-        """GB/s."""
-        kernel = self.compiler.kernel("roofline_read", read_body)
-        tasks = len(memory) // _READ_CHUNK
-        op = self.record(kernel, tasks, {_ARG: address(memory)})
-        return tasks * _READ_CHUNK / self.seconds(op[None]) / 1e9
-
-    def dot_rate(self) -> float:
-        """GOP/s, two a product."""
-        kernel = self.compiler.kernel("roofline_dot", dot_body)
-        tasks = 16 * self.n_threads
-        op = self.record(kernel, tasks, {})
-        operations = tasks * _DOT_LOOPS * _DOTS_A_LOOP * self.compiler.isa.lanes * 4 * 2
-        return operations / self.seconds(op[None]) / 1e9
 
 
 @dataclass(frozen=True)
@@ -130,7 +50,7 @@ class Shape:
 class MatMulBench:
     """One weight type and shape: enough copies of a random matrix that no cache holds them."""
 
-    def __init__(self, bench: Bench, kind: str, shape: Shape, n_rows: int) -> None:
+    def __init__(self, bench: PeakMeter, kind: str, shape: Shape, n_rows: int) -> None:
         self.bench, self.kind, self.shape, self.n_rows = bench, kind, shape, n_rows
         codec = codec_by_name(kind)
         rng = np.random.default_rng(0)
@@ -195,11 +115,6 @@ class MatMulBench:
         return operations / self.bench.seconds(self._records(self.copies[:1])) / 1e9
 
 
-def limits(bench: Bench, memory: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """(read GB/s, int8 GOP/s) at this moment."""
-    return bench.read_rate(memory), bench.dot_rate()
-
-
 def share(value: float, limit: float) -> str:
     return f"{100 * value / limit:.0f} %"
 
@@ -225,8 +140,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     compiler = compiler_for(current_isa())
-    memory = allocate(COLD_BYTES)
-    memory[:] = 1
+    memory = read_memory(COLD_BYTES)
+    for n in arguments.threads:
+        bench = PeakMeter(compiler, n, arguments.samples)
+        bf16 = bench.product_rate("bf16")
+        print(f"{n} threads: read {bench.read_rate(memory):.1f} GB/s, int8 {bench.product_rate():.0f} GOP/s, ", end="")
+        print("no bf16 instruction" if bf16 is None else f"bf16 {bf16:.0f} GFLOP/s")
+        bench.close()
     print(f"{describe_machine()}; {compiler.isa.name}, medians of {arguments.samples}\n")
     rows = arguments.rows
     print(f"| type | shape | threads | read GB/s | 1 row GB/s | share | int8 peak GOP/s | {rows} rows GOP/s | share |")
@@ -234,17 +154,17 @@ def main() -> int:
     for kind in arguments.types:
         for shape in arguments.shapes:
             for n in arguments.threads:
-                bench = Bench(compiler, n, arguments.samples)
+                bench = PeakMeter(compiler, n, arguments.samples)
                 try:
                     _print_row(bench, kind, shape, rows, memory)
                 finally:
-                    bench.pool.close()
+                    bench.close()
     return 0
 
 
-def _print_row(bench: Bench, kind: str, shape: Shape, n_rows: int, memory: npt.NDArray[np.uint8]) -> None:
+def _print_row(bench: PeakMeter, kind: str, shape: Shape, n_rows: int, memory: npt.NDArray[np.uint8]) -> None:
     matmul = MatMulBench(bench, kind, shape, n_rows)
-    read, peak = limits(bench, memory)
+    read, peak = bench.read_rate(memory), bench.product_rate() or 0.0
     decode, prompt = matmul.decode_rate(), matmul.prompt_rate()
     cells = [kind, str(shape), str(bench.n_threads), f"{read:.1f}", f"{decode:.1f}", share(decode, read)]
     cells += [f"{peak:.0f}", f"{prompt:.0f}", "" if kind in FLOAT_BYTES else share(prompt, peak)]

@@ -21,13 +21,14 @@ Section = dict[str, Any]
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    no_bandwidth: Annotated[bool, typer.Option("--no-bandwidth", help="Do not measure the memory.")] = False,
+    no_bandwidth: Annotated[bool, typer.Option("--no-bandwidth", help="Do not measure memory and arithmetic.")] = False,
 ) -> None:
     """Show the machine, the caches, and what would be used and why."""
     sections: dict[str, Section] = {
         "CPU": _cpu(),
         "Threads": _threads(),
         "Memory": _memory(measure=not no_bandwidth),
+        **({} if no_bandwidth else {"Arithmetic": _peaks()}),
         "GPU": {"backend": "none in this version: all layers run on the CPU, and -ngl accepts 0 or auto"},
         "Defaults": _defaults(),
         "Caches": _caches(),
@@ -69,6 +70,24 @@ def _threads() -> Section:
         "quota": "none" if limits.quota is None else f"{limits.quota:g} CPUs",
         "default": f"{limits.n_threads} ({reason})",
     }
+
+
+def _peaks() -> Section:
+    """int8 and bf16 products a second, with one thread and with all."""
+    from pyinfer.kernels_cpu.compiler import compiler_for
+    from pyinfer.kernels_cpu.isa import current_isa
+    from pyinfer.kernels_cpu.peak import PeakMeter
+    from pyinfer.runtime.threads import default_threads
+
+    facts: Section = {}
+    for n in sorted({1, default_threads()}):
+        meter = PeakMeter(compiler_for(current_isa()), n, samples=3)
+        int8, bf16 = meter.product_rate("int8"), meter.product_rate("bf16")
+        meter.close()
+        threads = f"{n} thread{'s' if n > 1 else ''}"
+        facts[f"int8, {threads}"] = f"{int8:.0f} GOP/s"
+        facts[f"bf16, {threads}"] = "no instruction for it" if bf16 is None else f"{bf16:.0f} GFLOP/s"
+    return facts
 
 
 def _memory(*, measure: bool) -> Section:
