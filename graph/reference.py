@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -44,11 +45,14 @@ class ReferenceBackend:
 class ReferenceStage:
     """Float32 copies of all weights and the pages of keys and values."""
 
-    def __init__(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self, graph: Graph, config: StageConfig, progress: Progress | None = None, *, keep_weights: bool = True
+    ) -> None:
+        """Without `keep_weights` a weight is dequantized at every use: slower, and in the memory of one matrix."""
         graph.check()
         self._graph = graph
         self._config = config
-        self._weights = _dequantize_weights(graph, progress)
+        self._weights = _dequantize_weights(graph, progress) if keep_weights else {}
         dtype = np.float16 if config.kv_dtype == "f16" else np.float32
         shapes = [(config.n_pages, config.block_size, layer.n_kv_heads, layer.head_dim) for layer in graph.kv_layers]
         self._keys = [np.zeros(shape, dtype) for shape in shapes]
@@ -62,6 +66,19 @@ class ReferenceStage:
             self._execute(op, batch, rows)
             rows.forget(index)
         return rows[self._graph.logits]
+
+    def observe(self, batch: Batch, on_input: Callable[[QuantTensor, F32Array], None]) -> None:
+        """Run the ops that all tokens go through, and tell of each matrix and the rows float32 that go into it."""
+        batch.check(n_vocab=self._graph.n_vocab, n_pages=self._config.n_pages, block_size=self._config.block_size)
+        rows = _Rows(self._graph)
+        for index, op in enumerate(self._graph.ops):
+            if any(value.rows == "outputs" for value in op.outputs):
+                return
+            if isinstance(op, MatMul):
+                for weight in op.weights:
+                    on_input(weight, rows[op.x])
+            self._execute(op, batch, rows)
+            rows.forget(index)
 
     def copy_page(self, source: int, target: int) -> None:
         for pages in (*self._keys, *self._values):
@@ -82,7 +99,8 @@ class ReferenceStage:
                 rows[op.out] = rows[op.x]
             case MatMul():
                 for out, weight, bias in zip(op.outs, op.weights, op.biases, strict=True):
-                    y = rows[op.x] @ self._weights[id(weight)].T
+                    kept = self._weights.get(id(weight))
+                    y = rows[op.x] @ (weight.dequantize() if kept is None else kept).T
                     if bias is not None:
                         y = y + bias
                     rows[out] = y if op.residual is None else y + rows[op.residual]
