@@ -82,4 +82,3 @@ class ImportanceMatrix:
             tensors[name + _SUMS] = ("F32", sums.shape, np.ascontiguousarray(sums).view(np.uint8))
             tensors[name + _COUNTS] = ("F32", counts.shape, np.ascontiguousarray(counts).view(np.uint8))
         write_gguf(path, metadata, tensors)
-

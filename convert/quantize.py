@@ -70,8 +70,13 @@ class Quantization:
         """Tensors whose rows do not fill the blocks of the type the mix wants."""
         return {name: planned for name, planned in self.types.items() if planned.is_fallback}
 
-    def with_metadata(self, extra: Mapping[str, Any]) -> Quantization:
-        return replace(self, metadata={**self.metadata, **extra})
+    def made(self, file: GGUFFile, extra: Mapping[str, Any]) -> Quantization:
+        """The same with more metadata, its tensors copied from a file that was written before."""
+        tensors = {
+            name: replace(stream, chunks=functools.partial(_copied, file.tensors[name]))
+            for name, stream in self.tensors.items()
+        }
+        return replace(self, metadata={**self.metadata, **extra}, tensors=tensors)
 
     def write(self, path: Path, on_bytes: Callable[[int], None] = lambda done: None) -> None:
         """Write the file whole or not at all; `on_bytes` is told the bytes of tensors so far."""
@@ -87,7 +92,7 @@ class Quantization:
 def plan_quantization(
     source: GGUFFile,
     type_name: str,
-    options: PlanOptions = PlanOptions(),
+    options: PlanOptions | None = None,
     *,
     imatrix: ImportanceMatrix | None = None,
     allow_requantize: bool = False,
@@ -99,7 +104,7 @@ def plan_quantization(
     of this model or missing where the type is worthless without one.
     """
     target = file_type(type_name)
-    options = replace(options, has_imatrix=imatrix is not None)
+    options = replace(options or PlanOptions(), has_imatrix=imatrix is not None)
     specs = [TensorSpec(t.name, t.shape, t.codec.name) for t in source.tensors.values()]
     types = plan_types(specs, target, model_shape(source.metadata), options)
     streams: dict[str, TensorStream] = {}

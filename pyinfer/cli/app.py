@@ -38,6 +38,9 @@ COMMANDS: dict[str, CommandSpec] = {
     "list": CommandSpec("pyinfer.cli.list", "list_models"),
     "rm": CommandSpec("pyinfer.cli.rm", "rm"),
     "convert": CommandSpec("pyinfer.cli.convert", "convert"),
+    "quantize": CommandSpec("pyinfer.cli.quantize", "quantize"),
+    "imatrix": CommandSpec("pyinfer.cli.imatrix", "imatrix"),
+    "perplexity": CommandSpec("pyinfer.cli.perplexity", "perplexity"),
     "doctor": CommandSpec("pyinfer.cli.doctor", "doctor"),
 }
 

@@ -1,0 +1,86 @@
+"""What goes into every matrix of a model over a text: sums of squared inputs, by column.
+
+Runs the NumPy interpreter in float32; a matrix is dequantized when it is needed, so memory stays that of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pyinfer.errors import ModelError
+from pyinfer.graph.backend import StageConfig
+from pyinfer.graph.batch import Batch
+from pyinfer.graph.reference import ReferenceStage
+from pyinfer.quant.gguf import GGUFFile
+from pyinfer.quant.tensor import QuantTensor
+from pyinfer.runtime.models.registry import build_graph
+
+_TOKENS_AT_ONCE = 4096  # each batch dequantizes every weight once
+_PAGE = 16
+
+F32Array = npt.NDArray[np.float32]
+
+
+class ActivationSums:
+    """Sums over all tokens seen so far, by name of the tensor."""
+
+    def __init__(self) -> None:
+        self.squares: dict[str, npt.NDArray[np.float64]] = {}  # (columns,)
+        self.n_rows: dict[str, int] = {}
+        self._last: tuple[F32Array | None, npt.NDArray[np.float64]] = (None, np.empty(0))
+
+    def add(self, weight: QuantTensor, rows: F32Array) -> None:
+        if self._last[0] is not rows:  # matrices side by side, such as q, k and v, share their input
+            self._last = rows, np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+        name = weight.name
+        self.squares[name] = self.squares.get(name, 0.0) + self._last[1]
+        self.n_rows[name] = self.n_rows.get(name, 0) + len(rows)
+
+
+def activation_sums(
+    file: GGUFFile, chunks: Sequence[Sequence[int]], on_chunk: Callable[[int], None] = lambda done: None
+) -> ActivationSums:
+    """Run chunks of token ids, all of one length, each by itself; ModelError if an input is not finite."""
+    graph = build_graph(file)
+    length = len(chunks[0])
+    n_pages = -(-length // _PAGE)
+    step = max(1, _TOKENS_AT_ONCE // length)
+    config = StageConfig(
+        n_pages=step * n_pages,
+        block_size=_PAGE,
+        kv_dtype="f32",
+        max_tokens=step * length,
+        max_sequences=step,
+        n_ctx=length,
+    )
+    sums = ActivationSums()
+    stage = ReferenceStage(graph, config, keep_weights=False)
+    try:
+        for first in range(0, len(chunks), step):
+            part = chunks[first : first + step]
+            stage.observe(_batch(part, n_pages), sums.add)
+            on_chunk(first + len(part))
+    finally:
+        stage.close()
+    for name, values in sums.squares.items():
+        if not np.isfinite(values).all():
+            raise ModelError(f"{file.path.name}: an input of {name} is NaN or infinite; the file is damaged")
+    return sums
+
+
+def _batch(chunks: Sequence[Sequence[int]], n_pages: int) -> Batch:
+    n, length = len(chunks), len(chunks[0])
+    tables = np.arange(n * n_pages, dtype=np.int32).reshape(n, n_pages)
+    positions = np.arange(length, dtype=np.int32)
+    slots = tables[:, positions // _PAGE] * _PAGE + positions % _PAGE
+    return Batch(
+        token_ids=np.array(chunks, np.int32).ravel(),
+        positions=np.tile(positions, n),
+        slots=slots.astype(np.int32).ravel(),
+        sequence_starts=np.arange(0, (n + 1) * length, length, dtype=np.int32),
+        page_tables=tables,
+        output_rows=np.empty(0, np.int32),
+    )
