@@ -40,9 +40,13 @@ def _card(service: Service, name: str) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    if service_of(request).is_ready:
+    service = service_of(request)
+    if not service.is_ready:
+        body = error_body("the model is still loading", "server_error", code="model_loading")
+    elif not service.model().client.is_ready:
+        body = error_body("the engine is being started again", "server_error", code="engine_restarting")
+    else:
         return json_response(b'{"status":"ok"}')
-    body = error_body("the model is still loading", "server_error", code="model_loading")
     return json_response(body, 503, {"Retry-After": "1"})
 
 

@@ -34,6 +34,9 @@ class Client(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    @property
+    def is_ready(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class ServedModel:

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyinfer.cli.options import EngineOptions, with_engine_options
+from pyinfer.errors import EngineError
 from pyinfer.runtime.catalogue import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from pyinfer.cli.loading import LoadingLine
+    from pyinfer.runtime.engine_child import EngineChild
     from pyinfer.runtime.engine_client import EngineClient
+    from pyinfer.runtime.engine_messages import Loaded
     from pyinfer.runtime.loader import LoadedModel
+    from pyinfer.runtime.model_edge import ModelEdge
+    from pyinfer.server.background import Background
     from pyinfer.server.service import Service
 
 _PANEL = "Server"
@@ -49,17 +55,54 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Jinja template instead of the model's own.", rich_help_panel=_PANEL),
     ] = None,
+    in_process: Annotated[
+        bool,
+        typer.Option(
+            "--in-process",
+            help="Run the engine in the server's own process: less memory, but nothing answers during a long step.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False,
     *,
     engine: EngineOptions,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API under /v1, and a chat page."""
+    child = None if in_process else _start_engine()  # first thing: it has much to import
+    try:
+        _serve(model, host, port, api_key, served_model_name, cors_origin, chat_template, engine, child)
+    finally:
+        if child is not None:
+            child.close()
+
+
+def _start_engine() -> EngineChild:
+    from pyinfer.runtime.engine_child import EngineChild
+
+    return EngineChild(_log_level())
+
+
+def _log_level() -> str:
+    return logging.getLevelName(logging.getLogger("pyinfer").getEffectiveLevel()).lower()
+
+
+def _serve(
+    model: str,
+    host: str,
+    port: int,
+    api_key: str | None,
+    served_model_name: list[str] | None,
+    cors_origin: list[str] | None,
+    chat_template: Path | None,
+    engine: EngineOptions,
+    child: EngineChild | None,
+) -> None:
     from pyinfer.runtime.chat_template import read_template
     from pyinfer.server.service import Service
 
     if chat_template is not None:
         read_template(chat_template)  # a wrong path should not wait for the model
     names = served_model_name or [model_name(model)]
-    runner = _Runner(model, engine, chat_template, Service(names))
+    runner = _Runner(model, engine, chat_template, Service(names), child)
     runner.run(host, port, api_key or None, cors_origin or [])
 
 
@@ -71,13 +114,22 @@ def model_name(reference: str) -> str:
 class _Runner:
     """One run of the server; holds what has to be closed at its end."""
 
-    def __init__(self, reference: str, engine: EngineOptions, chat_template: Path | None, service: Service) -> None:
+    def __init__(
+        self,
+        reference: str,
+        engine: EngineOptions,
+        chat_template: Path | None,
+        service: Service,
+        child: EngineChild | None,  # the engine's process; None: it is to run in this one
+    ) -> None:
         self._reference = reference
         self._engine = engine
         self._chat_template = chat_template
         self._service = service
+        self._child = child
         self._loaded: LoadedModel | None = None
         self._client: EngineClient | None = None
+        self._loading: Background | None = None
         self._url = ""
 
     def run(self, host: str, port: int, api_key: str | None, cors_origins: list[str]) -> None:
@@ -86,7 +138,7 @@ class _Runner:
 
         with open_socket(host, port) as listener:
             self._url = url_of(listener)
-            loading = Background(
+            self._loading = loading = Background(
                 self._load, "pyinfer-loader"
             )  # before the imports of the web framework, which take long
             from pyinfer.server.app import create_app
@@ -106,37 +158,67 @@ class _Runner:
     def _load(self) -> None:
         from pyinfer.cli.loading import LoadingLine
         from pyinfer.cli.progress import terminal_progress
-        from pyinfer.runtime.engine_client import EngineClient
         from pyinfer.runtime.hub import resolve
-        from pyinfer.runtime.loader import load_model
         from pyinfer.server.service import ServedModel
 
         line = LoadingLine()
         path = resolve(self._reference, terminal_progress())
         try:
-            self._loaded = loaded = load_model(
-                path, progress=line, chat_template=self._chat_template, **self._engine.as_kwargs()
-            )
+            if self._child is None:
+                self._client, edge, loaded = self._load_here(path, line)
+            else:
+                self._client, edge, loaded = self._load_there(path, line, self._child)
         finally:
             line.clear()
-        self._client = EngineClient.in_process(loaded.engine)
-        info = loaded.info
+        info, n_ctx = edge.info, loaded.limits.n_ctx
         self._service.set_ready(
             ServedModel(
                 client=self._client,
-                tokenizer=loaded.tokenizer,
-                template=loaded.chat_template,
-                n_ctx=loaded.n_ctx,
-                n_ctx_train=info.n_ctx_train or loaded.n_ctx,
-                chat_defaults=loaded.chat_params,
+                tokenizer=edge.tokenizer,
+                template=edge.chat_template,
+                n_ctx=n_ctx,
+                n_ctx_train=info.n_ctx_train or n_ctx,
+                chat_defaults=edge.chat_params,
                 path=str(path),
                 max_num_seqs=loaded.config.max_sequences,
                 description={"n_params": info.n_params, "size": info.size, "n_vocab": info.n_vocab},
             )
         )
-        self._announce(loaded)
+        self._announce(edge, loaded)
 
-    def _announce(self, loaded: LoadedModel) -> None:
+    def _load_here(self, path: Path, line: LoadingLine) -> tuple[EngineClient, ModelEdge, Loaded]:
+        from pyinfer.runtime.engine_client import EngineClient
+        from pyinfer.runtime.engine_messages import Loaded
+        from pyinfer.runtime.loader import load_model
+        from pyinfer.runtime.model_edge import ModelEdge
+
+        self._loaded = it = load_model(
+            path, progress=line, chat_template=self._chat_template, **self._engine.as_kwargs()
+        )
+        edge = ModelEdge(it.tokenizer, it.chat_template, it.info, it.chat_params)
+        return EngineClient.in_process(it.engine), edge, Loaded(it.engine.limits, it.config, it.kv_bytes)
+
+    def _load_there(self, path: Path, line: LoadingLine, child: EngineChild) -> tuple[EngineClient, ModelEdge, Loaded]:
+        from pyinfer.runtime.engine_process import EngineProcess
+        from pyinfer.runtime.model_edge import load_edge
+
+        client = EngineProcess(child, log_level=_log_level())
+        edges: list[ModelEdge] = []
+
+        def load_text_side() -> ModelEdge:
+            edges.append(load_edge(path, chat_template=self._chat_template))
+            return edges[0]
+
+        loaded = client.load(path, self._engine.as_kwargs(), lambda: load_text_side().tokenizer, line)
+        client.on_failure = self._end
+        return client, edges[0], loaded
+
+    def _end(self, reason: str) -> None:
+        """The engine is given up: so is the server, whose supervisor may start it anew."""
+        assert self._loading is not None
+        self._loading.failure = EngineError(reason)
+
+    def _announce(self, edge: ModelEdge, loaded: Loaded) -> None:
         from pyinfer.cli.console import print_facts
         from pyinfer.runtime.sizes import format_binary
 
@@ -145,11 +227,11 @@ class _Runner:
         print_facts(
             f"Serving {self._service.names[0]}: {self._url}",
             [
-                ("model", loaded.info.model_type),
-                ("context", f"{loaded.n_ctx} tokens of {loaded.info.n_ctx_train}"),
+                ("model", edge.info.model_type),
+                ("context", f"{loaded.limits.n_ctx} tokens of {edge.info.n_ctx_train}"),
                 ("KV cache", f"{format_binary(loaded.kv_bytes)}, {tokens} tokens, {config.kv_dtype}"),
                 ("threads", config.n_threads),
-                ("chat template", None if loaded.chat_template else "none; give one with --chat-template FILE"),
+                ("chat template", None if edge.chat_template else "none; give one with --chat-template FILE"),
                 ("API", f"{self._url}/v1"),
             ],
         )
