@@ -51,7 +51,12 @@ async def chat_completions(request: Request) -> Response:
     include_usage = wants_usage(body)
     prompt = await asyncio.to_thread(_prompt_ids, model, body)
     reply = Reply("chatcmpl", name, include_usage)
-    generation = Generation(model, [prompt], params, reply.id)
+    try:
+        generation = Generation(model, [prompt], params, reply.id)
+    except RequestError as error:
+        if error.param == "prompt":
+            error.param = "messages"  # what the client wrote it as
+        raise
     if body.stream:
         return EventStream(_events(model, params, generation, reply))
     answer = await while_connected(request.receive, _whole(model, params, generation, reply))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -15,16 +17,19 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from pyinfer.server.background import Background
+from pyinfer.server.service import Service
 
 DRAIN_SECONDS = 30
+_GRACE_SECONDS = 3  # for answers that the engine has ended to reach their clients
 _INTERRUPTED = 130
 
 
 class _DrainingServer(uvicorn.Server):
     """Ends on SIGINT or SIGTERM once running requests are answered; a second SIGINT ends the process at once."""
 
-    def __init__(self, config: uvicorn.Config, loading: Background) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, loading: Background) -> None:
         super().__init__(config)
+        self._service = service
         self._loading = loading
 
     @contextlib.contextmanager
@@ -52,8 +57,16 @@ class _DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         return self._loading.failure is not None or await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Beside uvicorn's own, which waits for the connections: what still runs at the end is ended by the engine."""
+        draining = asyncio.create_task(self._service.drain(DRAIN_SECONDS))
+        await super().shutdown(sockets)
+        draining.cancel()
 
-def run_server(app: ASGIApp, listener: socket.socket, loading: Background, *, access_log: bool = False) -> None:
+
+def run_server(
+    app: ASGIApp, service: Service, listener: socket.socket, loading: Background, *, access_log: bool = False
+) -> None:
     """Serve until a signal comes or `loading` fails; its error is then raised."""
     config = uvicorn.Config(
         app,
@@ -62,8 +75,10 @@ def run_server(app: ASGIApp, listener: socket.socket, loading: Background, *, ac
         server_header=False,
         lifespan="off",
         ws="none",
-        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS + _GRACE_SECONDS,
     )
-    _DrainingServer(config, loading).run(sockets=[listener])
+    if access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    _DrainingServer(config, service, loading).run(sockets=[listener])
     if loading.failure is not None:
         raise loading.failure

@@ -37,6 +37,8 @@ class Client(Protocol):
     @property
     def is_ready(self) -> bool: ...
 
+    async def drain(self, timeout: float) -> bool: ...
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -74,6 +76,11 @@ class Service:
         if self._model is None:
             raise LoadingError("the model is still loading; try again in a moment", code="model_loading")
         return self._model
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new requests; end those that still run after `seconds`."""
+        if self._model is not None:
+            await self._model.client.drain(seconds)
 
     def check_name(self, name: str | None) -> str:
         """The name to answer with; no name means the one model there is."""

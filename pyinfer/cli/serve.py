@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,15 +139,18 @@ class _Runner:
 
         with open_socket(host, port) as listener:
             self._url = url_of(listener)
+            # until the server has handlers of its own; an exception could surface anywhere inside an import
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: os._exit(0))
             self._loading = loading = Background(
                 self._load, "pyinfer-loader"
-            )  # before the imports of the web framework, which take long
+            )  # first: importing the web framework takes long too
             from pyinfer.server.app import create_app
             from pyinfer.server.launch import run_server
 
             app = create_app(self._service, api_key=api_key, cors_origins=cors_origins)
             verbose = logging.getLogger("pyinfer").isEnabledFor(logging.INFO)
-            run_server(app, listener, loading, access_log=verbose)
+            run_server(app, self._service, listener, loading, access_log=verbose)
         if loading.is_running:
             sys.stdout.flush()
             os._exit(0)  # a compiler cannot be interrupted, and nothing is lost

@@ -60,7 +60,7 @@ BAD: list[tuple[tuple[str, dict[str, Any]], str | None, str]] = [
     (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "messages[0].content[0]", "text parts"),
     (chat(messages=[{"content": "x"}]), "messages[0].role", "is missing"),
     (("/v1/chat/completions", {}), "messages", "is missing"),
-    (chat(messages=[{"role": "user", "content": "x" * 2000}]), "prompt", "the context of 512"),
+    (chat(messages=[{"role": "user", "content": "x" * 2000}]), "messages", "the context of 512"),
     (text(suffix="y"), "suffix", "not supported"),
     (text(logprobs=21), "logprobs", "from 0 to 20"),
     (text(best_of=2, stream=True), "best_of", "set stream to false"),

@@ -36,12 +36,14 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def serving(model: Path | str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(
+    model: Path | str, *options: str, program: list[str] = PYINFER
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process that is ready, and its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [*PYINFER, "serve", str(model), "--port", str(port), "-t", "1", "--kv-cache-memory", "64M", *options]
+    command = [*program, "serve", str(model), "--port", str(port), "-t", "1", "--kv-cache-memory", "64M", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -101,6 +103,24 @@ def test_disconnects_are_noticed_and_sigterm_finishes_what_runs(model_file: Path
         client.close()
         output = process.stdout.read() if process.stdout else ""
         assert "Traceback" not in output and url in output
+
+
+def test_what_does_not_end_in_time_is_ended(model_file: Path) -> None:
+    """Its stream ends as streams do, and says why."""
+    code = (
+        "import sys, pyinfer.server.launch as launch; launch.DRAIN_SECONDS = 1\n"
+        "from pyinfer.cli.entry import run; sys.exit(run(sys.argv[1:]))"
+    )
+    with serving(model_file, program=[sys.executable, "-c", code]) as (process, url):
+        client, stream, lines = first_events(url, 4, LONG)
+        process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and '"finish_reason":"abort"' in rest[-2]
+        assert process.wait(timeout=10) == 0
+        stream.close()
+        client.close()
+        output = process.stdout.read() if process.stdout else ""
+        assert "Traceback" not in output
 
 
 def test_first_ctrl_c_waits_and_the_second_exits_130(model_file: Path) -> None:
