@@ -2,7 +2,8 @@
 
 A load generator shares the machine with what it measures and must not be what is measured. Here the event loop calls
 `data_received` with each packet the moment it was read; no task is woken for it, and only its bytes are looked at.
-`benchmarks/loadgen_cost.py` compares the CPU time with httpx's.
+On a Zen 4 core a chunk of 32 streams costs 24 us of CPU time, most of it the kernel's, against 75 us with httpx and
+115 us with the openai package (`benchmarks/loadgen_cost.py`): at 1,000 tokens a second 2.4 % of one core, not 12 %.
 """
 
 from __future__ import annotations

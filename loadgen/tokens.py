@@ -12,7 +12,6 @@ from pyinfer.errors import ConfigError
 from pyinfer.loadgen.http_client import HttpClient, StatusError
 from pyinfer.loadgen.http_reader import HttpError
 
-
 _SECONDS = 30.0  # for one text
 
 
