@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from pyinfer.errors import ConfigError
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
 
-KVDType = Literal["f16", "f32"]
+PageData = npt.NDArray[np.uint8]
+# bits of one key or value; q8_0 has a float16 scale for each 32
+KV_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 # called with what is being done ("compiling kernels", "loading weights") and the share done, 0..1
 Progress = Callable[[str, float], None]
+
+
+def split_kv_dtype(text: str) -> tuple[str, str]:
+    """The types of keys and of values: "f16" names both, "q8_0,f16" each. ConfigError for an unknown one."""
+    k, _, v = text.partition(",")
+    for name in (k, v or k):
+        if name not in KV_BITS:
+            known = ", ".join(KV_BITS)
+            raise ConfigError(
+                f"kv_cache_dtype is {text!r}; give one of {known}, or two of them for keys and values, as q8_0,f16",
+                param="kv_cache_dtype",
+            )
+    return k, v or k
+
+
+def kv_page_bytes(graph: Graph, block_size: int, kv_dtype: str) -> int:
+    """Bytes of one page's keys and values in all layers."""
+    bits = sum(KV_BITS[name] for name in split_kv_dtype(kv_dtype))
+    return round(sum(layer.n_kv_heads * layer.head_dim for layer in graph.kv_layers) * block_size * bits / 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +45,7 @@ class StageConfig:
 
     n_pages: int
     block_size: int = 16  # tokens per page: a multiple of 16 on the CPU
-    kv_dtype: KVDType = "f16"
+    kv_dtype: str = "f16"  # see split_kv_dtype
     max_tokens: int = 512  # per step, over all sequences
     max_sequences: int = 256
     n_ctx: int = 4096  # longest sequence
@@ -39,6 +61,14 @@ class Stage(Protocol):
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy the K and V of one page over another, in every layer."""
+        ...
+
+    def read_pages(self, pages: Sequence[int]) -> PageData:
+        """The K and V of these pages in every layer, in host memory: uint8 [n, bytes of a page]."""
+        ...
+
+    def write_pages(self, pages: Sequence[int], data: PageData) -> None:
+        """Put back what `read_pages` gave, into these pages or others."""
         ...
 
     def close(self) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from pyinfer.graph.activation import quantize_activation
-from pyinfer.graph.backend import Progress, StageConfig
+from pyinfer.graph.backend import PageData, Progress, StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import (
@@ -83,6 +83,17 @@ class ReferenceStage:
     def copy_page(self, source: int, target: int) -> None:
         for pages in (*self._keys, *self._values):
             pages[target] = pages[source]
+
+    def read_pages(self, pages: Sequence[int]) -> PageData:
+        parts = [pool[list(pages)].reshape(len(pages), -1).view(np.uint8) for pool in (*self._keys, *self._values)]
+        return np.concatenate(parts, axis=1) if parts else np.zeros((len(pages), 0), np.uint8)
+
+    def write_pages(self, pages: Sequence[int], data: PageData) -> None:
+        start = 0
+        for pool in (*self._keys, *self._values):
+            end = start + pool[0].nbytes
+            pool[list(pages)] = np.ascontiguousarray(data[:, start:end]).view(pool.dtype).reshape(-1, *pool.shape[1:])
+            start = end
 
     def close(self) -> None:
         self._weights.clear()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from pyinfer.errors import ConfigError
-from pyinfer.graph.backend import Progress, StageConfig
+from pyinfer.graph.backend import PageData, Progress, StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
 from pyinfer.kernels_cpu.attention import PARTITION, scratch_bytes
@@ -112,6 +114,12 @@ class CPUStage:
 
     def copy_page(self, source: int, target: int) -> None:
         self._pages.copy(source, target)
+
+    def read_pages(self, pages: Sequence[int]) -> PageData:
+        return self._pages.read(pages)
+
+    def write_pages(self, pages: Sequence[int], data: PageData) -> None:
+        self._pages.write(pages, data)
 
     def close(self) -> None:
         """Stop the threads; the memory goes with the object."""

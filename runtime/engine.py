@@ -26,7 +26,7 @@ from pyinfer.runtime.outputs import (
     RequestMetrics,
     RequestOutput,
 )
-from pyinfer.runtime.page_moves import make_moves
+from pyinfer.runtime.page_moves import make_moves, moved_sequences
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.request_events import RequestEvent
@@ -55,6 +55,8 @@ class Engine:
         seed: int = 0,
         prefix_caching: bool = True,
         policy: str = "priority",
+        preemption_mode: str = "auto",
+        n_swap_pages: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -64,7 +66,15 @@ class Engine:
         self._clock = clock
         self._seeds = random.Random(seed)
         self.scheduler = Scheduler(
-            SchedulerConfig(config.block_size, config.max_tokens, config.max_sequences, prefix_caching, policy),
+            SchedulerConfig(
+                config.block_size,
+                config.max_tokens,
+                config.max_sequences,
+                prefix_caching,
+                policy,
+                preemption_mode,
+                n_swap_pages,
+            ),
             PagePool(config.n_pages),
             clock,
         )
@@ -194,16 +204,19 @@ class Engine:
             return []
         self._n_steps += 1
         try:
-            make_moves(plan.moves, self._stage)
+            make_moves(plan.moves, self._stage, self.scheduler.cost, self._clock)
             step = self._builder.build(plan)
+            start = self._clock()
             logits = self._stage.run(step.batch)
+            self.scheduler.cost.note_computed(step.batch.n_tokens, self._clock() - start)
             self._score(step, logits)
             self._advance(plan)
             self._fork_samples(step)
             tokens = self._sample(step, logits)
         except Exception as error:
             _log.exception("a step of %d sequences failed", len(plan.sequences))
-            return self._fail(plan.sequences, f"the engine failed while running this request: {error!r}")
+            sequences = [*plan.sequences, *moved_sequences(plan.moves)]
+            return self._fail(sequences, f"the engine failed while running this request: {error!r}")
         outputs = [output for sequence, row in step.searched for output in self._search(sequence, logits[row])]
         for sequence, token, row in tokens:
             if sequence.state is State.RUNNING:  # not so after a sibling's failure
@@ -350,6 +363,7 @@ class Engine:
             generation_tokens=self._n_generated,
             requests_finished=self._n_finished,
             steps=self._n_steps,
+            swaps=scheduler.n_swaps,
         )
 
     def check(self) -> None:

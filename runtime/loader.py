@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from pyinfer.errors import BackendError, ConfigError
-from pyinfer.graph.backend import KVDType, Progress, StageConfig
+from pyinfer.graph.backend import Progress, StageConfig, kv_page_bytes, split_kv_dtype
 from pyinfer.graph.graph import Graph
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime.backends import open_backend
@@ -18,6 +18,8 @@ from pyinfer.runtime.chat_template import ChatTemplate
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.memory import memory
 from pyinfer.runtime.model_info import ModelInfo, model_info
+from pyinfer.runtime.policy import POLICIES
+from pyinfer.runtime.preemption_cost import PREEMPTION_MODES
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.sizes import format_binary
 from pyinfer.runtime.threads import default_threads
@@ -42,6 +44,9 @@ class LoadOptions:
     kv_cache_memory: int | None = None  # bytes; None: min(4 GiB, half of what is free after the weights)
     seed: int = 0
     enable_prefix_caching: bool = True
+    scheduling_policy: str = "priority"  # fcfs, priority or ssjf
+    preemption_mode: str = "auto"  # recompute, swap, or what is measured to be cheaper
+    swap_space: int | None = None  # bytes of host memory for swapped pages; None: a quarter of the KV pool
     backend: str = "cpu"
     chat_template: Path | None = None  # a Jinja file that replaces the model's own
 
@@ -60,6 +65,12 @@ class LoadOptions:
         if self.kv_cache_dtype not in _ELEMENT_BYTES:
             known = ", ".join(_ELEMENT_BYTES)
             raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; known: {known}", param="kv_cache_dtype")
+        for name, known_values in (("scheduling_policy", POLICIES), ("preemption_mode", PREEMPTION_MODES)):
+            if getattr(self, name) not in known_values:
+                known = ", ".join(known_values)
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {known}", param=name)
+        if self.swap_space is not None and self.swap_space < 0:
+            raise ConfigError("swap_space must be a number of bytes, or 0 for none", param="swap_space")
         if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
             raise ConfigError("kv_cache_memory must be a positive number of bytes", param="kv_cache_memory")
 
@@ -157,6 +168,8 @@ def open_engine(
     backend = open_backend(options.backend)
     graph = optimize(build_graph(file))
     config = plan_sizes(graph, file.size, options)
+    page_bytes = kv_page_bytes(graph, config.block_size, config.kv_dtype)
+    n_swap_pages = config.n_pages // 4 if options.swap_space is None else options.swap_space // page_bytes
     stage = backend.open_stage(graph, config, progress)
     try:
         engine = Engine(
@@ -166,20 +179,19 @@ def open_engine(
             n_vocab=graph.n_vocab,
             seed=options.seed,
             prefix_caching=options.enable_prefix_caching,
+            policy=options.scheduling_policy,
+            preemption_mode=options.preemption_mode,
+            n_swap_pages=n_swap_pages,
         )
     except BaseException:
         stage.close()
         raise
-    return OpenedEngine(engine, graph, config.n_pages * _page_bytes(graph, config.block_size, config.kv_dtype))
-
-
-def _page_bytes(graph: Graph, block_size: int, kv_dtype: str) -> int:
-    return block_size * graph.kv_bytes_per_token(_ELEMENT_BYTES[kv_dtype])
+    return OpenedEngine(engine, graph, config.n_pages * page_bytes)
 
 
 def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, available: int | None = None) -> StageConfig:
     """Choose the KV pool and the context. `available` is the free memory in bytes; None measures it."""
-    page_bytes = _page_bytes(graph, options.block_size, options.kv_cache_dtype)
+    page_bytes = kv_page_bytes(graph, options.block_size, options.kv_cache_dtype)
     kv_memory = options.kv_cache_memory
     if kv_memory is None:
         available = memory().available if available is None else available
@@ -205,11 +217,10 @@ def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, availab
             param="n_ctx",
         )
     n_ctx = options.n_ctx or min(graph.n_ctx_train, held)
-    kv_dtype: KVDType = "f32" if options.kv_cache_dtype == "f32" else "f16"
     return StageConfig(
         n_pages=n_pages,
         block_size=options.block_size,
-        kv_dtype=kv_dtype,
+        kv_dtype=options.kv_cache_dtype,
         max_tokens=options.max_num_batched_tokens,
         max_sequences=options.max_num_seqs,
         n_ctx=n_ctx,

@@ -119,6 +119,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     generation_tokens: int
     requests_finished: int
     steps: int
+    swaps: int = 0  # of the preemptions, those that kept the pages in host memory
 
 
 FloatMatrix = npt.NDArray[np.float32]

@@ -5,10 +5,21 @@ The order matters: a page that was freed by one move may be the target of a late
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pyinfer.graph.backend import Stage
+from pyinfer.graph.backend import PageData, Stage
+from pyinfer.runtime.preemption_cost import PreemptionCost
+from pyinfer.runtime.request import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class SwappedPages:
+    """A sequence's first pages in host memory."""
+
+    n_computed: int  # tokens in them
+    n_pages: int
+    data: PageData | None = None  # None until the move is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +30,40 @@ class CopyPage:
     target: int
 
 
-Move = CopyPage
+@dataclass(frozen=True, slots=True)
+class SwapOut:
+    sequence: Sequence
+    pages: list[int]
+    swapped: SwappedPages
 
 
-def make_moves(moves: Iterable[Move], stage: Stage) -> None:
+@dataclass(frozen=True, slots=True)
+class SwapIn:
+    """The pages after the first `n_found`, which the prefix cache still had."""
+
+    sequence: Sequence
+    pages: list[int]
+    swapped: SwappedPages
+    n_found: int
+
+
+Move = CopyPage | SwapOut | SwapIn
+
+
+def make_moves(moves: Iterable[Move], stage: Stage, cost: PreemptionCost, clock: Callable[[], float]) -> None:
     for move in moves:
-        stage.copy_page(move.source, move.target)
+        if isinstance(move, CopyPage):
+            stage.copy_page(move.source, move.target)
+            continue
+        start = clock()
+        if isinstance(move, SwapOut):
+            move.swapped.data = stage.read_pages(move.pages)
+        else:
+            assert move.swapped.data is not None
+            stage.write_pages(move.pages, move.swapped.data[move.n_found :])
+        cost.note_copied(len(move.pages), clock() - start)
+
+
+def moved_sequences(moves: Iterable[Move]) -> list[Sequence]:
+    """Those whose pages were moved from or to the host."""
+    return [move.sequence for move in moves if not isinstance(move, CopyPage)]

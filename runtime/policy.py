@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 from pyinfer.errors import ConfigError
 from pyinfer.runtime.length_predictor import LengthPredictor
@@ -11,7 +11,7 @@ from pyinfer.runtime.policy_priority import Priority
 from pyinfer.runtime.policy_ssjf import ShortestJobFirst
 from pyinfer.runtime.request import Sequence
 
-PolicyName = Literal["fcfs", "priority", "ssjf"]
+POLICIES = ("fcfs", "priority", "ssjf")
 
 
 class Policy(Protocol):
@@ -32,5 +32,4 @@ def make_policy(name: str, predictor: LengthPredictor, max_tokens: int) -> Polic
         return Priority()
     if name == "ssjf":
         return ShortestJobFirst(predictor, max_tokens)
-    known = ", ".join(get_args(PolicyName))
-    raise ConfigError(f"scheduling_policy is {name!r}; known: {known}", param="scheduling_policy")
+    raise ConfigError(f"scheduling_policy is {name!r}; known: {', '.join(POLICIES)}", param="scheduling_policy")

@@ -13,6 +13,7 @@ from pyinfer.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from pyinfer.runtime.beam_search import BeamSearch
+    from pyinfer.runtime.page_moves import SwappedPages
     from pyinfer.runtime.sampler import SequenceSampler
 
 Key = tuple[float, int, int]  # less is served first: rank, arrival, index
@@ -55,6 +56,7 @@ class Sequence:
         "slot",
         "state",
         "stop_ids",
+        "swapped",
         "tokens",
         "wants_next",
     )
@@ -73,6 +75,7 @@ class Sequence:
         self.pages: list[int] = []
         self.may_share_last_page = False  # since a fork: others may hold the page that the next token goes to
         self.is_paused = False  # all is computed; waits for the other beams to choose its next token
+        self.swapped: SwappedPages | None = None  # what it had computed when it gave way; while waiting
         self.slot = -1  # row in the engine's tables while running
         self.digests = [root_digest(request.salt)]  # digests[i + 1] is page i's
         self.n_remembered = 0  # pages offered for reuse

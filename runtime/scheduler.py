@@ -4,7 +4,7 @@ There are no modes: decode is 1, a piece of a prompt is many. Continuous batchin
 (Sarathi-Serve, arXiv:2403.02310): sequences that decode go first, what is left of the budget goes to prompts. The order
 is a `Policy`'s, first come, first served among equals. A sequence gets the pages of all its known tokens when it is
 admitted, so that only decoding can run out of pages; then the one that is served last gives up its own and waits to be
-computed again.
+computed again, or to get them back from host memory, whichever is measured to be cheaper.
 
 Plain Python over ints, no arrays. Nobody starves: the first in order is never the victim of another, and what is
 refused a place keeps its place in the queue, where only those that the policy prefers overtake it, and from `max_aging`
@@ -23,9 +23,10 @@ from itertools import pairwise
 from operator import attrgetter
 
 from pyinfer.runtime.length_predictor import LengthPredictor
-from pyinfer.runtime.page_moves import CopyPage, Move
+from pyinfer.runtime.page_moves import CopyPage, Move, SwapIn, SwapOut, SwappedPages
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.policy import make_policy
+from pyinfer.runtime.preemption_cost import PreemptionCost
 from pyinfer.runtime.request import Sequence, State
 from pyinfer.runtime.request_events import EventKind, RequestEvent
 
@@ -39,6 +40,8 @@ class SchedulerConfig:
     max_sequences: int = 256
     prefix_caching: bool = True
     policy: str = "priority"
+    preemption_mode: str = "auto"
+    n_swap_pages: int = 0  # room in host memory for the pages of those that gave way
     max_aging: float = 60.0  # seconds after its arrival, a request goes before all that are younger than that
 
 
@@ -65,6 +68,7 @@ class Scheduler:
         self.pool = pool
         self.predictor = LengthPredictor() if predictor is None else predictor
         self.policy = make_policy(config.policy, self.predictor, config.max_tokens)
+        self.cost = PreemptionCost(config.preemption_mode)
         self._young: OrderedDict[Sequence, None] = OrderedDict()  # those that age, in order of arrival
         self.events: list[RequestEvent] = []  # of this step
         self._clock = clock
@@ -72,6 +76,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # by key
         self._free_slots = list(range(config.max_sequences - 1, -1, -1))
         self.n_preemptions = 0
+        self.n_swaps = 0
+        self._n_swapped_pages = 0
         self.n_prefix_queries = 0
         self.n_prefix_hits = 0
 
@@ -111,7 +117,7 @@ class Scheduler:
         if self.n_preemptions == n_preemptions:
             self._admit_waiting(plan, budget)
         while not plan.sequences and self.waiting:  # all that run wait for one that does not: they give way
-            self._preempt(self.running[-1])
+            self._preempt(plan, self.running[-1])
             self._admit_waiting(plan, budget)
         return plan
 
@@ -151,7 +157,7 @@ class Scheduler:
                 return True
             if pool.n_available:
                 break
-            self._preempt(self.running[-1], sequence)
+            self._preempt(plan, self.running[-1], sequence)
             if sequence.state is not State.RUNNING:
                 return False
         page = pool.allocate()
@@ -177,14 +183,14 @@ class Scheduler:
         for sequence in self.waiting:
             if sequence.is_paused:
                 passed.append(sequence)
-            elif budget == 0 or not self._free_slots or sequence.is_held or not self._admit(sequence):
+            elif budget == 0 or not self._free_slots or sequence.is_held or not self._admit(plan, sequence):
                 break
             else:
                 budget = self._plan(plan, sequence, budget)
             n_seen += 1
         self.waiting[:n_seen] = passed
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, plan: Plan, sequence: Sequence) -> bool:
         """Give a waiting sequence the pages of all its tokens, shared where the prefix is known; False if they lack."""
         block_size, pool = self.config.block_size, self.pool
         n_tokens = len(sequence.tokens)
@@ -204,9 +210,10 @@ class Scheduler:
         if found:
             sequence.n_remembered = len(found)
             sequence.n_computed = len(found) * block_size
+        self._swap_in(plan, sequence, len(found))
         if reads_cache:
             self.n_prefix_queries += n_tokens
-            self.n_prefix_hits += sequence.n_computed
+            self.n_prefix_hits += len(found) * block_size
         if sequence.metrics.preemptions == 0:
             sequence.cached_tokens = sequence.n_computed
         self._note("scheduled", sequence, sequence.n_computed)
@@ -262,18 +269,48 @@ class Scheduler:
             self._give_back(sequence)
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
+            self._drop_swapped(sequence)
         self._young.pop(sequence, None)
         sequence.state = State.FINISHED
 
-    def _preempt(self, sequence: Sequence, by: Sequence | None = None) -> None:
+    def _preempt(self, plan: Plan, sequence: Sequence, by: Sequence | None = None) -> None:
         assert sequence is self.running[-1]
-        self._note("preempted", sequence, sequence.n_computed, by.request.id if by else None)
         self.running.pop()
+        n_lost = 0 if self._swap_out(plan, sequence) else sequence.n_computed
+        self._note("preempted", sequence, n_lost, by.request.id if by else None)
         self._give_back(sequence)
         sequence.state = State.WAITING
         sequence.metrics.preemptions += 1
         self.n_preemptions += 1
         insort(self.waiting, sequence, key=_by_key)
+
+    def _swap_out(self, plan: Plan, sequence: Sequence) -> bool:
+        """Keep what a sequence has computed in host memory, if there is room and that is worth it."""
+        n_pages = -(-sequence.n_computed // self.config.block_size)
+        is_room = 0 < n_pages <= self.config.n_swap_pages - self._n_swapped_pages
+        if not is_room or not self.cost.prefers_swap(sequence.n_computed, n_pages):
+            return False
+        sequence.swapped = SwappedPages(sequence.n_computed, n_pages)
+        plan.moves.append(SwapOut(sequence, sequence.pages[:n_pages], sequence.swapped))
+        self._n_swapped_pages += n_pages
+        self.n_swaps += 1
+        return True
+
+    def _swap_in(self, plan: Plan, sequence: Sequence, n_found: int) -> None:
+        """Bring back what the prefix cache does not have."""
+        swapped = sequence.swapped
+        if swapped is None:
+            return
+        if swapped.n_computed > sequence.n_computed:
+            pages = sequence.pages[n_found : swapped.n_pages]
+            plan.moves.append(SwapIn(sequence, pages, swapped, n_found))
+            sequence.n_computed = swapped.n_computed
+        self._drop_swapped(sequence)
+
+    def _drop_swapped(self, sequence: Sequence) -> None:
+        if sequence.swapped is not None:
+            self._n_swapped_pages -= sequence.swapped.n_pages
+            sequence.swapped = None
 
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(reversed(sequence.pages))
@@ -291,7 +328,12 @@ class Scheduler:
             assert all(a.key < b.key for a, b in pairwise(queue)), "a queue is out of order"
         for sequence in self.waiting:
             assert not sequence.pages and sequence.slot == -1 and sequence.n_computed == 0
+            if sequence.swapped is not None:
+                assert sequence.swapped.data is not None and len(sequence.swapped.data) == sequence.swapped.n_pages
+        n_swapped = sum(s.swapped.n_pages for s in self.waiting if s.swapped is not None)
+        assert n_swapped == self._n_swapped_pages <= self.config.n_swap_pages, "host pages leak"
         for sequence in self.running:
+            assert sequence.swapped is None
             assert sequence.n_computed < len(sequence.tokens) + sequence.is_paused <= sequence.limit + 1
             assert len(sequence.tokens) <= sequence.limit
             assert sequence.n_computed <= len(sequence.pages) * block_size

@@ -16,7 +16,7 @@ from cpu_kernels import BLOCK_TYPES, FLOAT_TYPES, ISAS
 from tiny_models import TinyShape
 
 from pyinfer.errors import ConfigError, ModelError
-from pyinfer.graph.backend import KVDType, Stage, StageConfig
+from pyinfer.graph.backend import Backend, KVDType, Stage, StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceBackend
@@ -232,6 +232,24 @@ def test_a_copied_page_continues_like_its_source(tiny_model: TinyModel) -> None:
         stage.run(make_batch([Piece(LONG[:16], [1])], 16))  # the source's page goes to somebody else
         copied = stage.run(make_batch([Piece(PROMPT[30:40], [0, 9, 5], 30)], 16))
         np.testing.assert_array_equal(copied, expected)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
+@pytest.mark.parametrize("backend", [CPUBackend(), ReferenceBackend()], ids=["cpu", "reference"])
+def test_pages_that_were_in_host_memory_continue_like_those_that_stayed(
+    tiny_model: TinyModel, backend: Backend, kv_dtype: KVDType
+) -> None:
+    graph = graph_of(tiny_model("gemma3", "Q4_0"))
+    stage = backend.open_stage(graph, config(kv_dtype, n_threads=2))
+    stage.run(make_batch([Piece(PROMPT[:30], [3, 8])], 16))
+    expected = stage.run(make_batch([Piece(PROMPT[30:40], [3, 8, 5], 30)], 16)).copy()
+    data = stage.read_pages([3, 8])
+    assert data.dtype == np.uint8 and data.shape == (2, 16 * graph.kv_bytes_per_token(2 if kv_dtype == "f16" else 4))
+    stage.run(make_batch([Piece(LONG[:48], [8, 3, 9])], 16))  # their places go to somebody else
+    stage.write_pages([9], data[1:])
+    stage.write_pages([6], data[:1])
+    np.testing.assert_array_equal(stage.run(make_batch([Piece(PROMPT[30:40], [6, 9, 5], 30)], 16)), expected)
+    stage.close()
 
 
 def test_hundreds_of_steps_in_a_row(tiny_model: TinyModel) -> None:

@@ -93,15 +93,18 @@ def test_prefix_cache_and_preemption_change_nothing(path: Path, llm: LLM) -> Non
     prompts = [golden_prompts("smollm2")["story"].ids[: 40 - i] for i in range(4)]
     params = SamplingParams(seed=5, max_tokens=40, ignore_eos=True, logprobs=2)
     expected = [llm.generate(prompt, params)[0] for prompt in prompts]
-    with LLM(path, kv_cache_memory=9 * 16 * 23040, max_num_batched_tokens=24) as small:
-        assert small.n_ctx == 144
-        crowded = small.generate(prompts, params)
-        assert small.stats().preemptions > 0
-        again = small.generate(prompts[0], params)[0]
-        assert again.num_cached_tokens == 32
-    assert ids_of(crowded) == ids_of(expected)
-    assert [o.outputs[0].logprobs for o in crowded] == [o.outputs[0].logprobs for o in expected]
-    assert again.outputs[0].logprobs == expected[0].outputs[0].logprobs
+    for mode in ("recompute", "swap"):
+        options = {"preemption_mode": mode, "swap_space": 40 * 16 * 23040}
+        with LLM(path, kv_cache_memory=9 * 16 * 23040, max_num_batched_tokens=24, **options) as small:
+            assert small.n_ctx == 144
+            crowded = small.generate(prompts, params)
+            stats = small.stats()
+            assert stats.preemptions > 0 and stats.swaps == (stats.preemptions if mode == "swap" else 0)
+            again = small.generate(prompts[0], params)[0]
+            assert again.num_cached_tokens == 32
+        assert ids_of(crowded) == ids_of(expected)
+        assert [o.outputs[0].logprobs for o in crowded] == [o.outputs[0].logprobs for o in expected]
+        assert again.outputs[0].logprobs == expected[0].outputs[0].logprobs
 
 
 def test_logprobs_belong_to_the_logits(llm: LLM) -> None:

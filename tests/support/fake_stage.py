@@ -6,12 +6,13 @@ it finds there, so a wrong slot, table, position or shared page shows up as othe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from pyinfer.graph.backend import StageConfig
+from pyinfer.graph.backend import PageData, StageConfig
 from pyinfer.graph.batch import Batch
 
 N_VOCAB = 61
@@ -69,6 +70,12 @@ class FakeStage:
     def copy_page(self, source: int, target: int) -> None:
         pages = self.kv.reshape(-1, self.config.block_size)
         pages[target] = pages[source]
+
+    def read_pages(self, pages: Sequence[int]) -> PageData:
+        return self.kv.reshape(-1, self.config.block_size)[list(pages)].view(np.uint8)
+
+    def write_pages(self, pages: Sequence[int], data: PageData) -> None:
+        self.kv.reshape(-1, self.config.block_size)[list(pages)] = data.view(np.int64)
 
     def close(self) -> None:
         self.closed = True

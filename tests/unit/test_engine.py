@@ -14,6 +14,7 @@ from pyinfer.graph.backend import StageConfig
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.outputs import RequestOutput, TokenLogprobs
+from pyinfer.runtime.preemption_cost import PreemptionCost
 from pyinfer.runtime.request import Sequence
 from pyinfer.runtime.sampler import SequenceSampler
 from pyinfer.runtime.sampling_params import SamplingParams
@@ -91,14 +92,21 @@ def test_tokens_are_those_of_the_request_alone(config: StageConfig, prefix_cachi
     assert engine.scheduler.pool.n_held == 0
 
 
-def test_preemption_changes_nothing() -> None:
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize(("mode", "n_swap_pages"), [("recompute", 0), ("swap", 4), ("swap", 100), ("auto", 100)])
+def test_preemption_changes_nothing(mode: str, n_swap_pages: int, prefix_caching: bool) -> None:
     config = replace(TIGHT, n_pages=8)
-    engine = new_engine(config)
+    options = {"preemption_mode": mode, "n_swap_pages": n_swap_pages, "prefix_caching": prefix_caching}
+    engine = new_engine(config, **options)
     params = SamplingParams(max_tokens=70, ignore_eos=True, seed=3, logprobs=2)
     for i in range(3):
         engine.add_request(str(i), prompt_of(20, i), params)
     together = drive(engine)
-    assert engine.stats().preemptions > 0
+    stats = engine.stats()
+    assert stats.preemptions > 0 and (mode == "auto" or (stats.swaps > 0) == (mode == "swap"))
+    if n_swap_pages == 100 and mode == "swap":
+        assert stats.swaps == stats.preemptions
+        assert stage_of(engine).n_tokens == 3 * (20 + 69), "nothing is computed again"
     for i in range(3):
         single = new_engine(config)
         single.add_request(str(i), prompt_of(20, i), params)
@@ -106,6 +114,41 @@ def test_preemption_changes_nothing() -> None:
         assert tokens_of(together[str(i), 0]) == tokens_of(expected)
         assert [c.new_logprobs for c in together[str(i), 0]] == [c.new_logprobs for c in expected]
     assert sum(c.metrics.preemptions for chunks in together.values() for c in chunks if c.metrics) > 0
+
+
+def test_the_cheaper_way_to_give_way_is_taken() -> None:
+    cost = PreemptionCost()
+    assert cost.prefers_swap(100, 7), "to be measured"
+    for _ in range(50):
+        cost.note_computed(64, 0.064)
+        cost.note_computed(1, 10.0)
+        cost.note_copied(2, 0.014)
+    assert cost.prefers_swap(113, 8) and not cost.prefers_swap(111, 8), "1 ms a token, 7 ms a page and way"
+    for _ in range(50):
+        cost.note_copied(2, 0.001)
+    assert cost.prefers_swap(10, 8)
+    assert not PreemptionCost("recompute").prefers_swap(1000, 1)
+
+
+def test_an_error_while_pages_are_moved_ends_those_that_it_may_have_hurt() -> None:
+    engine = new_engine(replace(TIGHT, n_pages=8), preemption_mode="swap", n_swap_pages=100)
+    for i in range(4):
+        engine.add_request(str(i), prompt_of(20, i), replace_params(max_tokens=70, seed=3))
+    stage = stage_of(engine)
+
+    def broken(pages: object) -> None:
+        raise RuntimeError("no more host memory")
+
+    read, stage.read_pages = stage.read_pages, broken  # type: ignore[method-assign,assignment]
+    failed: list[str] = []
+    while not failed:
+        failed = [output.request_id for output in engine.step() if output.failure is not None]
+        engine.check()
+    assert len(failed) >= 2, "one that ran and one that gave way"
+    stage.read_pages = read  # type: ignore[method-assign]
+    for (name, _), chunks in drive(engine).items():
+        assert name not in failed and chunks[-1].finish_reason == "length"
+    assert engine.stats().pages_used == 0
 
 
 def test_prefix_reuse_is_reported_and_changes_nothing() -> None:

@@ -38,7 +38,7 @@ class Clocked:
 
     def __init__(self, policy: str, max_aging: float = 1e9) -> None:
         self.now = 0.0
-        config = SchedulerConfig(16, 64, 1, False, policy, max_aging)
+        config = SchedulerConfig(16, 64, 1, False, policy, max_aging=max_aging)
         self.scheduler = Scheduler(config, PagePool(64), clock=lambda: self.now)
         self.n_arrived = 0
 
