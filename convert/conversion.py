@@ -30,7 +30,8 @@ from pyinfer.convert.safetensors import StoredTensor
 from pyinfer.convert.type_plan import TensorSpec, model_shape, plan_types
 from pyinfer.convert.vocabulary import vocabulary_metadata
 from pyinfer.errors import ConvertError
-from pyinfer.quant.codec import ByteArray, FloatArray
+from pyinfer.quant.codec import ByteArray, Codec, FloatArray
+from pyinfer.quant.codecs import codec_by_name
 from pyinfer.quant.writer import TensorStream, stream_gguf
 
 _CHUNK_WEIGHTS = 1 << 24  # 64 MB of float32
@@ -105,6 +106,7 @@ class _Source:
             start = int(wanted.min())
             data = stored.read(start, int(wanted.max()) + 1)[wanted - start]
         if stored.codec.name == codec_name and not self.offset:
+            _check_finite(stored.name, stored.codec, data)
             return data
         rows = stored.codec.dequantize(data)
         if self.offset:
@@ -113,12 +115,19 @@ class _Source:
 
 
 def _encoded(name: str, codec_name: str, rows: FloatArray) -> ByteArray:
-    if not np.isfinite(rows).all():
-        raise ConvertError(f"tensor {name} holds a weight that is NaN or infinite; the checkpoint is damaged")
+    _check_finite(name, codec_by_name("F32"), rows)
     data = encode(codec_name, rows)
     if codec_name == "F16" and not np.isfinite(data.view(np.float16)).all():
         raise ConvertError(f"tensor {name} holds a weight beyond float16's 65504; choose --type bf16 or f32")
     return data
+
+
+def _check_finite(name: str, codec: Codec, data: npt.NDArray[Any]) -> None:
+    """A float is NaN or infinite if all bits of its exponent are set."""
+    word, exponent = {"F32": ("u4", 0x7F800000), "BF16": ("u2", 0x7F80), "F16": ("u2", 0x7C00)}[codec.name]
+    bits = data.view(word) & np.array(exponent, word)
+    if bits.size and int(bits.max()) == exponent:
+        raise ConvertError(f"tensor {name} holds a weight that is NaN or infinite; the checkpoint is damaged")
 
 
 def plan_conversion(
