@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pyinfer.server import chat, completions, meta, text
+from pyinfer.server import chat, completions, meta, metrics, text
 from pyinfer.server.errors import AuthenticationError, error_response, install_handlers
 from pyinfer.server.service import Service
 
@@ -21,7 +21,7 @@ def create_app(service: Service, *, api_key: str | None = None, cors_origins: Se
     # the built-in documentation pages load their scripts from elsewhere
     app = FastAPI(title="pyinfer", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    for module in (meta, chat, completions, text):
+    for module in (meta, chat, completions, text, metrics):
         app.include_router(module.router)
     install_handlers(app)
     if api_key is not None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pyinfer.errors import ModelNotFoundError
+from pyinfer.runtime.engine_client import Observer
 from pyinfer.runtime.outputs import EngineStats, RequestOutput
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.server.errors import LoadingError
+from pyinfer.server.request_log import RequestLog
 
 if TYPE_CHECKING:
     from pyinfer.runtime.chat_template import ChatTemplate
@@ -27,6 +29,8 @@ class Stream(Protocol):
 
 class Client(Protocol):
     """As much of `EngineClient` as the server uses."""
+
+    observer: Observer | None
 
     def generate(self, prompt_ids: list[int], params: SamplingParams, *, request_id: str) -> Stream: ...
 
@@ -63,6 +67,7 @@ class Service:
         self.names = list(names)
         self.max_logprobs = max_logprobs
         self.created = int(time.time())
+        self.log = RequestLog()
         self._model: ServedModel | None = None
 
     @property
@@ -70,6 +75,7 @@ class Service:
         return self._model is not None
 
     def set_ready(self, model: ServedModel) -> None:
+        model.client.observer = self.log
         self._model = model
 
     def model(self) -> ServedModel:
