@@ -39,7 +39,7 @@ def plot_run(path: Path, title: str, records: Sequence[RequestRecord]) -> None:
     figure.suptitle(title)
     axes = figure.subplots(2, 2)
     _cumulative(
-        axes[0, 0], "time to first token, s", {"TTFT": [ttft(r) for r in done], "E2EL": [e2el(r) for r in done]}
+        axes[0, 0], "since the request was sent, s", {"TTFT": [ttft(r) for r in done], "E2EL": [e2el(r) for r in done]}
     )
     gaps = {
         "TPOT": [1e3 * v for r in done if (v := tpot(r)) is not None],
