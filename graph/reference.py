@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyinfer.graph.activation import quantize_activation
-from pyinfer.graph.backend import PageData, Progress, StageConfig
+from pyinfer.graph.backend import PageData, Progress, StageConfig, split_kv_dtype
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import (
@@ -28,6 +28,7 @@ from pyinfer.graph.ops import (
     Value,
 )
 from pyinfer.graph.rope import Rope
+from pyinfer.quant.codecs import codec_by_name
 from pyinfer.quant.tensor import QuantTensor
 
 F32Array = npt.NDArray[np.float32]
@@ -53,10 +54,12 @@ class ReferenceStage:
         self._graph = graph
         self._config = config
         self._weights = _dequantize_weights(graph, progress) if keep_weights else {}
-        dtype = np.float16 if config.kv_dtype == "f16" else np.float32
+        self._dtypes = split_kv_dtype(config.kv_dtype)
         shapes = [(config.n_pages, config.block_size, layer.n_kv_heads, layer.head_dim) for layer in graph.kv_layers]
-        self._keys = [np.zeros(shape, dtype) for shape in shapes]
-        self._values = [np.zeros(shape, dtype) for shape in shapes]
+        self._keys, self._values = (
+            [np.zeros(shape, np.float16 if dtype == "f16" else np.float32) for shape in shapes]
+            for dtype in self._dtypes
+        )
 
     def run(self, batch: Batch) -> F32Array:
         """Logits float32 [n_outputs, n_vocab]."""
@@ -118,8 +121,8 @@ class ReferenceStage:
             case ApplyRope():
                 rows[op.out] = apply_rope(rows[op.x], op.head_dim, op.rope, batch.positions)
             case StoreKV():
-                self._store(self._keys[op.layer], rows[op.k], batch)
-                self._store(self._values[op.layer], rows[op.v], batch)
+                self._store(self._keys[op.layer], kept_as(self._dtypes[0], rows[op.k]), batch)
+                self._store(self._values[op.layer], kept_as(self._dtypes[1], rows[op.v]), batch)
             case Attention():
                 rows[op.out] = self._attend(op, rows[op.q], batch)
             case GatedActivation():
@@ -178,6 +181,14 @@ class _Rows:
     def forget(self, index: int) -> None:
         for value_id in self._last_use.get(index, ()):
             del self._arrays[value_id]
+
+
+def kept_as(dtype: str, x: F32Array) -> F32Array:
+    """What a KV cache of this type gives back for x, float32; float16 is rounded by the pool itself."""
+    if dtype in ("f16", "f32"):
+        return x
+    codec = codec_by_name(dtype.upper())
+    return codec.dequantize(codec.quantize(x))
 
 
 def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:

@@ -13,9 +13,9 @@ from enum import IntEnum
 from typing import Any
 
 from pyinfer.kernels_cpu.compiler import Body, define
-from pyinfer.kernels_cpu.kv_store import KV_BYTES
+from pyinfer.kernels_cpu.kv_format import POSITIONS, KVFormat, kv_format
 from pyinfer.kernels_cpu.opcode import OpField, StepField
-from pyinfer.kernels_cpu.simd import Emitter, Reg, f32, i32, i64
+from pyinfer.kernels_cpu.simd import Emitter, Reg, f32, i16, i32, i64
 
 PARTITION = 256
 MASKED = -1e30
@@ -50,13 +50,15 @@ def scratch_bytes(head_dim: int) -> int:
     return 4 * (8 * head_dim + 8 * PARTITION + 8 * head_dim)
 
 
-def attention_body(head_dim: int, dtype: str) -> Body:
+def attention_body(head_dim: int, k_dtype: str, v_dtype: str) -> Body:
+    keys, values = kv_format(k_dtype, head_dim), kv_format(v_dtype, head_dim)
+
     def body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
         b = e.b
         kernels = {}
         for rows in ROW_TILES:
-            inner, fn = define(b.module, f"attend_{head_dim}_{dtype}_{rows}", e.isa, 8, internal=True)
-            _Rows(inner, rows, head_dim, dtype, fn.args).emit()
+            inner, fn = define(b.module, f"attend_{rows}", e.isa, 8, internal=True)
+            _Rows(inner, rows, head_dim, keys, values, fn.args).emit()
             inner.b.ret_void()
             kernels[rows] = fn
         n_parts, n_kv, group = (
@@ -107,9 +109,8 @@ def merge_sums(e: Emitter, maximum: Reg, total: Reg, new_maximum: Reg, new_total
 class _Rows:
     """Emits the attention of `n` query rows of one sequence and KV head."""
 
-    def __init__(self, e: Emitter, n: int, head_dim: int, dtype: str, args: Any) -> None:
-        self.e, self.n, self.head_dim, self.dtype = e, n, head_dim, dtype
-        self.size = KV_BYTES[dtype]
+    def __init__(self, e: Emitter, n: int, head_dim: int, keys: KVFormat, values: KVFormat, args: Any) -> None:
+        self.e, self.n, self.head_dim, self.keys, self.values = e, n, head_dim, keys, values
         op, step, scratch, self.sequence, self.token, self.kv_head, self.span, self.first_row = args
         self.op, self.step, self.scratch = e.ptr(op), e.ptr(step), e.ptr(scratch)
         self.q = self.scratch
@@ -190,16 +191,14 @@ class _Rows:
             self.partials.append(e.at(e.ptr(arg(AttentionArg.PARTIALS)), b.mul(index, partial_bytes)))
             self.highs.append(e.add(position, 1))
             self.lows.append(e.max(b.sub(e.add(position, 1), window), 0))
-        block_size = arg(AttentionArg.BLOCK_SIZE)
+        blocks = b.ashr(arg(AttentionArg.BLOCK_SIZE), e.c(4))
         self.page_shift = arg(AttentionArg.PAGE_SHIFT)
-        self.in_page = b.sub(b.ashr(block_size, e.c(4)), e.c(1))  # a mask: blocks of 16 in a page are a power of two
-        head_bytes = e.mul(block_size, self.head_dim * self.size)
-        self.page_bytes = b.mul(head_bytes, arg(AttentionArg.N_KV_HEADS))
-        at_head = b.mul(self.kv_head, head_bytes)
-        self.k_head, self.v_head = (e.at(e.ptr(arg(i)), at_head) for i in (AttentionArg.K_PAGES, AttentionArg.V_PAGES))
+        self.in_page = b.sub(blocks, e.c(1))  # a mask: blocks of 16 in a page are a power of two
+        self.page_blocks = b.mul(blocks, arg(AttentionArg.N_KV_HEADS))
+        self.head_blocks = b.mul(self.kv_head, blocks)
+        self.k_pages, self.v_pages = e.ptr(arg(AttentionArg.K_PAGES)), e.ptr(arg(AttentionArg.V_PAGES))
         tables = e.ptr(e.field(self.step, StepField.PAGE_TABLES))
         self.table = e.at(tables, b.mul(self.sequence, e.field(self.step, StepField.PAGE_TABLE_STRIDE)))
-        self.block_bytes = 16 * self.head_dim * self.size  # of 16 positions, K and V alike
 
     def _read_queries(self) -> None:
         """Scaled queries as [head_dim][n], so that one address serves all rows."""
@@ -212,23 +211,18 @@ class _Rows:
                 for j in range(e.L):
                     e.store(b.extract_element(value, i32(j)), e.at(target, 4 * (j * self.n + r)), 4)
 
-    def _block(self, pages: Reg, block: Reg) -> Reg:
+    def _block(self, pages: Reg, kind: KVFormat, block: Reg) -> Reg:
         """The address of 16 positions of this head in a K or V pool."""
         e, b = self.e, self.e.b
-        index = b.ashr(block, self.page_shift)
-        page = b.sext(e.load(e.at(self.table, e.mul(index, 4)), i32, 4), i64)
-        inside = e.mul(b.and_(block, self.in_page), self.block_bytes)
-        return e.at(e.at(pages, b.mul(page, self.page_bytes)), inside)
+        page = b.sext(e.load(e.at(self.table, e.mul(b.ashr(block, self.page_shift), 4)), i32, 4), i64)
+        index = b.add(b.add(b.mul(page, self.page_blocks), self.head_blocks), b.and_(block, self.in_page))
+        return e.at(pages, e.mul(index, kind.block_bytes(self.head_dim)))
 
-    def _ask_for(self, pages: Reg, block: Reg) -> None:
+    def _ask_for(self, pages: Reg, kind: KVFormat, block: Reg) -> None:
         """Prefetch 16 positions that are needed next: pages jump about, which no hardware prefetcher follows."""
-        place = self._block(pages, block)
-        for at in range(0, self.block_bytes, 64):
+        place = self._block(pages, kind, block)
+        for at in range(0, kind.block_bytes(self.head_dim), 64):
             self.e.prefetch(self.e.at(place, at))
-
-    def _load(self, pointer: Reg) -> Reg:
-        e = self.e
-        return e.load(pointer, e.vf, 4) if self.dtype == "f32" else e.load_halves(pointer)
 
     def _p_at(self, r: int, block: Reg) -> Reg:
         e = self.e
@@ -238,7 +232,7 @@ class _Rows:
         e, b = self.e, self.e.b
         largest = [e.var(e.floats(MASKED)) for _ in range(self.n)]
         with e.loop(self.end_block, self.first_block) as block:
-            self._ask_for(self.v_head, block)
+            self._ask_for(self.v_pages, self.values, block)
             self._scores(block, largest)
         weights = []
         for r in range(self.n):
@@ -260,27 +254,46 @@ class _Rows:
 
     def _scores(self, block: Reg, largest: list[Reg]) -> None:
         e, b = self.e, self.e.b
-        keys = self._block(self.k_head, block)
-        acc = [[[e.var(e.floats(0.0)) for _ in range(2)] for _ in range(self.vectors)] for _ in range(self.n)]
-        with e.loop(self.head_dim, 0, 2) as d:
-            k_at, q_at = e.at(keys, e.mul(d, 16 * self.size)), e.at(self.q, e.mul(d, 4 * self.n))
-            for parity in range(2):
-                columns = [self._load(e.at(k_at, (parity * 16 + v * e.L) * self.size)) for v in range(self.vectors)]
-                for r in range(self.n):
-                    query = e.splat_float(e.at(q_at, 4 * (parity * self.n + r)))
-                    for v in range(self.vectors):
-                        slot = acc[r][v][parity]
-                        e.set(slot, e.fma(query, columns[v], e.get(slot)))
+        keys = self._block(self.k_pages, self.keys, block)
+        if self.keys.group is None:
+            dots = self._dots(keys, 0, self.head_dim)
+        else:
+            slots = [[e.var(e.floats(0.0)) for _ in range(self.vectors)] for _ in range(self.n)]
+            scales = e.at(keys, POSITIONS * self.head_dim)
+            with e.loop(self.head_dim // self.keys.group) as g:
+                part = self._dots(keys, e.mul(g, self.keys.group), self.keys.group)
+                for v in range(self.vectors):
+                    scale = e.load_halves(e.at(e.at(scales, e.mul(g, 2 * POSITIONS)), 2 * v * e.L))
+                    for r in range(self.n):
+                        e.set(slots[r][v], e.fma(part[r][v], scale, e.get(slots[r][v])))
+            dots = [[e.get(slot) for slot in row] for row in slots]
         start = b.trunc(e.mul(block, 16), i32)
         for v in range(self.vectors):
             position = b.add(e.splat(b.add(start, i32(v * e.L))), e.lane_index())
             for r in range(self.n):
                 low, high = (e.splat(b.trunc(x[r], i32)) for x in (self.lows, self.highs))
                 visible = b.and_(b.icmp_signed(">=", position, low), b.icmp_signed("<", position, high))
-                even, odd = (e.get(slot) for slot in acc[r][v])
-                score = b.select(visible, b.fadd(even, odd), e.floats(MASKED))
+                score = b.select(visible, dots[r][v], e.floats(MASKED))
                 e.store(score, e.at(self._p_at(r, block), 4 * e.L * v), 4)
                 e.set(largest[r], e.fmax(e.get(largest[r]), score))
+
+    def _dots(self, keys: Reg, start: Reg | int, n: int) -> list[list[Reg]]:
+        """q . codes over `n` columns from `start`, [rows][vectors] of 16 positions; even and odd columns apart, then added."""
+        e = self.e
+        size = self.keys.element_bytes()
+        acc = [[[e.var(e.floats(0.0)) for _ in range(2)] for _ in range(self.vectors)] for _ in range(self.n)]
+        with e.loop(e.add(e.c(n), start), start, 2) as d:
+            k_at, q_at = e.at(keys, e.mul(d, POSITIONS * size)), e.at(self.q, e.mul(d, 4 * self.n))
+            for parity in range(2):
+                columns = [
+                    self.keys.load(e, e.at(k_at, (parity * POSITIONS + v * e.L) * size)) for v in range(self.vectors)
+                ]
+                for r in range(self.n):
+                    query = e.splat_float(e.at(q_at, 4 * (parity * self.n + r)))
+                    for v in range(self.vectors):
+                        slot = acc[r][v][parity]
+                        e.set(slot, e.fma(query, columns[v], e.get(slot)))
+        return [[e.b.fadd(e.get(even), e.get(odd)) for even, odd in row] for row in acc]
 
     def _weighted_values(self, weights: list[tuple[Reg, Reg]]) -> None:
         """o = o * keep + (p V) * take, a few columns at a time so that the accumulators stay in registers."""
@@ -293,18 +306,32 @@ class _Rows:
             first_pass = b.icmp_signed("==", column, e.c(0))
             with e.loop(self.end_block, self.first_block) as block:
                 with e.when(first_pass):
-                    self._ask_for(self.k_head, e.min(e.add(block, PARTITION // 16), self.last_block))
-                values = e.at(self._block(self.v_head, block), e.mul(column, self.size))
-                rows = [self._p_at(r, block) for r in range(self.n)]
-                with e.loop(16, 0, 2) as i:
-                    for k in range(2):
-                        v_at = e.at(values, e.mul(e.add(i, k), self.head_dim * self.size))
-                        loaded = [self._load(e.at(v_at, c * e.L * self.size)) for c in range(width)]
-                        for r in range(self.n):
-                            p = e.splat_float(e.at(e.at(rows[r], e.mul(i, 4)), 4 * k))
-                            for c in range(width):
-                                e.set(acc[r][c], e.fma(p, loaded[c], e.get(acc[r][c])))
+                    self._ask_for(self.k_pages, self.keys, e.min(e.add(block, PARTITION // 16), self.last_block))
+                values = self._block(self.v_pages, self.values, block)
+                self._add_block(values, column, [self._p_at(r, block) for r in range(self.n)], acc)
             for r, (keep, take) in enumerate(weights):
                 for c in range(width):
                     place = e.at(e.at(self.o, 4 * (r * self.head_dim + c * e.L)), e.mul(column, 4))
                     e.store(e.fma(e.load(place, e.vf, 4), keep, b.fmul(e.get(acc[r][c]), take)), place, 4)
+
+    def _add_block(self, values: Reg, column: Reg, probabilities: list[Reg], acc: list[list[Reg]]) -> None:
+        """acc += p V over the 16 positions of a block, for the columns from `column` on."""
+        e, b = self.e, self.e.b
+        size, width, group = self.values.element_bytes(), len(acc[0]), self.values.group
+        with e.loop(POSITIONS, 0, 2) as i:
+            for k in range(2):
+                position = e.add(i, k)
+                row = e.at(e.at(values, e.mul(position, self.head_dim * size)), e.mul(column, size))
+                loaded = [self.values.load(e, e.at(row, c * e.L * size)) for c in range(width)]
+                if group is not None:
+                    scales = e.at(
+                        e.at(values, POSITIONS * self.head_dim), e.mul(position, 2 * (self.head_dim // group))
+                    )
+                    for c in range(width):
+                        place = e.at(scales, e.mul(b.sdiv(e.add(column, c * e.L), e.c(group)), 2))
+                        scale = e.half_to_float(e.splat(e.load(place, i16, 2)))
+                        loaded[c] = b.fmul(loaded[c], scale)
+                for r, p_row in enumerate(probabilities):
+                    p = e.splat_float(e.at(e.at(p_row, e.mul(i, 4)), 4 * k))
+                    for c in range(width):
+                        e.set(acc[r][c], e.fma(p, loaded[c], e.get(acc[r][c])))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyinfer.errors import ModelError
-from pyinfer.graph.backend import StageConfig
+from pyinfer.graph.backend import StageConfig, split_kv_dtype
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import (
     Add,
@@ -262,8 +262,9 @@ class _Lowering:
             StoreArg.K_PAGES: self.pages.key_address(op.layer), StoreArg.V_PAGES: self.pages.value_address(op.layer),
             StoreArg.BLOCK_SIZE: self.config.block_size, StoreArg.N_HEADS: layer.n_kv_heads,
         }  # fmt: skip
-        dtype = self.config.kv_dtype
-        kernel = self.compiler.kernel(f"store_kv_{layer.head_dim}_{dtype}", store_kv_body(layer.head_dim, dtype))
+        k_type, v_type = split_kv_dtype(self.config.kv_dtype)
+        body = store_kv_body(layer.head_dim, k_type, v_type)
+        kernel = self.compiler.kernel(f"store_kv_{layer.head_dim}_{k_type}_{v_type}", body)
         writes = {self.pages.key_address(op.layer)}
         self._emit(kernel, 1, StepField.N_TOKENS, arguments, reads={k.address, v.address}, writes=writes)
 
@@ -286,8 +287,9 @@ class _Lowering:
             AttentionArg.PAGE_SHIFT: (self.config.block_size // 16).bit_length() - 1,
             AttentionArg.PARTIALS: self.partials.address, AttentionArg.MAX_PARTITIONS: self.partials.max_partitions,
         }  # fmt: skip
-        dtype = self.config.kv_dtype
-        kernel = self.compiler.kernel(f"attention_{layer.head_dim}_{dtype}", attention_body(layer.head_dim, dtype))
+        k_type, v_type = split_kv_dtype(self.config.kv_dtype)
+        body = attention_body(layer.head_dim, k_type, v_type)
+        kernel = self.compiler.kernel(f"attention_{layer.head_dim}_{k_type}_{v_type}", body)
         reads = {q.address, self.pages.key_address(op.layer)}
         tasks = layer.n_kv_heads * parts
         writes = {out.address, self.partials.address}

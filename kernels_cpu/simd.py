@@ -196,6 +196,15 @@ class Emitter:
         small = self.b.icmp_signed("<", magnitude, k(0x38800000))
         return self.b.trunc(self.b.or_(self.b.select(small, tiny, normal), sign), vector(i16, n))
 
+    def float_to_bfloat(self, x: Reg) -> Reg:
+        """<n x float> to the i16 bits of bfloat16, half to even."""
+        ints = vector(i32, x.type.count)
+        k = lambda v: ir.Constant(ints, [v] * x.type.count)  # noqa: E731
+        bits = self.b.bitcast(x, ints)
+        odd = self.b.and_(self.b.lshr(bits, k(16)), k(1))
+        rounded = self.b.lshr(self.b.add(self.b.add(bits, k(0x7FFF)), odd), k(16))
+        return self.b.trunc(rounded, vector(i16, x.type.count))
+
     def load_halves(self, pointer: Reg, n: int | None = None) -> Reg:
         """n float16 in memory to <n x float>."""
         return self.half_to_float(self.load(pointer, vector(i16, n or self.L), 2))

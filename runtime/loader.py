@@ -27,7 +27,6 @@ from pyinfer.runtime.tokenizer import Tokenizer, load_tokenizer
 from pyinfer.runtime.vocabulary_facts import Vocabulary
 
 _MAX_KV_MEMORY = 4 << 30
-_ELEMENT_BYTES = {"f16": 2, "f32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +61,7 @@ class LoadOptions:
             raise ConfigError(f"block_size is {self.block_size}; it must be a multiple of 16", param="block_size")
         if self.n_threads is not None and self.n_threads < 1:
             raise ConfigError(f"n_threads is {self.n_threads}; it must be at least 1", param="n_threads")
-        if self.kv_cache_dtype not in _ELEMENT_BYTES:
-            known = ", ".join(_ELEMENT_BYTES)
-            raise ConfigError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; known: {known}", param="kv_cache_dtype")
+        split_kv_dtype(self.kv_cache_dtype)
         for name, known_values in (("scheduling_policy", POLICIES), ("preemption_mode", PREEMPTION_MODES)):
             if getattr(self, name) not in known_values:
                 known = ", ".join(known_values)

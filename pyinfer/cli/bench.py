@@ -141,11 +141,11 @@ def _run(
 
 
 def _check_memory(graph: Graph, config: StageConfig) -> None:
+    from pyinfer.graph.backend import kv_page_bytes
     from pyinfer.runtime.memory import memory
     from pyinfer.runtime.sizes import format_binary
 
-    element_bytes = 2 if config.kv_dtype == "f16" else 4
-    needed = config.n_pages * config.block_size * graph.kv_bytes_per_token(element_bytes)
+    needed = config.n_pages * kv_page_bytes(graph, config.block_size, config.kv_dtype)
     available = memory().available
     if needed > available:
         raise ConfigError(

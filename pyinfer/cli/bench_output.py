@@ -12,6 +12,7 @@ from typing import Any
 import pyinfer
 from pyinfer.cli.options import EngineOptions
 from pyinfer.cli.text import safe
+from pyinfer.graph.backend import split_kv_dtype
 from pyinfer.runtime.bench import BenchResult
 from pyinfer.runtime.cpu import cpu_name
 from pyinfer.runtime.model_info import ModelInfo
@@ -45,8 +46,8 @@ class Printer(ABC):
             "model_n_params": info.n_params,
             "n_batch": self.engine.max_num_batched_tokens,
             "n_threads": self.n_threads,
-            "type_k": self.engine.kv_cache_dtype,
-            "type_v": self.engine.kv_cache_dtype,
+            "type_k": split_kv_dtype(self.engine.kv_cache_dtype)[0],
+            "type_v": split_kv_dtype(self.engine.kv_cache_dtype)[1],
             "n_gpu_layers": self.engine.n_gpu_layers,
             "test": test.name,
             "n_prompt": test.n_prompt,

@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -25,8 +25,6 @@ from pyinfer.errors import BackendError, ConfigError
 from pyinfer.runtime.sizes import parse_size
 
 _ENGINE_PANEL = "Engine"
-KVDType = Literal["f16", "f32"]
-KV_CACHE_DTYPES: tuple[KVDType, ...] = get_args(KVDType)
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class EngineOptions:
     n_threads: int | None = None  # None: physical cores this process may use
     n_ctx: int = 0  # 0: the model's, or what the KV pool holds
     n_gpu_layers: int = 0
-    kv_cache_dtype: KVDType = "f16"
+    kv_cache_dtype: str = "f16"
     kv_cache_memory: int | None = None  # bytes; None: chosen from the free memory
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
@@ -48,12 +46,12 @@ class EngineOptions:
         return dataclasses.asdict(self)
 
 
-def parse_kv_dtype(text: str) -> KVDType:
-    """One of `KV_CACHE_DTYPES`."""
-    for dtype in KV_CACHE_DTYPES:
-        if dtype == text:
-            return dtype
-    raise ConfigError(f"{text!r} is not one of {', '.join(KV_CACHE_DTYPES)}", param="kv_cache_dtype")
+def parse_kv_dtype(text: str) -> str:
+    """The text itself, if `split_kv_dtype` knows it."""
+    from pyinfer.graph.backend import split_kv_dtype
+
+    split_kv_dtype(text)
+    return text
 
 
 def parse_gpu_layers(text: str) -> int:
@@ -107,9 +105,9 @@ def _engine_options(
     kv_cache_dtype: Annotated[
         str,
         typer.Option(
-            metavar="|".join(KV_CACHE_DTYPES),
+            metavar="TYPE[,TYPE]",
             callback=checked(parse_kv_dtype),
-            help="Type of keys and values.",
+            help="Type of keys and values, or of each: f16, f32, bf16, q8_0.",
             rich_help_panel=_ENGINE_PANEL,
         ),
     ] = "f16",

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pytest
 from cpu_kernels import F32, ISAS, Guarded, call, compiler, float_bits, padded_rows, rng_of, step_header
 
-from pyinfer.kernels_cpu.attention import AttentionArg, attention_body, scratch_bytes
+from pyinfer.kernels_cpu.attention import PARTITION, AttentionArg, attention_body, scratch_bytes
+from pyinfer.kernels_cpu.attention_merge import merge_body
 from pyinfer.kernels_cpu.kv_store import StoreArg, store_kv_body
 
 pytestmark = pytest.mark.backend
@@ -101,14 +102,21 @@ class Pages:
             StoreArg.K_PAGES: self.pools[0].address, StoreArg.V_PAGES: self.pools[1].address,
             StoreArg.BLOCK_SIZE: s.block_size, StoreArg.N_HEADS: s.n_kv_heads,
         }  # fmt: skip
-        kernel = compiler(self.isa).kernel(f"store_kv_{s.head_dim}_{s.dtype}", store_kv_body(s.head_dim, s.dtype))
+        kernel = compiler(self.isa).kernel(
+            f"store_kv_{s.head_dim}_{s.dtype}_{s.dtype}", store_kv_body(s.head_dim, s.dtype, s.dtype)
+        )
         step = step_header(slots=slots.ctypes.data, n_tokens=len(slots))
         call(kernel, arguments, step, len(slots), cuts=(len(slots) // 3,))
         for pool in self.pools:
             pool.check()
 
-    def attend(self, spans: Sequence[Span], *, tile: int = 8, parts: int = 1, cuts: Sequence[int] = ()) -> list[F32]:
-        """One step over spans of positions: for each the result [tokens, heads * head_dim]."""
+    def attend(
+        self, spans: Sequence[Span], *, tile: int = 8, parts: int = 1, shares: int = 1, cuts: Sequence[int] = ()
+    ) -> list[F32]:
+        """One step over spans of positions: for each the result [tokens, heads * head_dim].
+
+        With `shares` above 1 each sequence's partitions are shared out and merged by a second kernel.
+        """
         s = self.shape
         x, stride = padded_rows(np.concatenate([self.q[i][a:b] for i, a, b in spans]))
         positions = np.concatenate([np.arange(a, b, dtype=np.int32) for _, a, b in spans])
@@ -122,6 +130,8 @@ class Pages:
             ],
             np.int32,
         )
+        n_heads, max_partitions = s.n_kv_heads * s.group, -(-max(self.lengths) // PARTITION)
+        partials = Guarded(len(positions) * n_heads * max_partitions * (s.head_dim + 2) * 4, 0xFF)
         out = Guarded(stride * len(positions), 0xFF)
         arguments = {
             AttentionArg.Q: x.address, AttentionArg.Q_STRIDE: stride,
@@ -131,15 +141,22 @@ class Pages:
             AttentionArg.GROUP: s.group, AttentionArg.WINDOW: s.window,
             AttentionArg.SCALE: float_bits(s.head_dim**-0.5), AttentionArg.N_PARTS: parts,
             AttentionArg.PAGE_SHIFT: (s.block_size // 16).bit_length() - 1,
+            AttentionArg.PARTIALS: partials.address, AttentionArg.MAX_PARTITIONS: max_partitions,
         }  # fmt: skip
         step = step_header(
             n_tokens=len(positions), positions=positions.ctypes.data, page_tables=tables.ctypes.data,
-            page_table_stride=tables.strides[0], attention_tiles=tiles.ctypes.data, n_attention=len(tiles),
+            page_table_stride=tables.strides[0], attention_tiles=tiles.ctypes.data, n_attention=len(tiles) * shares,
+            n_spans=shares, n_merged=len(positions),
         )  # fmt: skip
-        kernel = compiler(self.isa).kernel(f"attention_{s.head_dim}_{s.dtype}", attention_body(s.head_dim, s.dtype))
-        n_tasks = len(tiles) * s.n_kv_heads * parts
+        kernel = compiler(self.isa).kernel(
+            f"attention_{s.head_dim}_{s.dtype}_{s.dtype}", attention_body(s.head_dim, s.dtype, s.dtype)
+        )
+        n_tasks = len(tiles) * s.n_kv_heads * parts * shares
         call(kernel, arguments, step, n_tasks, cuts=cuts, scratch_bytes=scratch_bytes(s.head_dim))
-        out.check()
+        if shares > 1:
+            merge = compiler(self.isa).kernel(f"attention_merge_{s.head_dim}", merge_body(s.head_dim))
+            call(merge, arguments, step, len(positions) * n_heads, cuts=(1, 3))
+        out.check(), partials.check()
         rows = out.floats(len(positions))[:, : self.q[0].shape[1]]
         return [part.copy() for part in np.split(rows, starts[1:-1])]
 
@@ -217,6 +234,17 @@ def test_no_cut_into_tiles_parts_and_threads_changes_a_bit(isa: str, shape: Shap
             result = pages.attend(spans, tile=tile, parts=parts, cuts=(1, 2, 7))
             for ours, theirs in zip(result, expected, strict=True):
                 np.testing.assert_array_equal(ours, theirs, err_msg=f"tiles of {tile}, {parts} parts")
+
+
+@BY_CASE
+def test_sharing_out_the_partitions_changes_no_bit(isa: str, shape: Shape) -> None:
+    pages = Pages(isa, shape)
+    for spans in ([(0, 1095, 1100)], [(3, 38, 40), (0, 766, 770), (1, 0, 1), (2, 255, 257)]):
+        expected = pages.attend(spans)
+        for shares in (2, 3, 5, 9):
+            result = pages.attend(spans, shares=shares, parts=min(2, shape.group), cuts=(1, 5))
+            for ours, theirs in zip(result, expected, strict=True):
+                np.testing.assert_array_equal(ours, theirs, err_msg=f"{shares} shares")
 
 
 @BY_CASE

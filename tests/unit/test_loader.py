@@ -58,7 +58,7 @@ def test_what_does_not_fit_names_both_numbers(graph: Graph) -> None:
         ("max_num_batched_tokens", 0),
         ("block_size", 8),
         ("n_threads", 0),
-        ("kv_cache_dtype", "q8_0"),
+        ("kv_cache_dtype", "q4_9"),
         ("kv_cache_memory", 0),
         ("swap_space", 4),
     ],
