@@ -95,7 +95,7 @@ def call(
 ) -> None:
     """Run tasks 0..n_tasks, cut at `cuts`; the last piece first, as another thread would."""
     op, scratch = op_record(arguments), Guarded(scratch_bytes, 0xFF)
-    bounds = [0, *sorted(cuts), n_tasks]
+    bounds = [0, *sorted(cut for cut in cuts if 0 < cut < n_tasks), n_tasks]
     for first, last in reversed(list(pairwise(bounds))):
         _KERNEL(kernel)(op.ctypes.data, step.ctypes.data, first, last, scratch.address)
     scratch.check()
