@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,15 @@ from pyinfer.loadgen.openai_stream import RequestRecord
 
 def check_plot(path: Path) -> None:
     """ConfigError before a run if its plot could not be written after it."""
-    try:
-        import matplotlib
-    except ImportError as error:
+    if find_spec("matplotlib") is None:
         raise ConfigError(
             "--plot needs matplotlib, which is not installed: pip install 'pyinfer-gguf[plots]'", param="plot"
-        ) from error
+        )
     kinds = ("eps", "jpg", "pdf", "png", "svg")
     if path.suffix.lower().lstrip(".") not in kinds:
         raise ConfigError(f"--plot {path}: the name must end in one of {', '.join(kinds)}", param="plot")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--plot {path}: there is no folder {path.parent}", param="plot")
-    matplotlib.use("Agg")
 
 
 def plot_run(path: Path, title: str, records: Sequence[RequestRecord]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class TestOneRequest:
             record = exchange(fake, temperature=0.5, extra_body={"top_k": 3})
         assert record.is_ok and (record.n_prompt, record.n_output, record.n_cached) == (7, 6, 2)
         assert len(record.chunk_times) == 6 and record.text == "token " * 6
-        assert record.start + 0.05 <= record.chunk_times[0] and record.chunk_times == sorted(record.chunk_times)
-        assert record.end - record.chunk_times[0] >= 0.05 and record.end >= record.chunk_times[-1]
+        assert record.chunk_times[0] - record.start >= 0.049 and record.chunk_times == sorted(record.chunk_times)
+        assert record.end - record.start >= 0.099 and record.end >= record.chunk_times[-1]
         assert fake.bodies == [
             {
                 "model": "fake", "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0.5, "ignore_eos": True,
@@ -54,7 +55,7 @@ class TestOneRequest:
         """The chunk that names the role carries no text and is no first token."""
         with serve_fake(FakeOpenAI(first_delay=0.05)) as fake:
             record = exchange(fake, LoadRequest("hi", 1, 4), endpoint="chat", ignore_eos=False)
-        assert record.is_ok and len(record.chunk_times) == 4 and record.chunk_times[0] - record.start >= 0.05
+        assert record.is_ok and len(record.chunk_times) == 4 and record.chunk_times[0] - record.start >= 0.049
         assert fake.bodies[0]["messages"] == [{"role": "user", "content": "hi"}] and "ignore_eos" not in fake.bodies[0]
 
     @pytest.mark.parametrize(
@@ -83,26 +84,25 @@ class TestRun:
         with serve_fake(FakeOpenAI(delay=0.005)) as fake:
             result = load(fake, 12, max_concurrency=3)
             assert fake.most_running == 3 and all(r.is_ok for r in result.records)
-        with serve_fake(FakeOpenAI(first_delay=0.3)) as fake:
-            load(fake, 12)
-            assert fake.most_running == 12
+        with serve_fake(FakeOpenAI(gather=12)) as fake:
+            assert all(r.is_ok for r in load(fake, 12).records)
 
     def test_arrivals_are_kept(self) -> None:
         from pyinfer.loadgen.arrivals import arrival_times
 
         with serve_fake(FakeOpenAI()) as fake:
-            result = load(fake, 10, request_rate=50.0, seed=4)
-        planned = arrival_times(10, 50.0, seed=4)
-        first = result.records[0].start
-        late = [r.start - first - at for r, at in zip(result.records, planned, strict=True)]
-        assert min(late) > -0.05 and result.duration >= planned[-1]
+            before = time.perf_counter()
+            result = load(fake, 10, request_rate=20.0, seed=4)
+        planned = arrival_times(10, 20.0, seed=4)
+        assert all(r.start - before >= at - 1e-3 for r, at in zip(result.records, planned, strict=True))
+        assert result.duration >= planned[-1] - 1e-3
 
     def test_time_limit(self) -> None:
         with serve_fake(FakeOpenAI(delay=0.02)) as fake:
             requests = [LoadRequest([1], 1, 2), LoadRequest([1], 1, 100_000)]
-            result = asyncio.run(run_load(HttpClient(fake.url), requests, SendOptions("fake"), time_limit=0.5))
+            result = asyncio.run(run_load(HttpClient(fake.url), requests, SendOptions("fake"), time_limit=2.0))
         quick, slow = result.records
-        assert quick.is_ok and slow.error == "not done within the run's 0.5 s" and len(slow.chunk_times) > 1
+        assert quick.is_ok and slow.error == "not done within the run's 2 s" and len(slow.chunk_times) > 1
 
     def test_failures_are_counted_and_heard(self) -> None:
         heard: list[RequestRecord] = []

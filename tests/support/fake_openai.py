@@ -21,6 +21,7 @@ class FakeOpenAI:
     role_chunk: bool = True  # a chat's first chunk carries no text
     cut_after: int | None = None  # chunks, then the connection is closed
     break_after: int | None = None  # chunks, then an error event
+    gather: int = 0  # answer nobody before so many have asked
     refuse_every: int = 0  # every n-th completion is a 429
     bytes_at_once: int = 1 << 20  # the stream is written in pieces of this size
     tokenizes: bool = True
@@ -66,6 +67,8 @@ class FakeOpenAI:
         self.n_running += 1
         self.most_running = max(self.most_running, self.n_running)
         try:
+            while self.most_running < self.gather:
+                await asyncio.sleep(0.005)
             await self._stream(writer, "chat" in path, fields)
         finally:
             self.n_running -= 1
