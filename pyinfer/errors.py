@@ -74,3 +74,14 @@ class UnavailableError(PyinferError):
 
     http_status = 503
     error_type = "server_error"
+
+
+class OverloadedError(PyinferError):
+    """A request that would wait longer than the server lets one wait; `retry_after` seconds later it would not."""
+
+    http_status = 429
+    error_type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, code="overloaded")
+        self.retry_after = retry_after

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pyinfer.errors import RequestError
+from pyinfer.errors import OverloadedError, RequestError
 from pyinfer.graph.backend import Stage, StageConfig
 from pyinfer.graph.ops import F32Array
+from pyinfer.runtime.admission import Admission
 from pyinfer.runtime.batch_builder import BatchBuilder, Step
 from pyinfer.runtime.beam_search import BeamSearch, BeamSearchParams
 from pyinfer.runtime.logprobs import token_logprobs
@@ -57,6 +58,7 @@ class Engine:
         policy: str = "priority",
         preemption_mode: str = "auto",
         n_swap_pages: int = 0,
+        max_queue_wait: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -81,6 +83,7 @@ class Engine:
         self.limits = RequestLimits(
             self.n_ctx, vocabulary.n_vocab if n_vocab is None else n_vocab, self.scheduler.policy.takes_priority
         )
+        self.admission = Admission(self.scheduler, max_queue_wait)
         self._builder = BatchBuilder(
             block_size=config.block_size,
             max_tokens=config.max_tokens,
@@ -107,11 +110,12 @@ class Engine:
         bad_words: list[list[int]] | None = None,
         resume: list[list[int] | None] | None = None,
     ) -> None:
-        """Queue a request; `RequestError` if it can never be served. Only requests of the same salt share pages.
+        """Queue a request; `RequestError` if it can never be served, `OverloadedError` if it would wait too long.
 
-        Those of a `route` are of a kind: the lengths of their answers say how long the next will be.
-        `bad_words` are `spell_bad_words` of the parameters', where the vocabulary cannot encode. `resume` has what each
-        sample produced in an engine that died, None for those that ended: they go on after it as if nothing had been.
+        Only requests of the same salt share pages. Those of a `route` are of a kind: the lengths of their answers say
+        how long the next will be. `bad_words` are `spell_bad_words` of the parameters', where the vocabulary cannot
+        encode. `resume` has what each sample produced in an engine that died, None for those that ended: they go on
+        after it as if nothing had been.
         """
         self.limits.check(prompt, params)
         request = self._new_request(request_id, prompt, params, salt, route)
@@ -143,6 +147,16 @@ class Engine:
                 sequence.n_score_rows = len(prompt) - 1
                 sequence.prompt_logprobs = [None]
             request.sequences.append(sequence)
+        self._queue(request, may_refuse=resume is None)
+
+    def _queue(self, request: Request, *, may_refuse: bool) -> None:
+        if may_refuse:
+            try:
+                self.admission.check(request.sequences[0])
+            except OverloadedError:
+                del self._requests[request.id]
+                raise
+        for sequence in request.sequences:
             self.scheduler.add(sequence)
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
@@ -162,7 +176,7 @@ class Engine:
         request = self._new_request(request_id, prompt, params.sampling, salt)
         request.sequences.append(Sequence(request, 0, limit=min(self.n_ctx, len(prompt) + params.max_tokens)))
         request.beams = BeamSearch(params, request, self._vocabulary.eog_ids)
-        self.scheduler.add(request.sequences[0])
+        self._queue(request, may_refuse=True)
 
     def _new_request(
         self, request_id: str, prompt: list[int], params: SamplingParams, salt: str, route: str = ""
@@ -208,7 +222,9 @@ class Engine:
             step = self._builder.build(plan)
             start = self._clock()
             logits = self._stage.run(step.batch)
-            self.scheduler.cost.note_computed(step.batch.n_tokens, self._clock() - start)
+            seconds = self._clock() - start
+            self.scheduler.cost.note_computed(step.batch.n_tokens, seconds)
+            self.admission.note_step(step.batch.n_tokens, step.batch.n_sequences, seconds)
             self._score(step, logits)
             self._advance(plan)
             self._fork_samples(step)

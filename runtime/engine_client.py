@@ -83,8 +83,10 @@ class EngineClient(ABC):
     def _send(self, message: Message) -> None:
         """Hand a message to the engine; called with the lock held."""
 
-    def _add_request(self, request_id: str, prompt: list[int], params: SamplingParams, salt: str) -> AddRequest:
-        return AddRequest(request_id, prompt, params, salt)
+    def _add_request(
+        self, request_id: str, prompt: list[int], params: SamplingParams, salt: str, route: str
+    ) -> AddRequest:
+        return AddRequest(request_id, prompt, params, salt, route=route)
 
     # ---- requests
 
@@ -95,8 +97,12 @@ class EngineClient(ABC):
         *,
         request_id: str | None = None,
         salt: str = "",
+        route: str = "",
     ) -> RequestStream:
-        """Submit a request now and return its chunks; raises `RequestError` at once if it can never be served."""
+        """Submit a request now and return its chunks; raises `RequestError` at once if it can never be served.
+
+        Only requests of the same salt share pages; those of a route are taken to have answers of like lengths.
+        """
         params = SamplingParams() if params is None else params
         self.limits.check(prompt_ids, params)
         request_id = uuid.uuid4().hex if request_id is None else request_id
@@ -111,7 +117,7 @@ class EngineClient(ABC):
             self._mailboxes[request_id] = mailbox
             if self.observer is not None:
                 self.observer.added(request_id, len(prompt_ids), params, time.monotonic())
-            self._send(self._add_request(request_id, list(prompt_ids), params, salt))
+            self._send(self._add_request(request_id, list(prompt_ids), params, salt, route))
         return RequestStream(request_id, params.n_samples, mailbox, self._forget)
 
     def abort(self, request_id: str, index: int | None = None) -> None:

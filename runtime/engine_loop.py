@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from pyinfer.errors import OverloadedError
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.engine_messages import AbortRequest, Message, StepReport
 from pyinfer.runtime.outputs import RequestFailure, RequestOutput
@@ -28,9 +29,13 @@ def _handle(engine: Engine, message: Message) -> list[RequestOutput]:
             message.prompt,
             message.params,
             salt=message.salt,
+            route=message.route,
             bad_words=message.bad_words,
             resume=message.resume,
         )
+    except OverloadedError as error:
+        failure = RequestFailure(str(error), error.error_type, error.http_status, error.retry_after)
+        return [RequestOutput(message.request_id, failure=failure)]
     except Exception as error:
         return [RequestOutput(message.request_id, failure=RequestFailure(str(error), "server_error", 500))]
     return []

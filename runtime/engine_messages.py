@@ -22,6 +22,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
     salt: str = ""
     bad_words: list[list[int]] | None = None  # those of the parameters, spelled; None: the engine can do it
     resume: list[list[int] | None] | None = None  # by sample: what it produced in an engine that died; None: it ended
+    route: str = ""  # its kind: requests of one kind are taken to have answers of like lengths
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):

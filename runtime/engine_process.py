@@ -165,11 +165,14 @@ class EngineProcess(EngineClient):
             self._thread.join()
         self._child.close()
 
-    def _add_request(self, request_id: str, prompt: list[int], params: SamplingParams, salt: str) -> AddRequest:
+    def _add_request(
+        self, request_id: str, prompt: list[int], params: SamplingParams, salt: str, route: str
+    ) -> AddRequest:
         assert self._tokenizer is not None
         if params.seed is None:
             params = params.replace(seed=self._seeds.getrandbits(63))
-        return AddRequest(request_id, prompt, params, salt, spell_bad_words(params.bad_words or (), self._tokenizer))
+        words = spell_bad_words(params.bad_words or (), self._tokenizer)
+        return AddRequest(request_id, prompt, params, salt, words, route=route)
 
     def _send(self, message: Message) -> None:
         if isinstance(message, AddRequest):

@@ -45,6 +45,7 @@ class LoadOptions:
     enable_prefix_caching: bool = True
     scheduling_policy: str = "priority"  # fcfs, priority or ssjf
     preemption_mode: str = "auto"  # recompute, swap, or what is measured to be cheaper
+    max_queue_wait: float | None = None  # seconds: who would wait longer is refused; None: nobody
     swap_space: int | None = None  # bytes of host memory for swapped pages; None: a quarter of the KV pool
     backend: str = "cpu"
     chat_template: Path | None = None  # a Jinja file that replaces the model's own
@@ -66,6 +67,8 @@ class LoadOptions:
             if getattr(self, name) not in known_values:
                 known = ", ".join(known_values)
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {known}", param=name)
+        if self.max_queue_wait is not None and not self.max_queue_wait >= 0:
+            raise ConfigError(f"max_queue_wait is {self.max_queue_wait}; it must be 0 or more", param="max_queue_wait")
         if self.swap_space is not None and self.swap_space < 0:
             raise ConfigError("swap_space must be a number of bytes, or 0 for none", param="swap_space")
         if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
@@ -179,6 +182,7 @@ def open_engine(
             policy=options.scheduling_policy,
             preemption_mode=options.preemption_mode,
             n_swap_pages=n_swap_pages,
+            max_queue_wait=options.max_queue_wait,
         )
     except BaseException:
         stage.close()

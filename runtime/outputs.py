@@ -43,6 +43,7 @@ class RequestFailure(msgspec.Struct, frozen=True):
     message: str
     error_type: str
     http_status: int
+    retry_after: int | None = None  # seconds until the same request would be taken
 
 
 class RequestOutput(msgspec.Struct):

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
-from pyinfer.errors import EngineError, UnavailableError
+from pyinfer.errors import EngineError, OverloadedError, PyinferError, UnavailableError
 from pyinfer.runtime.outputs import RequestFailure, RequestOutput
 
 
@@ -32,7 +32,7 @@ class RequestStream:
     """An async iterator over a request's chunks, until each sample has its finish reason.
 
     Leaving it early (`aclose`, `async with`, cancelling the task that iterates, dropping it) aborts the request.
-    Iterating raises `EngineError` if the request fails. Used from one event loop.
+    Iterating raises `EngineError` if the request fails, `OverloadedError` if it is not taken. Used from one event loop.
     """
 
     def __init__(self, request_id: str, n_samples: int, mailbox: Mailbox, forget: Callable[[str], None]) -> None:
@@ -87,5 +87,7 @@ class RequestStream:
         self._leave()
 
 
-def _error_of(failure: RequestFailure) -> EngineError | UnavailableError:
+def _error_of(failure: RequestFailure) -> PyinferError:
+    if failure.retry_after is not None:
+        return OverloadedError(failure.message, retry_after=failure.retry_after)
     return UnavailableError(failure.message) if failure.http_status == 503 else EngineError(failure.message)

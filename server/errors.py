@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from pyinfer.errors import PyinferError
+from pyinfer.errors import OverloadedError, PyinferError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -57,6 +57,8 @@ def error_response(error: Exception) -> Response:
     headers: dict[str, str] = {}
     if status == 503:
         headers["Retry-After"] = "1"
+    if isinstance(error, OverloadedError):
+        headers["Retry-After"] = str(error.retry_after)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return json_response(body, status, headers)

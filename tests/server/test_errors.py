@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from pyinfer.errors import OverloadedError
 from pyinfer.server.decoding import MAX_BODY
 from pyinfer.server.service import Service
 
@@ -122,6 +123,21 @@ def test_bodies_that_are_no_json_or_too_large(server: Any) -> None:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {MAX_BODY + 1}\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_would_wait_too_long_is_told_when_to_come_back(
+    server: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def refuse(sequence: object) -> None:
+        raise OverloadedError("this request would wait about 9 s", retry_after=7)
+
+    monkeypatch.setattr(server.loaded.engine.admission, "check", refuse)
+    for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": USER})):
+        reply = server.post(path, {"model": "tiny", "stream": stream, **body})
+        assert (reply.status_code, reply.headers["retry-after"]) == (429, "7")
+        error = reply.json()["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded") and "9 s" in error["message"]
 
 
 def test_everything_waits_for_the_model(start_server: Any) -> None:
