@@ -60,7 +60,11 @@ def test_what_does_not_fit_names_both_numbers(graph: Graph) -> None:
         ("n_threads", 0),
         ("kv_cache_dtype", "q4_9"),
         ("kv_cache_memory", 0),
-        ("swap_space", 4),
+        ("swap_room", 4),
+        ("swap_space", -1),
+        ("scheduling_policy", "lifo"),
+        ("preemption_mode", "kill"),
+        ("max_queue_wait", -1.0),
     ],
 )
 def test_a_wrong_option_is_named(name: str, value: Any, tiny_model: Callable[..., Path]) -> None:
