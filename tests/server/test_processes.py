@@ -16,13 +16,12 @@ from typing import Any
 
 import httpx
 import pytest
+from serve_process import PYINFER, ROOT, serving
 
 from pyinfer.runtime.paths import kernels_dir
 
 pytestmark = pytest.mark.server
 
-PYINFER = [sys.executable, "-m", "pyinfer"]
-ROOT = Path(__file__).parent.parent.parent
 # an answer that goes on until something ends it
 LONG = {"messages": [{"role": "user", "content": "x"}], "ignore_eos": True, "temperature": 0}
 
@@ -33,34 +32,6 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import TinyShape, write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", shape=TinyShape(n_ctx=32768))
-
-
-@contextlib.contextmanager
-def serving(
-    model: Path | str, *options: str, program: list[str] = PYINFER
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process that is ready, and its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [*program, "serve", str(model), "--port", str(port), "-t", "1", "--kv-cache-memory", "64M", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        seen = set()
-        for _ in range(2400):
-            with contextlib.suppress(httpx.TransportError):
-                seen.add(httpx.get(f"{url}/health").status_code)
-            if 200 in seen:
-                break
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.025)
-        assert 200 in seen and seen <= {200, 503}
-        yield process, url
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def first_events(url: str, n: int, body: dict[str, Any]) -> tuple[httpx.Client, Any, Iterator[str]]:
