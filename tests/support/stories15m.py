@@ -111,7 +111,7 @@ def write_hf_folder(folder: Path, model: Llama2c, dtype: str = "F32", shards: in
     if shards == 1:
         write_safetensors(folder / "model.safetensors", tensors, dtype)
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number in range(shards):
             file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
             part = {name: tensors[name] for name in names[number::shards]}
