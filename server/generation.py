@@ -59,10 +59,12 @@ class Generation:
         self._params = params
         self.usage = Usage(prompt_tokens=sum(map(len, prompts)))
         self.n_choices = len(prompts) * params.n_samples
+        route = request_id.partition("-")[0]  # chatcmpl or cmpl
         ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
         # an error in a later prompt drops the streams of the earlier ones, and that aborts them
         self._streams = [
-            model.client.generate(prompt, params, request_id=each) for prompt, each in zip(prompts, ids, strict=True)
+            model.client.generate(prompt, params, request_id=each, route=route)
+            for prompt, each in zip(prompts, ids, strict=True)
         ]
 
     async def deltas(self) -> AsyncGenerator[Delta]:

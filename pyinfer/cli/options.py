@@ -25,6 +25,21 @@ from pyinfer.errors import BackendError, ConfigError
 from pyinfer.runtime.sizes import parse_size
 
 _ENGINE_PANEL = "Engine"
+_SCHEDULER_PANEL = "Scheduler"
+_POLICIES = ("fcfs", "priority", "ssjf")
+_PREEMPTION_MODES = ("auto", "recompute", "swap")
+# what one conversation in a terminal can use; the rest is about requests beside each other
+ONE_USER = (
+    "threads",
+    "ctx_size",
+    "n_gpu_layers",
+    "kv_cache_dtype",
+    "kv_cache_memory",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,11 @@ class EngineOptions:
     max_num_batched_tokens: int = 512
     block_size: int = 16
     seed: int = 0
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "priority"
+    preemption_mode: str = "auto"
+    swap_space: int | None = None  # bytes; None: a quarter of the KV pool
+    max_queue_wait: float | None = None  # seconds; None: no limit
 
     def as_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `LLM` and `load_model`."""
@@ -52,6 +72,15 @@ def parse_kv_dtype(text: str) -> str:
 
     split_kv_dtype(text)
     return text
+
+
+def _one_of(known: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in known:
+            raise ConfigError(f"{text!r} is not one of {', '.join(known)}")
+        return text
+
+    return parse
 
 
 def parse_gpu_layers(text: str) -> int:
@@ -135,18 +164,63 @@ def _engine_options(
         int,
         typer.Option(metavar="N", help="Seed of the engine, for requests without one.", rich_help_panel=_ENGINE_PANEL),
     ] = 0,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse the pages of equal beginnings.", rich_help_panel=_SCHEDULER_PANEL)
+    ] = True,
+    scheduling_policy: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(_POLICIES),
+            callback=checked(_one_of(_POLICIES)),
+            help="Who goes first: who came first, a lower priority, or the shortest job by predicted length.",
+            rich_help_panel=_SCHEDULER_PANEL,
+        ),
+    ] = "priority",
+    preemption_mode: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(_PREEMPTION_MODES),
+            callback=checked(_one_of(_PREEMPTION_MODES)),
+            help="What becomes of the pages of a request that gives way; auto: what is measured to be cheaper.",
+            rich_help_panel=_SCHEDULER_PANEL,
+        ),
+    ] = "auto",
+    swap_space: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            callback=checked(parse_size),
+            help="Memory for pages that are swapped out, like 2G.",
+            show_default="a quarter of that for keys and values",
+            rich_help_panel=_SCHEDULER_PANEL,
+        ),
+    ] = None,
+    max_queue_wait: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Refuse requests that would wait longer, with 429 and Retry-After.",
+            show_default="no limit",
+            rich_help_panel=_SCHEDULER_PANEL,
+        ),
+    ] = None,
 ) -> EngineOptions:
-    memory = None if kv_cache_memory is None else parse_size(kv_cache_memory)
     return EngineOptions(
         n_threads=threads,
         n_ctx=ctx_size,
         n_gpu_layers=parse_gpu_layers(n_gpu_layers),
         kv_cache_dtype=parse_kv_dtype(kv_cache_dtype),
-        kv_cache_memory=memory,
+        kv_cache_memory=None if kv_cache_memory is None else parse_size(kv_cache_memory),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         seed=seed,
+        enable_prefix_caching=enable_prefix_caching,
+        scheduling_policy=scheduling_policy,
+        preemption_mode=preemption_mode,
+        swap_space=None if swap_space is None else parse_size(swap_space),
+        max_queue_wait=max_queue_wait,
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyinfer.cli.options import EngineOptions, with_engine_options
+from pyinfer.cli.options import ONE_USER, EngineOptions, with_some_engine_options
 from pyinfer.errors import ConfigError
 from pyinfer.runtime.catalogue import DEFAULT_MODEL
 
@@ -26,7 +26,7 @@ _PANEL = "Answer"
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
 
-@with_engine_options
+@with_some_engine_options(*ONE_USER)
 def run(
     model: Annotated[
         str, typer.Argument(metavar="[MODEL]", help="A path, a name or pypi:PACKAGE.", show_default=True)

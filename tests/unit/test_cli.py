@@ -158,6 +158,20 @@ class TestOptions:
         assert cli("probe", "--config", str(config), "-t", "1")[0] == 0
         assert seen == [EngineOptions(n_threads=1, n_ctx=200, block_size=48, seed=4)]
 
+    def test_scheduler_options(self, seen: list[EngineOptions], cli: Cli) -> None:
+        words = "--scheduling-policy ssjf --preemption-mode swap --swap-space 1G --max-queue-wait 2.5"
+        assert cli("probe", *words.split(), "--no-enable-prefix-caching")[0] == 0
+        assert seen == [
+            EngineOptions(
+                scheduling_policy="ssjf",
+                preemption_mode="swap",
+                swap_space=1 << 30,
+                max_queue_wait=2.5,
+                enable_prefix_caching=False,
+            )
+        ]
+        assert cli("probe", "--scheduling-policy", "lifo")[0] == cli("probe", "--max-queue-wait", "-1")[0] == 2
+
     def test_config_by_environment(
         self, seen: list[EngineOptions], cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -178,7 +192,7 @@ class TestOptions:
             ("threads = true", "threads: true and false are no values for this option"),
             ("threads = [[1]]", "threads: a list of plain values"),
             ("threads = 0", "threads = '0':"),
-            ('kv-cache-dtype = "q4"', "'q4' is not one of f16, f32"),
+            ('kv-cache-dtype = "q4"', "kv_cache_dtype is 'q4'"),
             ('kv-cache-memory = "lots"', "'lots' is not a size"),
             ("threads = ", "is not valid TOML"),
             ('config = "other.toml"', "unknown key 'config'"),
