@@ -71,11 +71,11 @@ class ReferenceStage:
         return rows[self._graph.logits]
 
     def observe(self, batch: Batch, on_input: Callable[[QuantTensor, F32Array], None]) -> None:
-        """Run the ops that all tokens go through, and tell of each matrix and the rows float32 that go into it."""
+        """Run all but the output matrix, and tell of each matrix before it and the rows float32 that go into that."""
         batch.check(n_vocab=self._graph.n_vocab, n_pages=self._config.n_pages, block_size=self._config.block_size)
         rows = _Rows(self._graph)
         for index, op in enumerate(self._graph.ops):
-            if any(value.rows == "outputs" for value in op.outputs):
+            if self._graph.logits in op.outputs:
                 return
             if isinstance(op, MatMul):
                 for weight in op.weights:

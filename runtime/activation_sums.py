@@ -82,5 +82,5 @@ def _batch(chunks: Sequence[Sequence[int]], n_pages: int) -> Batch:
         slots=slots.astype(np.int32).ravel(),
         sequence_starts=np.arange(0, (n + 1) * length, length, dtype=np.int32),
         page_tables=tables,
-        output_rows=np.empty(0, np.int32),
+        output_rows=np.arange(n * length, dtype=np.int32),
     )
