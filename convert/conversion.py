@@ -142,16 +142,16 @@ def plan_conversion(
     config = family.config(checkpoint.config)
     family.check(config)
     target = file_type(_own_type(checkpoint) if type_name.lower() == "auto" else type_name)
-    vocabulary = vocabulary_metadata(checkpoint, family, config, pre_tokenizer)
-    n_vocab = len(vocabulary["tokenizer.ggml.tokens"])
-    notes: list[str] = []
-    sources = _sources(checkpoint, family, config, n_vocab, notes)
     model = {
         "general.architecture": family.arch,
         **family.metadata(config),
         **pooling_metadata(checkpoint, family.arch),
         "general.file_type": target.file_type_id,
     }
+    vocabulary = vocabulary_metadata(checkpoint, family, config, pre_tokenizer)
+    n_vocab = len(vocabulary["tokenizer.ggml.tokens"])
+    notes: list[str] = []
+    sources = _sources(checkpoint, family, config, n_vocab, notes)
     specs = [TensorSpec(tensor, source.shape, "F32") for tensor, source in sources.items()]
     types = plan_types(specs, target, model_shape(model))
     tensors = {

@@ -31,7 +31,7 @@ from pyinfer.quant.codec import FloatArray
 
 def _llama_metadata(config: HFConfig) -> Metadata:
     return {
-        **rope_metadata(config),
+        **rope_metadata(config, "llama3"),
         **head_metadata(config),
         "vocab_size": config.integer("vocab_size"),
         "rope.dimension_count": config.head_dim,
@@ -89,12 +89,21 @@ QWEN3 = Family(
 )
 
 
+_N_LAYERS_27B = 62  # the one size whose queries are scaled by hidden size / heads, not by the size of a head
+
+
 def _gemma3_metadata(config: HFConfig) -> Metadata:
     values: Metadata = {**rope_metadata(config), **head_metadata(config)}
     if config.get("attn_logit_softcapping"):
         raise ConvertError("config.json: 'attn_logit_softcapping' is set, which Gemma 3 does not have")
     if config.get("final_logit_softcapping"):
         values["final_logit_softcapping"] = np.float32(config.number("final_logit_softcapping"))
+    per_head = config.integer("hidden_size") // config.n_heads
+    scale = per_head if config.integer("num_hidden_layers") == _N_LAYERS_27B else config.head_dim
+    if config.number("query_pre_attn_scalar") != scale:
+        raise ConvertError(
+            f"config.json: 'query_pre_attn_scalar' is {config.get('query_pre_attn_scalar')}; GGUF's gemma3 has {scale}"
+        )
     n_layers, period = config.integer("num_hidden_layers"), config.get("sliding_window_pattern") or 6
     types = config.get("layer_types")
     is_local = [(i + 1) % period != 0 for i in range(n_layers)]
@@ -137,6 +146,7 @@ GEMMA3 = Family(
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 256,
+        "query_pre_attn_scalar": 256,
         "rms_norm_eps": 1e-6,
         "sliding_window": 4096,
         "rope_theta": 1e6,
@@ -160,6 +170,8 @@ def _phi3_context(config: HFConfig) -> int:
 
 def _phi3_metadata(config: HFConfig) -> Metadata:
     rope = config.rope()
+    if rope.kind not in ("default", "longrope", "su", "yarn"):  # the last two are older names of longrope
+        raise ConvertError(f"config.json: rope type {rope.kind!r} is not supported here; supported: default, longrope")
     window = config.get("sliding_window")
     values: Metadata = {
         "rope.freq_base": np.float32(rope.base),

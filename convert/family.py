@@ -82,19 +82,22 @@ class Family:
             )
 
 
-def rope_metadata(config: HFConfig) -> Metadata:
-    """The keys `rope.*` of the common kinds; what 'llama3' needs is a tensor (`llama3_factors`)."""
+def rope_metadata(config: HFConfig, *more_kinds: str) -> Metadata:
+    """The keys `rope.*` of the common kinds; `more_kinds` are those that a family expresses in another way."""
     rope = config.rope()
+    if rope.number("partial_rotary_factor", 1.0) != 1:
+        raise ConvertError(
+            f"config.json: {config.get('model_type')!r} with a partial rotary embedding is not supported"
+        )
     values: Metadata = {"rope.freq_base": np.float32(rope.base)}
     if rope.local_base is not None:
         values["rope.freq_base_swa"] = np.float32(rope.local_base)
     if rope.kind in ("linear", "yarn"):
         values["rope.scaling.type"] = rope.kind
         values["rope.scaling.factor"] = np.float32(rope.number("factor"))
-    elif rope.kind not in ("default", "llama3", "longrope"):
-        raise ConvertError(
-            f"config.json: rope type {rope.kind!r} is not supported; supported: default, linear, yarn, llama3, longrope"
-        )
+    elif rope.kind not in ("default", *more_kinds):
+        known = ", ".join(("default", "linear", "yarn", *more_kinds))
+        raise ConvertError(f"config.json: rope type {rope.kind!r} is not supported here; supported: {known}")
     if rope.kind == "yarn":
         context = rope.number("original_max_position_embeddings", config.integer("max_position_embeddings"))
         values["rope.scaling.original_context_length"] = int(context)

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pyinfer.cli.common import checked
 from pyinfer.cli.console import print_facts
+from pyinfer.convert.file_types import file_type
 from pyinfer.runtime.sizes import format_size
 
 _N_TEXTS = 1000
@@ -22,7 +24,13 @@ def convert(
         Path | None, typer.Option("-o", "--output", metavar="OUT.gguf", help="The file to write.", show_default=False)
     ] = None,
     type_name: Annotated[
-        str, typer.Option("--type", metavar="TYPE", help="auto, f32, f16, bf16, q8_0, q4_k_m, ...")
+        str,
+        typer.Option(
+            "--type",
+            metavar="TYPE",
+            callback=checked(lambda text: text.lower() == "auto" or file_type(text)),
+            help="auto (the checkpoint's own), f32, f16, bf16, q8_0, q4_k_m, ...",
+        ),
     ] = "auto",
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="The model's name in the file.", show_default=False)

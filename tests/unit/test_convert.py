@@ -133,7 +133,13 @@ def test_norms_of_gemma_count_from_one(tmp_path: Path) -> None:
     more = ("self_attn.q_norm", "self_attn.k_norm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
     tensors = decoder_tensors(norms=more)
     folder = write_checkpoint(
-        tmp_path, tensors, architecture="Gemma3ForCausalLM", head_dim=16, sliding_window=32, rope_theta=None
+        tmp_path,
+        tensors,
+        architecture="Gemma3ForCausalLM",
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=32,
+        rope_theta=None,
     )
     file = converted(folder)
     for source, target in (("norm", "output_norm"), ("layers.1.self_attn.q_norm", "blk.1.attn_q_norm")):
@@ -152,7 +158,12 @@ def test_windows_that_are_not_every_sixth_layer(tmp_path: Path) -> None:
     more = ("self_attn.q_norm", "self_attn.k_norm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
     types = ["full_attention", "sliding_attention"]
     folder = write_checkpoint(
-        tmp_path, decoder_tensors(norms=more), architecture="Gemma3ForCausalLM", head_dim=16, layer_types=types
+        tmp_path,
+        decoder_tensors(norms=more),
+        architecture="Gemma3ForCausalLM",
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        layer_types=types,
     )
     pattern = converted(folder).metadata["gemma3.attention.sliding_window_pattern"]
     assert pattern.tolist() == [False, True]
@@ -165,6 +176,7 @@ def test_a_text_model_inside_of_one_that_sees(tmp_path: Path) -> None:
     text = {
         "hidden_size": HIDDEN,
         "head_dim": 16,
+        "query_pre_attn_scalar": 16,
         "vocab_size": VOCAB,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     }
@@ -271,6 +283,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "activation": (_config(hidden_act="relu"), "activation 'relu' is not what GGUF's 'llama' computes (silu)"),
     "quantized": (_config(quantization_config={"quant_method": "gptq"}), "quantized with 'gptq'"),
     "rope": (_config(rope_scaling=_DYNAMIC), "rope type 'dynamic' is not supported"),
+    "partial rope": (_config(partial_rotary_factor=0.5, model_type="llama"), "partial rotary embedding"),
+    "rope of another family": (
+        _config(rope_scaling={"type": "llama3", "factor": 8.0}, architecture="Qwen2ForCausalLM"),
+        "rope type 'llama3' is not supported here; supported: default, linear, yarn",
+    ),
+    "attention scale": (_config(architecture="Gemma3ForCausalLM", head_dim=16), "is 256; GGUF's gemma3 has 16"),
     "rope factor": (_config(rope_scaling=_LINEAR), "rope setting 'factor' is None"),
     "size": (_config(hidden_size="64"), "'hidden_size' is '64'; expected a positive integer"),
     "missing size": (_config(num_hidden_layers=None), "'num_hidden_layers' is None"),
@@ -388,7 +406,7 @@ def test_command(tmp_path: Path, cli: Callable[..., tuple[int, str, str]], monke
     code, _, err = cli("convert", str(tmp_path), "-o", "x.gguf")
     assert code == 1 and "has no config.json" in err
     code, _, err = cli("convert", str(folder), "--type", "q9")
-    assert code != 0 and "'q9' is not a type" in err
+    assert code == 2 and "'q9' is not a type" in err
 
 
 def test_an_unknown_type(tmp_path: Path) -> None:
