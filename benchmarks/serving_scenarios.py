@@ -66,11 +66,26 @@ async def mix(target: Target, requests: Sequence[LoadRequest], clients: int) -> 
     )
     summary = summarize(result.records, result.duration, percentiles=(95.0,))
     check(result.records)
-    return {
-        "output tokens/s": summary.output_throughput,
+    figures = {"output tokens/s": summary.output_throughput}
+    if len(requests) > clients:
+        figures["output tokens/s, all busy"] = busy_rate(result.records)
+    return figures | {
         "p95 TTFT ms": summary.distributions["ttft"].percentiles[95.0],
         "p95 ITL ms": summary.distributions["itl"].percentiles[95.0],
     }
+
+
+def busy_rate(records: Sequence[RequestRecord]) -> float:
+    """Output tokens a second until the last request is sent: so long every client has one running.
+
+    In a short run the longest answers end alone, and the plain throughput says more about them than about the server.
+    """
+    begin, end = min(record.start for record in records), max(record.start for record in records)
+    tokens = 0.0
+    for record in records:
+        times = record.chunk_times
+        tokens += record.n_output * sum(time <= end for time in times) / len(times)
+    return tokens / (end - begin)
 
 
 async def long_prompt(target: Target, streams: int, n_prompt: int) -> Figures:

@@ -6,7 +6,9 @@
 Scenarios: `mix`, closed loops of 1, 8 and 32 clients with the lengths of the first human turn and its reply in
 ShareGPT (prompt 4 to 1,024 tokens, together at most 2,048, seed 0); `long-prompt`, the pauses of 8 streams while a
 4,000-token prompt arrives; `shared-prefix`, the time to the first token of prompts with a common beginning of 1,000
-tokens against prompts without one. All answers have the full length asked for, greedy.
+tokens against prompts without one. All answers have the full length asked for, greedy. "All busy" counts the tokens up
+to the moment when the last request is sent: before it every client has a request running, after it the longest answers
+run out alone.
 
 Each measurement starts a server of its own, alone on the machine, and ends it: no cache outlives it. The sides take
 turns, measurement by measurement, and the next round starts with the other side. The table gives medians over the
@@ -177,7 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--scenarios", nargs="+", default=list(SCENARIOS), choices=SCENARIOS, help="(default: all)")
     add("--clients", nargs="+", type=int, default=[1, 8, 32], help="of the mix (default: 1 8 32)")
     add("--rounds", type=int, default=3, help="pairs of measurements (default: 3)")
-    add("--requests-per-client", type=int, default=2, help="of the mix (default: 2)")
+    add("--requests-per-client", type=int, default=3, help="of the mix (default: 3)")
     add("--min-requests", type=int, default=8, help="of the mix (default: 8)")
     add("--long-prompt", type=int, default=4000, help="tokens (default: 4000)")
     add("--streams", type=int, default=8, help="that decode when it arrives (default: 8)")
