@@ -16,5 +16,13 @@ for name in pyinfer.__all__:
 folder = Path(pyinfer.__file__).parent
 for data in ("py.typed", "server/page.html"):
     assert (folder / data).is_file(), data
-assert {name.split(".")[1] for name in names} >= {"cli", "quant", "graph", "kernels_cpu", "runtime", "server", "convert"}
+assert {name.split(".")[1] for name in names} >= {
+    "cli",
+    "quant",
+    "graph",
+    "kernels_cpu",
+    "runtime",
+    "server",
+    "convert",
+}
 print(f"{len(names)} modules of {folder} import")

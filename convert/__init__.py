@@ -1,1 +1,1 @@
-"""Offline conversion and quantization. Not built yet."""
+"""Offline: Hugging Face checkpoints to GGUF, and quantization."""

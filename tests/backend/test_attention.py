@@ -156,7 +156,8 @@ class Pages:
         if shares > 1:
             merge = compiler(self.isa).kernel(f"attention_merge_{s.head_dim}", merge_body(s.head_dim))
             call(merge, arguments, step, len(positions) * n_heads, cuts=(1, 3))
-        out.check(), partials.check()
+        out.check()
+        partials.check()
         rows = out.floats(len(positions))[:, : self.q[0].shape[1]]
         return [part.copy() for part in np.split(rows, starts[1:-1])]
 

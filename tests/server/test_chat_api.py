@@ -79,7 +79,7 @@ def test_same_tokens_as_the_engine_gives_directly(server: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_stop_string_cuts_exactly_and_never_leaks(server: Any, seed: int) -> None:
-    options = {"max_tokens": 40, "seed": seed, "extra_body": {"ignore_eos": True}}
+    options: dict[str, Any] = {"max_tokens": 40, "seed": seed, "extra_body": {"ignore_eos": True}}
     full = whole(server, **options)
     text = full.choices[0].message.content
     at = len(text) // 2

@@ -25,7 +25,7 @@ B = np.random.RandomState(2).randint(0, 300, 21).tolist()
 
 def open_stage(path: Path, kv_dtype: str = "f32", n_pages: int = 8) -> ReferenceStage:
     graph = optimize(build_graph(GGUFFile.open(path)))
-    return ReferenceStage(graph, StageConfig(n_pages=n_pages, kv_dtype=kv_dtype))  # type: ignore[arg-type]
+    return ReferenceStage(graph, StageConfig(n_pages=n_pages, kv_dtype=kv_dtype))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
