@@ -24,5 +24,6 @@ assert {name.split(".")[1] for name in names} >= {
     "runtime",
     "server",
     "convert",
+    "loadgen",
 }
 print(f"{len(names)} modules of {folder} import")
