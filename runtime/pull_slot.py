@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyinfer.errors import DownloadError
+from pyinfer.paths import models_dir
 from pyinfer.runtime.file_lock import file_lock
 from pyinfer.runtime.model_store import PARTIAL, Origin, write_origin
-from pyinfer.runtime.paths import models_dir
 from pyinfer.runtime.progress import Progress
 from pyinfer.runtime.sizes import format_size
 

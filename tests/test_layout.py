@@ -19,15 +19,16 @@ FOLDERS = ("quant", "graph", "kernels_cpu", "kernels_gpu", "runtime", "server", 
 # layer -> the layers it may import, beside itself and the standard library
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
-    "quant": frozenset({"errors"}),
-    "graph": frozenset({"errors", "quant"}),
-    "kernels_cpu": frozenset({"errors", "quant", "graph"}),
-    "kernels_gpu": frozenset({"errors", "quant", "graph"}),
-    "runtime": frozenset({"errors", "quant", "graph"}),
-    "server": frozenset({"", "errors", "quant", "graph", "runtime"}),
-    "convert": frozenset({"errors", "quant", "kernels_cpu"}),
-    "loadgen": frozenset({"errors", "runtime"}),
-    "cli": frozenset({"", "errors", *FOLDERS}),
+    "paths": frozenset(),
+    "quant": frozenset({"errors", "paths"}),
+    "graph": frozenset({"errors", "paths", "quant"}),
+    "kernels_cpu": frozenset({"errors", "paths", "quant", "graph"}),
+    "kernels_gpu": frozenset({"errors", "paths", "quant", "graph"}),
+    "runtime": frozenset({"errors", "paths", "quant", "graph"}),
+    "server": frozenset({"", "errors", "paths", "quant", "graph", "runtime"}),
+    "convert": frozenset({"errors", "paths", "quant", "kernels_cpu"}),
+    "loadgen": frozenset({"errors", "paths", "runtime"}),
+    "cli": frozenset({"", "errors", "paths", *FOLDERS}),
     "": frozenset({"errors", "runtime", "cli"}),  # pyinfer/__init__.py and __main__.py
 }
 # the one door from the runtime to the kernels
@@ -73,7 +74,7 @@ def source_files() -> Iterator[tuple[str, Path]]:
     for path in sorted((ROOT / "pyinfer" / "cli").rglob("*.py")):
         yield "cli", path
     for path in sorted((ROOT / "pyinfer").glob("*.py")):
-        yield ("errors" if path.name == "errors.py" else ""), path
+        yield (path.stem if path.stem in ("errors", "paths") else ""), path
 
 
 def imports() -> list[Import]:

@@ -194,7 +194,7 @@ def _editor() -> Any:
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
 
-    from pyinfer.runtime.paths import home
+    from pyinfer.paths import home
 
     keys = KeyBindings()
 

@@ -121,12 +121,12 @@ def _defaults() -> Section:
 
 
 def _caches() -> Section:
-    from pyinfer.runtime import paths
+    from pyinfer import paths
     from pyinfer.runtime.sizes import format_size
 
     chosen = "set by PYINFER_HOME" if os.environ.get("PYINFER_HOME") else "PYINFER_HOME moves it"
     facts: Section = {"home": f"{paths.home()} ({chosen})"}
-    for folder in (paths.models_dir(), paths.tokenizers_dir(), paths.kernels_dir(), paths.repack_dir()):
+    for folder in (paths.models_dir(), paths.kernels_dir()):
         n_files, n_bytes = _folder_size(folder)
         facts[folder.name] = f"{n_files} files, {format_size(n_bytes)}" if n_files else "empty"
     return facts

@@ -101,8 +101,8 @@ def quantize(
             allow_requantize=allow_requantize,
             n_threads=engine.n_threads,
         )
-        for name, planned in plan.fallbacks.items():
-            progress.say(f"note: {name} is {planned.codec}: its rows do not fill blocks of {planned.wanted}")
+        for planned, n in Counter(plan.fallbacks.values()).items():
+            progress.say(f"note: {n} tensors are {planned.codec}: their rows do not fill blocks of {planned.wanted}")
         if dry_run:
             _print_plan(plan, output, "would write")
             return

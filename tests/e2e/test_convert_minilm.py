@@ -12,7 +12,7 @@ from llamacpp_convert import ANSWERS, DIGESTS, describe
 
 from pyinfer.convert.conversion import plan_conversion
 from pyinfer.convert.tokenizer_check import check_tokenizer
-from pyinfer.runtime.paths import home
+from pyinfer.paths import home
 from pyinfer.runtime.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.e2e

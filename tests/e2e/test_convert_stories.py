@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import stories15m
-from llamacpp_convert import ANSWERS, DIGESTS, N_GENERATED, PROMPT, TYPES, describe
+from llamacpp_convert import ANSWERS, DIGESTS, N_GENERATED, PROMPT, TYPES, describe, logits_with_llamacpp
 
 from pyinfer import LLM, SamplingParams
 from pyinfer.convert.conversion import plan_conversion
 from pyinfer.convert.tokenizer_check import check_tokenizer
+from pyinfer.paths import home
 from pyinfer.quant.gguf import GGUFFile
-from pyinfer.runtime.paths import home
 from pyinfer.runtime.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.e2e
@@ -83,6 +83,20 @@ def test_quantized_on_the_way(converted: Callable[[str], Path], model: stories15
     codecs = {tensor.codec.name for tensor in GGUFFile.open(converted(type_name)).tensors.values()}
     # rows of 288 columns do not fill a block of 256
     assert codecs == {"q8_0": {"F32", "Q8_0"}, "q4_k_m": {"F32", "Q4_K", "Q5_0", "Q6_K", "Q8_0"}}[type_name]
+
+
+@pytest.mark.parametrize("type_name", [*TYPES, "q4_k_m"])
+def test_llamacpp_agrees(converted: Callable[[str], Path], type_name: str) -> None:
+    """Mean KL divergence between llama.cpp and pyinfer on the same file, in nats; where there is llama-cpp-python.
+
+    Both round what goes into a matmul, llama.cpp to 16 bits even where weights are BF16.
+    """
+    pytest.importorskip("llama_cpp")
+    ids = np.load(ANSWERS)["stories15M f32"].tolist()
+    with LLM(str(converted(type_name)), kv_cache_dtype="f32") as llm:
+        ours, theirs = _log_softmax(llm.logits(ids)), _log_softmax(logits_with_llamacpp(converted(type_name), ids))
+    divergence = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())
+    assert divergence < (1e-6 if type_name in ("f32", "f16") else 3e-3)
 
 
 def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

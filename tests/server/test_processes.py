@@ -18,7 +18,7 @@ import httpx
 import pytest
 from serve_process import PYINFER, ROOT, serving
 
-from pyinfer.runtime.paths import kernels_dir
+from pyinfer.paths import kernels_dir
 
 pytestmark = pytest.mark.server
 

@@ -72,6 +72,15 @@ def greedy_with_llamacpp(path: Path) -> list[int]:
     return ids
 
 
+def logits_with_llamacpp(path: Path, ids: list[int]) -> minilm.F32Array:
+    """float32 [len(ids), n_vocab], with float32 keys and values."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, verbose=False, logits_all=True, type_k=0, type_v=0)
+    model.eval(ids)
+    return np.array(model.scores[: len(ids)], np.float32)
+
+
 def embed_with_llamacpp(path: Path) -> minilm.F32Array:
     """float32 [texts, 384], of length 1."""
     import llama_cpp
@@ -82,7 +91,7 @@ def embed_with_llamacpp(path: Path) -> minilm.F32Array:
 
 
 if __name__ == "__main__":
-    from pyinfer.runtime.paths import home
+    from pyinfer.paths import home
 
     sources, cache = Path(sys.argv[1]), home() / "tests"
     digests: dict[str, Any] = {}

@@ -197,6 +197,6 @@ def fetch(cache: Path) -> Llama2c:
 
 
 if __name__ == "__main__":
-    from pyinfer.runtime.paths import home
+    from pyinfer.paths import home
 
     write_hf_folder(Path(sys.argv[1]), fetch(home() / "tests"))

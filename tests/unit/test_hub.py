@@ -13,9 +13,9 @@ import pytest
 from fake_index import RecordingProgress, use_index, write_model, write_wheel
 
 from pyinfer.errors import DownloadError, ModelNotFoundError, PyinferError
+from pyinfer.paths import home, models_dir
 from pyinfer.runtime import hub, model_store, pull
 from pyinfer.runtime.catalogue import CATALOGUE, DEFAULT_MODEL, CatalogueModel
-from pyinfer.runtime.paths import home, models_dir
 
 pytestmark = pytest.mark.unit
 

@@ -16,10 +16,10 @@ import pytest
 from fake_index import RecordingProgress, use_index, write_model, write_wheel
 
 from pyinfer.errors import DownloadError
+from pyinfer.paths import models_dir
 from pyinfer.runtime import hub, pull
 from pyinfer.runtime.catalogue import CatalogueModel
 from pyinfer.runtime.file_lock import file_lock
-from pyinfer.runtime.paths import models_dir
 
 pytestmark = pytest.mark.unit
 

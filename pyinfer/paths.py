@@ -26,16 +26,6 @@ def models_dir() -> Path:
     return home() / "models"
 
 
-def tokenizers_dir() -> Path:
-    """Built vocabularies, keyed by the content of their metadata."""
-    return home() / "tokenizers"
-
-
 def kernels_dir() -> Path:
     """Compiled kernels, one folder per source hash and ISA."""
     return home() / "kernels"
-
-
-def repack_dir() -> Path:
-    """Weights in the order the kernels read them; bounded by --repack-cache."""
-    return home() / "repack"
