@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from fake_stage import END, N_VOCAB, FakeStage, FakeVocabulary
+from plain_engine import alone, prompt_of
 
 from pyinfer.errors import RequestError
 from pyinfer.graph.backend import StageConfig
@@ -15,10 +15,7 @@ from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.outputs import RequestOutput, TokenLogprobs
 from pyinfer.runtime.preemption_cost import PreemptionCost
-from pyinfer.runtime.request import Sequence
-from pyinfer.runtime.sampler import SequenceSampler
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.scheduler import Plan
 
 pytestmark = pytest.mark.unit
 
@@ -37,19 +34,6 @@ def stage_of(engine: Engine) -> FakeStage:
     return stage
 
 
-def alone(prompt: list[int], params: SamplingParams, index: int = 0, config: StageConfig = CONFIG) -> list[int]:
-    """The output of one sample by a plain loop: no pages, no scheduler."""
-    stage = FakeStage(config)
-    sampler = SequenceSampler(params, seed=params.seed or 0, index=index, n_prompt=len(prompt), eog_ids=[END])
-    tokens = list(prompt)
-    while len(tokens) - len(prompt) < (params.max_tokens or config.n_ctx) and len(tokens) < config.n_ctx:
-        tokens.append(sampler.next(stage.logits_after(np.array(tokens)), tokens))
-        ended = tokens[-1] in (params.stop_token_ids or []) or (tokens[-1] == END and not params.ignore_eos)
-        if ended and len(tokens) - len(prompt) >= params.min_tokens:
-            break
-    return tokens[len(prompt) :]
-
-
 def drive(engine: Engine) -> dict[tuple[str, int], list[RequestOutput]]:
     chunks: dict[tuple[str, int], list[RequestOutput]] = {}
     while engine.has_work:
@@ -62,10 +46,6 @@ def drive(engine: Engine) -> dict[tuple[str, int], list[RequestOutput]]:
 
 def tokens_of(chunks: list[RequestOutput]) -> list[int]:
     return [token for chunk in chunks for token in chunk.new_token_ids]
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(N_VOCAB), k=length)
 
 
 # ---- results
@@ -85,7 +65,7 @@ def test_tokens_are_those_of_the_request_alone(config: StageConfig, prefix_cachi
     chunks = drive(engine)
     for (name, index), got in chunks.items():
         prompt, params = requests[name]
-        assert tokens_of(got) == alone(prompt, params, index, config), name
+        assert tokens_of(got) == alone(prompt, params, index, config.n_ctx), name
         assert got[-1].finish_reason == ("stop" if tokens_of(got)[-1] == END else "length")
         assert all(chunk.finish_reason is None for chunk in got[:-1])
     assert len(chunks) == 18
@@ -369,87 +349,3 @@ def test_scoring_can_be_aborted() -> None:
     drive(engine)
     engine.abort("b")
     assert not engine._requests
-
-
-# ---- the long run
-
-
-@dataclass
-class Expectation:
-    prompt: list[int]
-    params: SamplingParams
-    arrived: int
-    got: dict[int, list[int]] = field(default_factory=dict)
-    ended: set[int] = field(default_factory=set)
-    failed: bool = False
-
-
-@pytest.mark.parametrize(("n_wanted", "priorities"), [(20_000, [0]), (5_000, [0, 0, 1, -1])])
-def test_random_steps_keep_every_promise(n_wanted: int, priorities: list[int]) -> None:
-    """Bursts of arrivals, shared prefixes, cancels, evictions, preemptions, failing steps; check() after each step."""
-    rng = random.Random(0)
-    engine = new_engine(TIGHT)
-    stage = stage_of(engine)
-    families = [prompt_of(150, seed) for seed in range(4)]
-    open_requests: dict[str, Expectation] = {}
-    n_compared = n_cancelled = n_failed = n_steps = 0
-    longest_wait = 0
-    if len(priorities) == 1:
-        watch_first_in_order(engine)
-    while n_steps < n_wanted or engine.has_work:
-        if n_steps < n_wanted and len(open_requests) < 12 and rng.random() < 0.15:
-            for _ in range(rng.randint(1, 4)):
-                prompt = rng.choice(families)[: rng.randint(1, 120)] + prompt_of(
-                    rng.randint(0, 8), rng.randrange(10**9)
-                )
-                params = SamplingParams(
-                    n=rng.choice([1, 1, 1, 2, 3]),
-                    temperature=rng.choice([0, 1.0]),
-                    max_tokens=rng.choice([1, 3, 20, 80, None]),
-                    seed=rng.randrange(1000),
-                    priority=rng.choice(priorities),
-                    prompt_logprobs=rng.choice([None] * 9 + [0]),
-                )
-                name = str(n_steps) + "-" + str(rng.randrange(10**9))
-                engine.add_request(name, prompt, params)
-                open_requests[name] = Expectation(prompt, params, n_steps)
-        if open_requests and rng.random() < 0.02:
-            name = rng.choice(list(open_requests))
-            index = rng.choice([None, 0])
-            for output in engine.abort(name, index):
-                open_requests[name].ended.add(output.index)
-            n_cancelled += 1
-        if rng.random() < 0.002:
-            stage.fail_at = stage.n_steps + 1
-        for output in engine.step():
-            request = open_requests[output.request_id]
-            request.got.setdefault(output.index, []).extend(output.new_token_ids)
-            if output.failure is not None:
-                request.failed = True
-                n_failed += 1
-            elif output.finish_reason is not None:
-                request.ended.add(output.index)
-                assert request.got[output.index] == alone(request.prompt, request.params, output.index, TIGHT)
-                n_compared += 1
-        engine.check()
-        for name in [n for n, r in open_requests.items() if r.failed or len(r.ended) == r.params.n]:
-            longest_wait = max(longest_wait, n_steps - open_requests.pop(name).arrived)
-        n_steps += 1
-    stats = engine.stats()
-    assert not open_requests and stats.pages_used == 0 and not engine._requests
-    assert n_compared > n_wanted / 20 and n_cancelled > n_wanted / 200 and n_failed > n_wanted / 2000
-    assert stats.preemptions > n_wanted / 200 and stats.prefix_hits > n_wanted / 2
-    assert longest_wait < (3000 if len(priorities) == 1 else n_wanted)
-
-
-def watch_first_in_order(engine: Engine) -> None:
-    """Nobody starves: with equal priorities, the sequence that came first advances in every step."""
-    schedule = engine.scheduler.schedule
-
-    def watched() -> Plan:
-        everyone: list[Sequence] = [*engine.scheduler.waiting, *engine.scheduler.running]
-        plan = schedule()
-        assert not everyone or min(everyone, key=lambda s: s.key) in plan.sequences
-        return plan
-
-    engine.scheduler.schedule = watched  # type: ignore[method-assign]

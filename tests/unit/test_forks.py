@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from fake_stage import END, N_VOCAB, FakeStage, FakeVocabulary
+from fake_stage import FakeStage, FakeVocabulary
+from plain_engine import beams_alone, prompt_of
 
 from pyinfer.errors import RequestError
 from pyinfer.graph.backend import StageConfig
@@ -26,10 +25,6 @@ CONFIG = StageConfig(n_pages=64, block_size=16, max_tokens=64, max_sequences=16,
 
 def new_engine(config: StageConfig = CONFIG, **options: object) -> Engine:
     return Engine(FakeStage(config), config, FakeVocabulary(), **options)  # type: ignore[arg-type]
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(N_VOCAB), k=length)
 
 
 def drive(engine: Engine) -> dict[str, list[RequestOutput]]:
@@ -116,35 +111,6 @@ def test_samples_without_a_place_wait_and_get_the_same_tokens(max_sequences: int
 # ---- beam search
 
 
-def log_softmax(row: np.ndarray) -> np.ndarray:
-    exact = row.astype(np.float64)
-    return exact - exact.max() - np.log(np.exp(exact - exact.max()).sum())
-
-
-def plain_beam_search(prompt: list[int], params: BeamSearchParams, n_ctx: int = 256) -> list[tuple[list[int], float]]:
-    """vLLM's loop over whole texts: no pages, no forks, no early end."""
-    stage = FakeStage(CONFIG)
-    beams = [(list(prompt), 0.0)]
-    done: list[tuple[list[int], float, float]] = []
-
-    def score(tokens: list[int], total: float) -> float:
-        return total / len(tokens) ** params.length_penalty
-
-    for _ in range(min(params.max_tokens, n_ctx - len(prompt))):
-        grown = []
-        for tokens, total in beams:
-            logprobs = log_softmax(stage.logits_after(np.array(tokens)))
-            for token in np.argsort(-logprobs, kind="stable")[: 2 * params.beam_width].tolist():
-                if token == END and not params.ignore_eos:
-                    done.append((tokens, total + logprobs[token], score(tokens, total + logprobs[token])))
-                else:
-                    grown.append(([*tokens, token], total + logprobs[token]))
-        beams = sorted(grown, key=lambda b: score(*b), reverse=True)[: params.beam_width]
-    done += [(tokens, total, score(tokens, total)) for tokens, total in beams]
-    best = sorted(done, key=lambda d: d[2], reverse=True)[: params.beam_width]
-    return [(tokens[len(prompt) :], total) for tokens, total, _ in best]
-
-
 def found(chunks: list[RequestOutput]) -> list[tuple[list[int], float]]:
     assert [c.index for c in chunks] == list(range(len(chunks)))
     return [(c.new_token_ids, c.cumulative_logprob or 0.0) for c in chunks]
@@ -164,7 +130,7 @@ def test_beams_are_those_of_a_plain_search(width: int, penalty: float, length: i
         )
         engine = new_engine(replace(CONFIG, max_sequences=48, n_pages=256))
         engine.add_beam_search("a", prompt_of(length, length), params)
-        assert_same(found(drive(engine)["a"]), plain_beam_search(prompt_of(length, length), params))
+        assert_same(found(drive(engine)["a"]), beams_alone(prompt_of(length, length), params))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +153,7 @@ def test_beams_that_give_way_to_each_other_and_to_others_find_the_same(
     engine.add_request("beside", prompt_of(30, 9), SamplingParams(max_tokens=30, ignore_eos=True, n=2, seed=0))
     chunks = drive(engine)
     for i in range(3):
-        assert_same(found(chunks[str(i)]), plain_beam_search(prompt_of(20 + i, i), params, config.n_ctx))
+        assert_same(found(chunks[str(i)]), beams_alone(prompt_of(20 + i, i), params, config.n_ctx))
     if config.n_pages < 10:
         assert engine.stats().preemptions > 0
 
