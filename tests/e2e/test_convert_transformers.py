@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from llamacpp_convert import convert_with_llamacpp
+from llamacpp_convert import convert_with_llamacpp, logits_with_llamacpp
 from tiny_checkpoints import CASES, write_checkpoint
 
 from pyinfer import LLM
@@ -59,7 +59,7 @@ def test_logits_equal_those_of_transformers(made: tuple[str, Made]) -> None:
             np.testing.assert_allclose(llm.logits(model.ids), model.expected, atol=1e-3, rtol=0)
         return
     pytest.importorskip("llama_cpp")
-    found = _embed(model) if case == "bert" else _logits(model)
+    found = _embed(model) if case == "bert" else logits_with_llamacpp(model.gguf, model.ids)
     np.testing.assert_allclose(found, model.expected, atol=LLAMACPP_ROUNDING.get(case, 1e-3), rtol=0)
 
 
@@ -82,16 +82,6 @@ def test_files_equal_those_of_llamacpps_converter(made: tuple[str, Made], type_n
             np.testing.assert_allclose(mine.dequantize(), tensor.dequantize(), rtol=1e-6)
         else:
             assert np.array_equal(mine.data, tensor.data), name
-
-
-def _logits(model: Made) -> npt.NDArray[np.float32]:
-    import llama_cpp
-
-    runner = llama_cpp.Llama(
-        str(model.gguf), n_ctx=256, n_threads=1, verbose=False, logits_all=True, type_k=0, type_v=0
-    )
-    runner.eval(model.ids)
-    return np.array(runner.scores[: len(model.ids)], np.float32)
 
 
 def _embed(model: Made) -> npt.NDArray[np.float32]:
