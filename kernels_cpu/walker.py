@@ -24,7 +24,7 @@ from pyinfer.kernels_cpu.machine import (
     wake,
     yield_core,
 )
-from pyinfer.kernels_cpu.opcode import OP_WORDS, OpField
+from pyinfer.kernels_cpu.opcode import OP_WORDS, OpField, StepField
 
 LINE = 128  # bytes between control words: a cache line and its neighbour
 # Control words. ARRIVED and PHASE are the barrier, LATE says that somebody waited long at it, ACTIVE counts the step's threads.
@@ -36,13 +36,16 @@ _OP_BYTES = 8 * OP_WORDS
 _TASKS, _TASKS_PER, _BARRIER, _KERNEL = (
     8 * int(f) for f in (OpField.TASKS, OpField.TASKS_PER, OpField.BARRIER, OpField.KERNEL)
 )
+_N_TOKENS = 8 * int(StepField.N_TOKENS)
 _SPIN_BEFORE_SLEEP = 20_000  # pauses, some tenths of a millisecond: the gap between two decode steps
 _SPIN_BEFORE_LOOK = 2_000  # pauses in a barrier before the clock is read
 _SPIN_BETWEEN_LOOKS = 200
 _LATE = 1_000_000  # ns of waiting at a barrier after which somebody must have been pushed off a core
 _LOST = 500_000  # ns that a step's last thread must have been off its core to be the one
 _BENCH = 1_000_000_000  # ns to sit out
-_SHARES = 8  # tasks of an op are taken in about this many pieces a thread
+# Tasks of an op are taken in about so many pieces a thread: few where a task is short, as in decode, more in a prompt, where
+# the last piece's length is what threads wait for each other.
+_FEW_SHARES, _MANY_SHARES, _MANY_TOKENS = 8, 32, 32
 # where nothing can be kept Numba would refuse to compile: `pool` has set no place then
 compiled = njit(nogil=True, cache=bool(vars(config)["CACHE_DIR"]))
 
@@ -95,6 +98,7 @@ def walk(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
     n_ops, n_active = load_word(control + N_OPS), load_word(control + ACTIVE)
     counters = control + THREADS + n_all * RECORD
     lost = clock(MONOTONIC) - clock(THREAD_TIME)
+    shares = n_active * (_MANY_SHARES if load_word(step + _N_TOKENS) >= _MANY_TOKENS else _FEW_SHARES)
     since = 0
     for i in range(n_ops):
         op = program + i * _OP_BYTES
@@ -108,7 +112,7 @@ def walk(control, thread, n_all, scratch):  # type: ignore[no-untyped-def]
         if load_word(op + _BARRIER) != 0:
             _barrier(control, thread, n_active, n_all, counters, since, i - 1, lost)
             since = i
-        piece = max(1, n_tasks // (n_active * _SHARES))
+        piece = max(1, n_tasks // shares)
         counter = counters + i * LINE
         while True:
             start = atomic_add(counter, piece)
