@@ -301,10 +301,10 @@ class Engine:
     def _advance(self, plan: Plan) -> None:
         advance = self.scheduler.advance
         for sequence, count in zip(plan.sequences, plan.counts, strict=True):
-            if sequence.metrics.first_scheduled_time == 0.0:
-                sequence.metrics.first_scheduled_time = self._clock()
             if count > 1 or not sequence.prompt_was_computed:
                 self._n_prompt_tokens += count
+                if sequence.metrics.first_scheduled_time == 0.0:
+                    sequence.metrics.first_scheduled_time = self._clock()
             advance(sequence, count)
 
     def _append(self, sequence: Sequence, token: int, row: F32Array) -> RequestOutput:

@@ -40,13 +40,14 @@ class Sequence:
         "leader",
         "limit",
         "logits",
-        "may_share_last_page",
         "metrics",
         "n_computed",
+        "n_due",
         "n_prompt",
         "n_remembered",
         "n_score_rows",
         "n_scored",
+        "n_writable",
         "pages",
         "prompt_logprobs",
         "prompt_was_computed",
@@ -73,7 +74,8 @@ class Sequence:
         self.state = State.WAITING
         self.n_computed = 0  # tokens whose keys and values are in the pages
         self.pages: list[int] = []
-        self.may_share_last_page = False  # since a fork: others may hold the page that the next token goes to
+        self.n_writable = 0  # tokens that its pages take; after a fork fewer, as others may hold the last page too
+        self.n_due: float = 0  # computed tokens from which on there is more to do than to count them
         self.is_paused = False  # all is computed; waits for the other beams to choose its next token
         self.swapped: SwappedPages | None = None  # what it had computed when it gave way; while waiting
         self.slot = -1  # row in the engine's tables while running

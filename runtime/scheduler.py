@@ -123,26 +123,19 @@ class Scheduler:
 
     def _plan_decodes(self, plan: Plan) -> tuple[int, list[Sequence]]:
         """Plan everyone with one token to go; returns the budget left and those with more to go."""
-        budget, block_size, running = self.config.max_tokens, self.config.block_size, self.running
+        budget, n_chosen = self.config.max_tokens, 0
         prompts: list[Sequence] = []
-        i = 0
-        while i < len(running):  # preemption shortens it from the end
-            sequence = running[i]
-            i += 1
+        chosen = plan.sequences
+        for sequence in self.running:  # preemption shortens it from the end
             n_tokens = len(sequence.tokens)
             if n_tokens - sequence.n_computed != 1:
                 if n_tokens > sequence.n_computed:
                     prompts.append(sequence)
-                continue
-            if budget == 0:
-                continue
-            must_take = n_tokens > len(sequence.pages) * block_size or sequence.may_share_last_page
-            if must_take and not self._take_page(plan, sequence):
-                continue
-            plan.sequences.append(sequence)
-            plan.counts.append(1)
-            budget -= 1
-        return budget, prompts
+            elif n_chosen < budget and (n_tokens <= sequence.n_writable or self._take_page(plan, sequence)):
+                chosen.append(sequence)
+                n_chosen += 1
+        plan.counts = [1] * n_chosen
+        return budget - n_chosen, prompts
 
     def _take_page(self, plan: Plan, sequence: Sequence) -> bool:
         """A page of its own for the next token: a new one, or a copy of one that others hold too.
@@ -153,7 +146,7 @@ class Scheduler:
         index = sequence.n_computed // self.config.block_size
         while True:
             if index < len(pages) and pool.references[pages[index]] == 1:
-                sequence.may_share_last_page = False
+                sequence.n_writable = len(pages) * self.config.block_size
                 return True
             if pool.n_available:
                 break
@@ -168,7 +161,7 @@ class Scheduler:
             sequence.pages = [*pages[:index], page]  # a new list: its row in the page tables is written again
         else:
             pages.append(page)
-        sequence.may_share_last_page = False
+        sequence.n_writable = len(pages) * self.config.block_size
         return True
 
     def _plan(self, plan: Plan, sequence: Sequence, budget: int) -> int:
@@ -210,6 +203,7 @@ class Scheduler:
         if found:
             sequence.n_remembered = len(found)
             sequence.n_computed = len(found) * block_size
+        sequence.n_writable = len(sequence.pages) * block_size
         self._swap_in(plan, sequence, len(found))
         if reads_cache:
             self.n_prefix_queries += n_tokens
@@ -236,9 +230,8 @@ class Scheduler:
         child.n_computed, child.n_remembered = parent.n_computed, parent.n_remembered
         child.digests = list(parent.digests)
         child.prompt_was_computed = True
-        parent.may_share_last_page = child.may_share_last_page = (
-            parent.n_computed < len(parent.pages) * self.config.block_size
-        )
+        child.n_due = parent.n_due
+        child.n_writable = parent.n_writable = parent.n_computed
         child.slot = self._free_slots.pop()
         child.state = State.RUNNING
         insort(self.running, child, key=_by_key)
@@ -246,18 +239,26 @@ class Scheduler:
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Note that `count` more tokens of a running sequence are computed; full pages become findable."""
-        block_size = self.config.block_size
         sequence.n_computed += count
+        if count > 1 or sequence.n_computed >= sequence.n_due:
+            self._advanced(sequence, count)
+
+    def _advanced(self, sequence: Sequence, count: int) -> None:
+        """What most steps of decoding have no need of."""
         if count > 1 or not sequence.prompt_was_computed:
             self._note("prompt", sequence, count)
-        if sequence.n_computed >= sequence.n_prompt:
-            sequence.prompt_was_computed = True
-        if self.config.prefix_caching and sequence.n_computed >= (sequence.n_remembered + 1) * block_size:
+        sequence.prompt_was_computed |= sequence.n_computed >= sequence.n_prompt
+        n_next: float = math.inf
+        if self.config.prefix_caching:
+            block_size = self.config.block_size
             n_full = sequence.n_computed // block_size
-            digests = sequence.page_digests(n_full, block_size)
-            for i in range(sequence.n_remembered, n_full):
-                self.pool.remember(sequence.pages[i], digests[i])
-            sequence.n_remembered = n_full
+            if n_full > sequence.n_remembered:
+                digests = sequence.page_digests(n_full, block_size)
+                for i in range(sequence.n_remembered, n_full):
+                    self.pool.remember(sequence.pages[i], digests[i])
+                sequence.n_remembered = n_full
+            n_next = (n_full + 1) * block_size
+        sequence.n_due = n_next if sequence.prompt_was_computed else 0
 
     def _note(self, kind: EventKind, sequence: Sequence, n_tokens: int, by: str | None = None) -> None:
         self.events.append(RequestEvent(sequence.request.id, sequence.index, kind, self._clock(), n_tokens, by))
@@ -316,7 +317,7 @@ class Scheduler:
         self.pool.release(reversed(sequence.pages))
         self._free_slots.append(sequence.slot)
         sequence.pages = []
-        sequence.may_share_last_page = False
+        sequence.n_writable = sequence.n_due = 0
         sequence.slot = -1
         sequence.n_computed = sequence.n_remembered = 0
 
@@ -340,7 +341,8 @@ class Scheduler:
             assert len(set(sequence.pages)) == len(sequence.pages), "a sequence holds a page twice"
             assert sequence.n_remembered * block_size <= sequence.n_computed
             last = sequence.n_computed // block_size
-            if last < len(sequence.pages) and not sequence.may_share_last_page:
+            assert sequence.n_writable <= len(sequence.pages) * block_size
+            if sequence.n_writable > sequence.n_computed:
                 assert all(self.pool.references[page] == 1 for page in sequence.pages[last:]), (
                     "a page to write is shared"
                 )
