@@ -65,6 +65,11 @@ class EngineChild:
         except ValueError:
             return f"signal {-code}"
 
+    @property
+    def was_killed(self) -> bool:
+        """By SIGKILL, which no fault of its own brings about."""
+        return os.name != "nt" and self._process.returncode == -signal.SIGKILL
+
     def wait(self, seconds: float) -> bool:
         """True if it ended within that time."""
         try:

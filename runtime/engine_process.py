@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import zmq
@@ -57,6 +57,13 @@ _SUSPECT = RequestFailure(
     "server_error",
     500,
 )
+
+
+class _End(NamedTuple):
+    """Of an engine."""
+
+    how: str
+    is_foreign: bool  # killed by somebody else, or for the machine's lack of memory: no request is to blame
 
 
 class EngineProcess(EngineClient):
@@ -214,11 +221,9 @@ class EngineProcess(EngineClient):
                 return STOPPED
             self._n_deaths += 1
             if self._n_deaths > len(_BACKOFF):
-                text = (
-                    f"the engine died {self._n_deaths} times in a row, last with {end}; the server has to be restarted"
-                )
+                text = f"the engine died {self._n_deaths} times in a row, last with {end.how}; restart the server"
                 return RequestFailure(text, "server_error", 503)
-            _log.warning("the engine died with %s; it is started again", end)
+            _log.warning("the engine died with %s; it is started again", end.how)
             time.sleep(_BACKOFF[self._n_deaths - 1])
             with self._condition:
                 if self._is_closing:
@@ -227,21 +232,22 @@ class EngineProcess(EngineClient):
                 self._child = EngineChild(self._log_level)
             self.n_restarts += 1
 
-    def _serve(self, context: zmq.Context[zmq.Socket[bytes]]) -> str:
+    def _serve(self, context: zmq.Context[zmq.Socket[bytes]]) -> _End:
         """Serve with the present child; returns how it ended."""
         child = self._child
         wire = ClientWire.open(context, private_folder())
         try:
             child.connect(msgspec.json.encode(wire.address))
-            return self._listen(wire, child)
+            end = self._listen(wire, child)
         finally:
             with self._condition:
                 was_serving, self._is_serving, self._wire = self._is_serving, False, None
             wire.close()
-            if was_serving and not self._is_closing:
-                self._mourn()
+        if was_serving and not self._is_closing:
+            self._mourn(end)
+        return end
 
-    def _listen(self, wire: ClientWire, child: EngineChild) -> str:
+    def _listen(self, wire: ClientWire, child: EngineChild) -> _End:
         poller = zmq.Poller()
         poller.register(wire.reports, zmq.POLLIN)
         if os.name != "nt":
@@ -255,13 +261,14 @@ class EngineProcess(EngineClient):
                 return self._end_of(child)
             if self._is_hung():
                 child.kill()
-                return f"a step of over {self._watch.limit if self._watch else 0:.0f} s, after which it was killed"
+                seconds = self._watch.limit if self._watch else 0.0
+                return _End(f"a step of over {seconds:.0f} s, after which it was killed", is_foreign=False)
 
-    def _end_of(self, child: EngineChild) -> str:
+    def _end_of(self, child: EngineChild) -> _End:
         end = child.how_it_ended()
         if self._loaded is None and self._load_error is None:
             self._load_error = EngineError(f"the engine died with {end} while it loaded the model; is there memory?")
-        return end
+        return _End(end, is_foreign=child.was_killed)
 
     def _is_hung(self) -> bool:
         if not self._is_serving or self._watch is None:
@@ -318,10 +325,10 @@ class EngineProcess(EngineClient):
         if self.observer is not None:
             self.observer.stepped(report)
 
-    def _mourn(self) -> None:
+    def _mourn(self, end: _End) -> None:
         """The engine died while it served: note that, and give up requests that may be the cause."""
         with self._condition:
-            suspects = self._ledger.count_death()
+            suspects = [] if end.is_foreign else self._ledger.count_death()
             self._totals.restart()
             request_ids = self._ledger.request_ids
         if suspects:

@@ -9,7 +9,7 @@ import msgspec
 from pyinfer.runtime.engine_messages import AbortRequest, AddRequest, Message
 from pyinfer.runtime.outputs import RequestOutput
 
-MAX_DEATHS = 3  # in a row that a request may see without getting a token: it may well be their cause
+MAX_DEATHS = 3  # in a row, by faults, that a request may see without getting a token: it may well be their cause
 
 
 @dataclass(slots=True)
