@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -68,9 +67,7 @@ class Conversion:
         try:
             stream_gguf(path, self.metadata, self.tensors, on_bytes=on_bytes)
         except OSError as error:
-            raise ConvertError(
-                f"{path}: cannot be written: {os.strerror(error.errno or 0)}; nothing is left"
-            ) from error
+            raise ConvertError(f"{path}: cannot be written: {error.strerror or error}; nothing is left") from error
 
 
 @dataclass(frozen=True)
@@ -148,9 +145,9 @@ def plan_conversion(
         **pooling_metadata(checkpoint, family.arch),
         "general.file_type": target.file_type_id,
     }
-    vocabulary = vocabulary_metadata(checkpoint, family, config, pre_tokenizer)
-    n_vocab = len(vocabulary["tokenizer.ggml.tokens"])
     notes: list[str] = []
+    vocabulary = vocabulary_metadata(checkpoint, family, config, pre_tokenizer, notes)
+    n_vocab = len(vocabulary["tokenizer.ggml.tokens"])
     sources = _sources(checkpoint, family, config, n_vocab, notes)
     specs = [TensorSpec(tensor, source.shape, "F32") for tensor, source in sources.items()]
     types = plan_types(specs, target, model_shape(model))
@@ -240,6 +237,11 @@ def _source(stored: StoredTensor, rule: TensorRule, config: HFConfig, n_vocab: i
                 "tokenizer and config.json that belong to this checkpoint"
             )
         shape = (n_vocab, *shape[1:])  # rows beyond the vocabulary stand for nothing
+    if rule.target == "token_embd" and shape[-1] != config.integer("hidden_size"):
+        raise ConvertError(
+            f"{stored.path.name}: tensor {stored.name} has {shape[-1]} columns and config.json's 'hidden_size' is "
+            f"{config.get('hidden_size')}; take the config.json that belongs to this checkpoint"
+        )
     order = None if rule.order is None else rule.order(config, shape[0])
     return _Source(shape, stored, order, 0.0 if is_bias else rule.offset)
 

@@ -224,6 +224,14 @@ PHI3 = Family(
     extra_tensors=_phi3_factors,
 )
 
+
+def _bert_metadata(config: HFConfig) -> Metadata:
+    kind = config.get("position_embedding_type") or "absolute"
+    if kind != "absolute":
+        raise ConvertError(f"config.json: 'position_embedding_type' is {kind!r}; GGUF's bert has 'absolute' only")
+    return {"attention.causal": False}
+
+
 BERT = Family(
     arch="bert",
     hf_architectures=("BertModel", "BertForMaskedLM"),
@@ -253,7 +261,7 @@ BERT = Family(
     renames=((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
     ignored=(r"^embeddings\.position_ids$", r"^pooler\.", r"^cls\.(predictions|seq_relationship)\b"),
     defaults={"max_position_embeddings": 512, "layer_norm_eps": 1e-12, "tie_word_embeddings": True},
-    extra_metadata=lambda config: {"attention.causal": False},
+    extra_metadata=_bert_metadata,
     vocabulary="wordpiece",
 )
 

@@ -17,11 +17,21 @@ _CODE_LLAMA_VOCAB, _SMOL_VOCAB = 32016, 49152
 
 
 def vocabulary_metadata(
-    checkpoint: HFCheckpoint, family: Family, config: HFConfig, pre_tokenizer: str | None = None
+    checkpoint: HFCheckpoint,
+    family: Family,
+    config: HFConfig,
+    pre_tokenizer: str | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """All keys `tokenizer.*`. `pre_tokenizer` names the pre-tokenizer instead of its fingerprint."""
+    """All keys `tokenizer.*`. `pre_tokenizer` names the pre-tokenizer instead of its fingerprint.
+
+    Added tokens that the model has no row for are left out, with a remark in `notes`.
+    """
     table = _table(checkpoint, family, pre_tokenizer)
     n_vocab = config.integer("vocab_size", len(table.tokens))
+    beyond = table.drop_added(n_vocab)
+    if beyond and notes is not None:
+        notes.append(f"{len(beyond)} added tokens that the model has no row for are left out, such as {beyond[0]!r}")
     table.resize(n_vocab)
     try:
         metadata = {**table.metadata(), **special_metadata(checkpoint, n_vocab)}

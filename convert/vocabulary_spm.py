@@ -67,6 +67,7 @@ def from_json(checkpoint: HFCheckpoint, family: Family) -> VocabularyTable:
 
 
 def _apply_added(table: VocabularyTable, checkpoint: HFCheckpoint) -> None:
+    table.n_base = len(table.tokens)
     for text, i in checkpoint.json("added_tokens.json").items():
         _put(table, int(i), text, USER_DEFINED)
     for i, entry in added_tokens(checkpoint).items():

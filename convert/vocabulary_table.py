@@ -24,6 +24,7 @@ class VocabularyTable:
     scores: list[float] | None = None
     merges: list[str] | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further keys
+    n_base: int | None = None  # tokens without those that were added at the end; None: as many as there are
 
     def metadata(self) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -37,6 +38,17 @@ class VocabularyTable:
         if self.merges is not None:
             values["tokenizer.ggml.merges"] = self.merges
         return values | self.extra
+
+    def drop_added(self, n_vocab: int) -> list[str]:
+        """Cut off and return tokens from `n_vocab` on, if all of them were added to the tokenizer's own."""
+        if self.n_base is None or n_vocab < self.n_base:
+            return []
+        pairs = zip(self.tokens[n_vocab:], self.types[n_vocab:], strict=True)
+        beyond = [token for token, kind in pairs if kind != UNUSED]
+        del self.tokens[n_vocab:], self.types[n_vocab:]
+        if self.scores is not None:
+            del self.scores[n_vocab:]
+        return beyond
 
     def resize(self, n_vocab: int) -> None:
         """Give every row of the embedding a token."""

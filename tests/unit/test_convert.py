@@ -245,6 +245,15 @@ def test_rows_beyond_the_vocabulary_are_left_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values(file, "token_embd.weight"), table)
 
 
+def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
+    """Many fine-tuned models name a pad token that their embedding has no row for."""
+    folder = write_checkpoint(tmp_path)
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": VOCAB}))
+    plan = plan_conversion(folder, "f32")
+    assert len(plan.metadata["tokenizer.ggml.tokens"]) == VOCAB
+    assert plan.notes == ("1 added tokens that the model has no row for are left out, such as '<pad>'",)
+
+
 def test_name_and_sampling_defaults(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "Tiny-Story-1B")
     (folder / "generation_config.json").write_text(json.dumps({"top_k": 7, "temperature": 0.5}))
@@ -298,6 +307,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "shape": (_tensors(_with("model.norm.weight", np.ones((2, 2, 2)))), "expected a vector or a matrix"),
     "heads": (_config(num_attention_heads=7), "64 rows do not part into 7 heads"),
     "rows": (_config(vocab_size=400), "has 300 rows for 400 tokens"),
+    "columns": (_config(hidden_size=32), "has 64 columns and config.json's 'hidden_size' is 32"),
+    "positions": (
+        _config(architecture="BertModel", hidden_act="gelu", position_embedding_type="relative_key"),
+        "'position_embedding_type' is 'relative_key'",
+    ),
     "tokens": (_config(vocab_size=100), "has 286 tokens and the model 100"),
 }
 
