@@ -11,7 +11,7 @@ from pyinfer.convert.encode_affine import store_nibbles
 from pyinfer.convert.half_float import round_to_half, store_half
 from pyinfer.convert.importance import mean_square, weigh_block, weigh_by_columns
 from pyinfer.convert.jit import compiled
-from pyinfer.convert.signed_search import fit_signed, search_signed
+from pyinfer.convert.signed_search import fit_signed, search_finely
 
 _BLOCK = 256
 
@@ -24,7 +24,7 @@ def encode_q3_k(x, columns, out):  # type: ignore[no-untyped-def]
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 110 : (b + 1) * 110]
             weigh_block(block, columns, b * _BLOCK, 16, w, wx)
-            d = fit_signed(block, w, wx, 16, np.float32(4), np.float32(-32), 2, scales)
+            d = fit_signed(block, w, wx, 16, np.float32(4), np.float32(-32), columns.size > 0, 2, scales)
             _write_codes(block, 16, np.float32(4), d, scales[0], codes)
             for i in range(32):
                 thirds = np.uint8(0)
@@ -54,7 +54,7 @@ def encode_q6_k(x, columns, out):  # type: ignore[no-untyped-def]
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 210 : (b + 1) * 210]
             weigh_block(block, columns, b * _BLOCK, 16, w, wx)
-            d = fit_signed(block, w, wx, 16, np.float32(32), np.float32(-128), 3, scales)
+            d = fit_signed(block, w, wx, 16, np.float32(32), np.float32(-128), True, 3, scales)
             _write_codes(block, 16, np.float32(32), d, scales[0], codes)
             for half in range(2):
                 for i in range(64):
@@ -99,7 +99,7 @@ def _encode_32(x, columns, zero, block_bytes, out):  # type: ignore[no-untyped-d
         for b in range(x.shape[1] // 32):
             at, to = 32 * b, out[row, b * block_bytes : (b + 1) * block_bytes]
             block = x[row, at : at + 32]
-            search_signed(
+            search_finely(
                 block.ctypes.data, w.ctypes.data + 4 * at, wx.ctypes.data + 4 * at, 32, found.ctypes.data, zero
             )  # fmt: skip
             d = round_to_half(found[0])

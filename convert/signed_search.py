@@ -13,21 +13,28 @@ from pyinfer.convert.lanes import LANES, Lanes, group_function
 from pyinfer.kernels_cpu.simd import Reg
 
 _BEFORE = LANES // 2  # lanes below the middle
-_STEP = 0.125  # between two candidates, in codes
-_FREE = [_STEP * (k - _BEFORE) for k in range(LANES)]
+# Candidates: the sign that the largest weight gets, and how many codes more than `zero` it is scaled to.
+_COARSE = [(-1.0, [0.125 * (k - _BEFORE) for k in range(LANES)])]
+_FINE = [(-1.0, [-1 + 0.2 * k for k in range(LANES)]), (1.0, [-2 + 0.2 * k for k in range(LANES)])]
 _NEAR = [float(k - _BEFORE) for k in range(LANES)]
 
 
-def _emit_search(v: Lanes, zero: Reg) -> list[Reg]:
-    """Candidates put the largest weight at, or next to, code 0."""
+def _emit_search(v: Lanes, zero: Reg, batches: list[tuple[float, list[float]]]) -> list[Reg]:
+    """Candidates put the largest weight at, or next to, code 0; or beyond it, which clips it; or on the other side."""
     b = v.b
     low, high = v.fold(v.x, v.e.fmin), v.fold(v.x, v.e.fmax)
     extreme = b.select(b.fcmp_ordered(">", high, b.fneg(low)), high, low)
-    zeros = v.all(zero)
-    inverse = b.fmul(b.fneg(b.fadd(zeros, v.each(_FREE))), v.inverse(v.all(extreme)))
-    _, sum_ll, sum_lx = v.sums(inverse, zeros, _top(v, zeros), zeros)
-    scale = b.fmul(sum_lx, v.inverse(sum_ll))
-    return v.pick(b.fmul(scale, sum_lx), [scale])
+    zeros, unit = v.all(zero), v.inverse(v.all(extreme))
+    best = [v.one(0.0), v.one(0.0)]
+    for signs, steps in batches:
+        inverse = b.fmul(b.fmul(b.fadd(zeros, v.each(steps)), v.all(signs)), unit)
+        _, sum_ll, sum_lx = v.sums(inverse, zeros, _top(v, zeros), zeros)
+        scale = b.fmul(sum_lx, v.inverse(sum_ll))
+        gain = b.fmul(scale, sum_lx)
+        found = v.pick(gain, [gain, scale])
+        better = b.fcmp_ordered(">", found[0], best[0])
+        best = [b.select(better, new, old) for new, old in zip(found, best, strict=True)]
+    return [best[1]]
 
 
 def _emit_fit(v: Lanes, zero: Reg, lowest: Reg, d: Reg, unit: Reg, wanted: Reg) -> list[Reg]:
@@ -47,7 +54,9 @@ def _top(v: Lanes, zeros: Reg) -> Reg:
     return v.b.fsub(v.b.fadd(zeros, zeros), v.all(1.0))
 
 
-search_signed = group_function("search_signed", 1, _emit_search)  # scale
+# float32 result: the scale
+search_coarsely = group_function("search_coarsely", 1, lambda v, zero: _emit_search(v, zero, _COARSE))
+search_finely = group_function("search_finely", 1, lambda v, zero: _emit_search(v, zero, _FINE))
 _fit_group = group_function("_fit_group", 5, _emit_fit)  # code, gain, sum of w*l*l, of w*l*x
 
 
@@ -70,7 +79,7 @@ def _fit_grid(addresses, group, zero, lowest, d, wanted, scales, found):  # type
 
 
 @compiled
-def fit_signed(x, w, wx, group, zero, lowest, rounds, scales):  # type: ignore[no-untyped-def]
+def fit_signed(x, w, wx, group, zero, lowest, is_fine, rounds, scales):  # type: ignore[no-untyped-def]
     """d, exact in float16, of one super-block x (256,) with importances w (256,) and wx = w * x.
 
     The groups' scales, lowest..-lowest-1, go to row 0 of int8 `scales` (2, 256 / group).
@@ -81,7 +90,10 @@ def fit_signed(x, w, wx, group, zero, lowest, rounds, scales):  # type: ignore[n
     extreme = np.float32(0)
     for g in range(wanted.size):
         at = 4 * g * group
-        search_signed(addresses[0] + at, addresses[1] + at, addresses[2] + at, group, out, zero)
+        if is_fine:
+            search_finely(addresses[0] + at, addresses[1] + at, addresses[2] + at, group, out, zero)
+        else:
+            search_coarsely(addresses[0] + at, addresses[1] + at, addresses[2] + at, group, out, zero)
         wanted[g] = found[0]
         if abs(wanted[g]) > abs(extreme):
             extreme = wanted[g]
