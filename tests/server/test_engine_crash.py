@@ -30,24 +30,25 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", shape=TinyShape(n_ctx=2048))
 
 
-def body_of(number: int) -> dict[str, Any]:
+def body_of(number: int, max_tokens: int) -> dict[str, Any]:
     return {
         "messages": [{"role": "user", "content": "the sea " * (number + 1)}], "stream": True, "seed": number,
-        "max_tokens": 150 + 10 * number, "ignore_eos": True, "temperature": number % 3, "n": 1 + number % 2,
+        "max_tokens": max_tokens + 10 * number, "ignore_eos": True, "temperature": number % 3, "n": 1 + number % 2,
     }  # fmt: skip
 
 
 class Streams:
     """Sixteen at once; how far they are, and their texts by choice."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, max_tokens: int) -> None:
         self.n_events = 0
         self.ids: list[str] = []
         self._url = url
+        self._max_tokens = max_tokens
         self._lock = threading.Lock()
 
     def run(self, number: int) -> tuple[list[str], list[str]]:
-        body = body_of(number)
+        body = body_of(number, self._max_tokens)
         texts, reasons, last = [""] * body["n"], [""] * body["n"], ""
         with httpx.stream("POST", f"{self._url}/v1/chat/completions", json=body, timeout=90) as stream:
             assert stream.status_code == 200
@@ -75,17 +76,18 @@ def engine_of(server: int) -> psutil.Process:
     return engine
 
 
-def crash(model: Path, n_kills: int) -> None:
+def crash(model: Path, n_kills: int, max_tokens: int) -> None:
     with serving(model) as (process, url), ThreadPoolExecutor(N_STREAMS) as pool:
-        quiet = Streams(url)
+        quiet = Streams(url, max_tokens)
         expected = [each.result() for each in quiet.run_all(pool)]
         assert all(reason == "length" for _, reasons in expected for reason in reasons)
-        streams = Streams(url)
+        streams = Streams(url, max_tokens)
         results = streams.run_all(pool)
         states = set()
         for kill in range(1, n_kills + 1):
-            target = streams.n_events + quiet.n_events // (2 * n_kills)
+            target = streams.n_events + quiet.n_events // (8 * n_kills)
             while streams.n_events < target:
+                assert not all(each.done() for each in results), f"the streams ended before kill {kill}"
                 time.sleep(0.002)
             engine_of(process.pid).kill()
             deadline = time.monotonic() + 30
@@ -105,12 +107,12 @@ def crash(model: Path, n_kills: int) -> None:
 
 
 def test_streams_go_on_in_a_new_engine(model_file: Path) -> None:
-    crash(model_file, 1)
+    crash(model_file, 1, 150)
 
 
 @pytest.mark.large
 def test_streams_go_on_after_ten_kills(model_file: Path) -> None:
-    crash(model_file, 10)
+    crash(model_file, 10, 1500)
 
 
 def test_server_ends_when_there_can_be_no_engine(model_file: Path, tmp_path: Path) -> None:
