@@ -27,7 +27,7 @@ from pyinfer.runtime.page_moves import CopyPage, Move, SwapIn, SwapOut, SwappedP
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.policy import make_policy
 from pyinfer.runtime.preemption_cost import PreemptionCost
-from pyinfer.runtime.request import Sequence, State
+from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.request_events import EventKind, RequestEvent
 
 _by_key = attrgetter("key")
@@ -69,7 +69,7 @@ class Scheduler:
         self.predictor = LengthPredictor() if predictor is None else predictor
         self.policy = make_policy(config.policy, self.predictor, config.max_tokens)
         self.cost = PreemptionCost(config.preemption_mode)
-        self._young: OrderedDict[Sequence, None] = OrderedDict()  # those that age, in order of arrival
+        self._young: OrderedDict[Request, list[Sequence]] = OrderedDict()  # those that age, in order of arrival
         self.events: list[RequestEvent] = []  # of this step
         self._clock = clock
         self.waiting: list[Sequence] = []  # by key: rank, arrival, sample
@@ -88,19 +88,24 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits into the pool when it is alone."""
         assert sequence.state is State.WAITING and -(-sequence.limit // self.config.block_size) <= self.pool.n_pages
-        sequence.key = (self.policy.rank(sequence), *sequence.key[1:])
-        self._young[sequence] = None
+        request = sequence.request
+        rank = -math.inf
+        if request.arrival_time > self._clock() - self.config.max_aging:
+            rank = self.policy.rank(sequence)
+            self._young.setdefault(request, []).append(sequence)
+        sequence.key = (rank, *sequence.key[1:])
         insort(self.waiting, sequence, key=_by_key)
 
     def _promote_old(self) -> None:
         """Those that are `max_aging` old or older go before all others, among themselves in order of arrival."""
         born_before = self._clock() - self.config.max_aging
-        while self._young and (sequence := next(iter(self._young))).request.arrival_time <= born_before:
-            del self._young[sequence]
-            queue = self.waiting if sequence.state is State.WAITING else self.running
-            queue.remove(sequence)
-            sequence.key = (-math.inf, *sequence.key[1:])
-            insort(queue, sequence, key=_by_key)
+        while self._young and next(iter(self._young)).arrival_time <= born_before:
+            _, sequences = self._young.popitem(last=False)
+            for sequence in sequences:
+                queue = self.waiting if sequence.state is State.WAITING else self.running
+                queue.remove(sequence)
+                sequence.key = (-math.inf, *sequence.key[1:])
+                insort(queue, sequence, key=_by_key)
 
     def schedule(self) -> Plan:
         """Choose the next step; empty only when nothing waits or runs."""
@@ -264,15 +269,20 @@ class Scheduler:
         self.events.append(RequestEvent(sequence.request.id, sequence.index, kind, self._clock(), n_tokens, by))
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and give back what it holds."""
+        """Take a sequence out, wherever it is, and give back what it holds; nothing if it was finished before."""
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
             self._give_back(sequence)
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
             self._drop_swapped(sequence)
-        self._young.pop(sequence, None)
+        else:
+            return
         sequence.state = State.FINISHED
+        if young := self._young.get(sequence.request):
+            young.remove(sequence)
+            if not young:
+                del self._young[sequence.request]
 
     def _preempt(self, plan: Plan, sequence: Sequence, by: Sequence | None = None) -> None:
         assert sequence is self.running[-1]
