@@ -15,10 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from pyinfer.convert.encode import encode
 from pyinfer.convert.families import family_of
 from pyinfer.convert.family import Family, TensorRule
 from pyinfer.convert.file_types import FileType, file_type
@@ -26,14 +22,11 @@ from pyinfer.convert.general_metadata import general_metadata, pooling_metadata
 from pyinfer.convert.hf_checkpoint import HFCheckpoint
 from pyinfer.convert.hf_config import HFConfig
 from pyinfer.convert.safetensors import StoredTensor
+from pyinfer.convert.tensor_source import TensorSource
 from pyinfer.convert.type_plan import TensorSpec, model_shape, plan_types
 from pyinfer.convert.vocabulary import vocabulary_metadata
 from pyinfer.errors import ConvertError
-from pyinfer.quant.codec import ByteArray, Codec, FloatArray
-from pyinfer.quant.codecs import codec_by_name
 from pyinfer.quant.writer import TensorStream, stream_gguf
-
-_CHUNK_WEIGHTS = 1 << 24  # 64 MB of float32
 
 
 @dataclass(frozen=True)
@@ -68,63 +61,6 @@ class Conversion:
             stream_gguf(path, self.metadata, self.tensors, on_bytes=on_bytes)
         except OSError as error:
             raise ConvertError(f"{path}: cannot be written: {error.strerror or error}; nothing is left") from error
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the weights of one tensor of the GGUF come from."""
-
-    shape: tuple[int, ...]
-    stored: StoredTensor | None = None
-    order: npt.NDArray[np.int64] | None = None
-    offset: float = 0.0
-    values: FloatArray | None = None  # computed, if not stored
-
-    def chunks(self, codec_name: str) -> Iterator[ByteArray]:
-        if self.stored is None:
-            assert self.values is not None
-            yield encode(codec_name, self.values.reshape(-1, self.shape[-1]))
-            return
-        if len(self.shape) == 1:
-            vector = self.stored.dequantize().ravel()[: self.shape[0]] + np.float32(self.offset)
-            vector = vector if self.order is None else vector[self.order]
-            yield _encoded(self.stored.name, codec_name, vector[np.newaxis])
-            return
-        n_rows = math.prod(self.shape[:-1])
-        step = max(1, _CHUNK_WEIGHTS // self.shape[-1])
-        for first in range(0, n_rows, step):
-            yield self._rows(self.stored, codec_name, first, min(first + step, n_rows))
-
-    def _rows(self, stored: StoredTensor, codec_name: str, first: int, stop: int) -> ByteArray:
-        if self.order is None:
-            start, data = first, stored.read(first, stop)
-        else:
-            wanted = self.order[first:stop]
-            start = int(wanted.min())
-            data = stored.read(start, int(wanted.max()) + 1)[wanted - start]
-        if stored.codec.name == codec_name and not self.offset:
-            _check_finite(stored.name, stored.codec, data)
-            return data
-        rows = stored.codec.dequantize(data)
-        if self.offset:
-            rows += np.float32(self.offset)
-        return _encoded(stored.name, codec_name, rows)
-
-
-def _encoded(name: str, codec_name: str, rows: FloatArray) -> ByteArray:
-    _check_finite(name, codec_by_name("F32"), rows)
-    data = encode(codec_name, rows)
-    if codec_name == "F16" and not np.isfinite(data.view(np.float16)).all():
-        raise ConvertError(f"tensor {name} holds a weight beyond float16's 65504; choose --type bf16 or f32")
-    return data
-
-
-def _check_finite(name: str, codec: Codec, data: npt.NDArray[Any]) -> None:
-    """A float is NaN or infinite if all bits of its exponent are set."""
-    word, exponent = {"F32": ("u4", 0x7F800000), "BF16": ("u2", 0x7F80), "F16": ("u2", 0x7C00)}[codec.name]
-    bits = data.view(word) & np.array(exponent, word)
-    if bits.size and int(bits.max()) == exponent:
-        raise ConvertError(f"tensor {name} holds a weight that is NaN or infinite; the checkpoint is damaged")
 
 
 def plan_conversion(
@@ -169,10 +105,10 @@ def _own_type(checkpoint: HFCheckpoint) -> str:
 
 def _sources(
     checkpoint: HFCheckpoint, family: Family, config: HFConfig, n_vocab: int, notes: list[str]
-) -> dict[str, _Source]:
+) -> dict[str, TensorSource]:
     """The tensors of the GGUF in the order of the family's table; every tensor of the checkpoint is accounted for."""
     stored = _renamed(checkpoint, family, notes)
-    sources = {name: _Source(values.shape, values=values) for name, values in family.extra_tensors(config).items()}
+    sources = {name: TensorSource(values.shape, values=values) for name, values in family.extra_tensors(config).items()}
     architecture = str(checkpoint.config["architectures"][0])
     has_head = not config.get("tie_word_embeddings") and not architecture.endswith("Model")
     for source, rule in _expanded(family, config.integer("num_hidden_layers")):
@@ -225,7 +161,9 @@ def _expanded(family: Family, n_layers: int) -> Iterator[tuple[str, TensorRule]]
     yield from ((s, r) for s, r in rules[first:] if "{i}" not in s)
 
 
-def _source(stored: StoredTensor, rule: TensorRule, config: HFConfig, n_vocab: int, is_bias: bool = False) -> _Source:
+def _source(
+    stored: StoredTensor, rule: TensorRule, config: HFConfig, n_vocab: int, is_bias: bool = False
+) -> TensorSource:
     shape = stored.shape
     if len(shape) not in ((1,) if is_bias else (1, 2)) or 0 in shape:
         raise ConvertError(f"{stored.path.name}: tensor {stored.name} has shape {shape}; expected a vector or a matrix")
@@ -243,7 +181,7 @@ def _source(stored: StoredTensor, rule: TensorRule, config: HFConfig, n_vocab: i
             f"{config.get('hidden_size')}; take the config.json that belongs to this checkpoint"
         )
     order = None if rule.order is None else rule.order(config, shape[0])
-    return _Source(shape, stored, order, 0.0 if is_bias else rule.offset)
+    return TensorSource(shape, stored, order, 0.0 if is_bias else rule.offset)
 
 
 def _window_notes(family: Family, config: HFConfig) -> list[str]:

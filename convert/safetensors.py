@@ -19,7 +19,7 @@ from pyinfer.errors import ConvertError
 from pyinfer.quant.codec import ByteArray, Codec, FloatArray
 from pyinfer.quant.codecs import codec_by_name
 
-_CODEC_OF_DTYPE = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
+_FLOATS = ("F32", "F16", "BF16")
 _BYTES_OF_DTYPE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -39,13 +39,13 @@ class StoredTensor:
 
     @property
     def codec(self) -> Codec:
-        """The codec of the same number format; ConvertError for integers and floats of 8 bits."""
-        if self.dtype not in _CODEC_OF_DTYPE:
+        """The codec of the same number format; ConvertError for integers and other floats."""
+        if self.dtype not in _FLOATS:
             raise ConvertError(
                 f"{self.path.name}: tensor {self.name} is stored as {self.dtype}; convert the checkpoint that holds "
-                f"{', '.join(_CODEC_OF_DTYPE)} weights"
+                f"{', '.join(_FLOATS)} weights"
             )
-        return codec_by_name(_CODEC_OF_DTYPE[self.dtype])
+        return codec_by_name(self.dtype)
 
     @property
     def n_rows(self) -> int:

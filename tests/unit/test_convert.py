@@ -124,7 +124,7 @@ def test_rows_are_the_same_in_any_chunks(tmp_path: Path, monkeypatch: pytest.Mon
     folder = write_checkpoint(tmp_path)
     converted(folder)
     whole = (tmp_path / "out.gguf").read_bytes()
-    monkeypatch.setattr("pyinfer.convert.conversion._CHUNK_WEIGHTS", 5 * HIDDEN)
+    monkeypatch.setattr("pyinfer.convert.tensor_source._CHUNK_WEIGHTS", 5 * HIDDEN)
     converted(folder)
     assert (tmp_path / "out.gguf").read_bytes() == whole
 
