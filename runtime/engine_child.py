@@ -9,8 +9,14 @@ import select
 import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
 _MODULE = "pyinfer.runtime.engine_main"
+
+
+class ChildEnd(NamedTuple):
+    how: str  # for people, like "signal 9 (SIGKILL)"
+    is_foreign: bool  # killed by somebody else, or for the machine's lack of memory: no request is to blame
 
 
 class EngineChild:
@@ -55,20 +61,16 @@ class EngineChild:
             return False
         return os.read(self.fileno(), 4096) == b""
 
-    def how_it_ended(self) -> str:
-        """For people, like "signal 9 (SIGKILL)"; waits for the end."""
+    def end(self) -> ChildEnd:
+        """Waits for it."""
         code = self._process.wait()
         if code >= 0:
-            return f"exit code {code}"
+            return ChildEnd(f"exit code {code}", is_foreign=False)
         try:
-            return f"signal {-code} ({signal.Signals(-code).name})"
+            name = signal.Signals(-code).name
         except ValueError:
-            return f"signal {-code}"
-
-    @property
-    def was_killed(self) -> bool:
-        """By SIGKILL, which no fault of its own brings about."""
-        return os.name != "nt" and self._process.returncode == -signal.SIGKILL
+            name = "?"
+        return ChildEnd(f"signal {-code} ({name})", is_foreign=name == "SIGKILL")
 
     def wait(self, seconds: float) -> bool:
         """True if it ended within that time."""

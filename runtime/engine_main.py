@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyinfer.runtime.engine import Engine
-    from pyinfer.runtime.engine_messages import LoadFailed, LoadModel, Message, ToEngine
+    from pyinfer.runtime.engine_messages import LoadModel, Message, ToEngine
     from pyinfer.runtime.engine_wire import EngineWire
     from pyinfer.runtime.vocabulary_facts import VocabularyFacts
 
@@ -91,8 +91,9 @@ class _Process:
             self._must_close = True
 
     def _load_and_serve(self, load: LoadModel) -> None:
+        from pyinfer.errors import PyinferError
         from pyinfer.quant.gguf import GGUFFile
-        from pyinfer.runtime.engine_messages import Loaded, Loading
+        from pyinfer.runtime.engine_messages import Loaded, LoadFailed, Loading
         from pyinfer.runtime.loader import load_options, open_engine
 
         def progress(what: str, share: float) -> None:
@@ -112,7 +113,9 @@ class _Process:
         except Exception as error:
             if self._is_serving:
                 raise
-            self._wire.reports.send(_load_failed(error))
+            if not isinstance(error, PyinferError | MemoryError):
+                _log.error("the model could not be loaded", exc_info=error)
+            self._wire.reports.send(LoadFailed.of(error))
 
     _is_serving = False
 
@@ -152,19 +155,6 @@ def _import_what_loading_needs() -> None:
     from pyinfer.runtime.backends import open_backend
 
     open_backend("cpu")
-
-
-def _load_failed(error: Exception) -> LoadFailed:
-    from pyinfer.errors import PyinferError
-    from pyinfer.runtime.engine_messages import LoadFailed
-
-    if isinstance(error, PyinferError):
-        return LoadFailed(type(error).__name__, str(error), error.param)
-    if isinstance(error, MemoryError):
-        text = "out of memory; choose a smaller model, context (-c) or --kv-cache-memory"
-        return LoadFailed("EngineError", text)
-    _log.error("the model could not be loaded", exc_info=error)
-    return LoadFailed("EngineError", f"the model could not be loaded: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

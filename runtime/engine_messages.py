@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from pyinfer import errors
+from pyinfer.errors import EngineError, PyinferError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.runtime.outputs import EngineStats, RequestOutput
 from pyinfer.runtime.request_events import RequestEvent
@@ -71,6 +73,20 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     kind: str  # name of the `PyinferError`
     message: str
     param: str | None = None
+
+    @classmethod
+    def of(cls, error: Exception) -> LoadFailed:
+        if isinstance(error, PyinferError):
+            return cls(type(error).__name__, str(error), error.param)
+        if isinstance(error, MemoryError):
+            return cls("EngineError", "out of memory; choose a smaller model, context (-c) or --kv-cache-memory")
+        return cls("EngineError", f"the model could not be loaded: {type(error).__name__}: {error}")
+
+    def error(self) -> PyinferError:
+        """The same error, on the client's side."""
+        kind = getattr(errors, self.kind, EngineError)
+        assert issubclass(kind, PyinferError)
+        return kind(self.message, param=self.param)
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

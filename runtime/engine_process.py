@@ -14,22 +14,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import zmq
 
-from pyinfer import errors
 from pyinfer.errors import EngineError, PyinferError
 from pyinfer.graph.backend import Progress, StageConfig
-from pyinfer.runtime.engine_child import EngineChild
+from pyinfer.runtime.engine_child import ChildEnd, EngineChild
 from pyinfer.runtime.engine_client import STOPPED, EngineClient
 from pyinfer.runtime.engine_messages import (
     AddRequest,
     Close,
     FromEngine,
     Loaded,
-    LoadFailed,
     Loading,
     LoadModel,
     Message,
@@ -57,13 +55,6 @@ _SUSPECT = RequestFailure(
     "server_error",
     500,
 )
-
-
-class _End(NamedTuple):
-    """Of an engine."""
-
-    how: str
-    is_foreign: bool  # killed by somebody else, or for the machine's lack of memory: no request is to blame
 
 
 class EngineProcess(EngineClient):
@@ -232,7 +223,7 @@ class EngineProcess(EngineClient):
                 self._child = EngineChild(self._log_level)
             self.n_restarts += 1
 
-    def _serve(self, context: zmq.Context[zmq.Socket[bytes]]) -> _End:
+    def _serve(self, context: zmq.Context[zmq.Socket[bytes]]) -> ChildEnd:
         """Serve with the present child; returns how it ended."""
         child = self._child
         wire = ClientWire.open(context, private_folder())
@@ -247,7 +238,7 @@ class EngineProcess(EngineClient):
             self._mourn(end)
         return end
 
-    def _listen(self, wire: ClientWire, child: EngineChild) -> _End:
+    def _listen(self, wire: ClientWire, child: EngineChild) -> ChildEnd:
         poller = zmq.Poller()
         poller.register(wire.reports, zmq.POLLIN)
         if os.name != "nt":
@@ -258,17 +249,15 @@ class EngineProcess(EngineClient):
             while (message := wire.receive()) is not None:
                 self._hear(message, wire)
             if has_ended:
-                return self._end_of(child)
+                end = child.end()
+                if self._loaded is None and self._load_error is None:
+                    text = f"the engine died with {end.how} while it loaded the model; is there memory?"
+                    self._load_error = EngineError(text)
+                return end
             if self._is_hung():
                 child.kill()
                 seconds = self._watch.limit if self._watch else 0.0
-                return _End(f"a step of over {seconds:.0f} s, after which it was killed", is_foreign=False)
-
-    def _end_of(self, child: EngineChild) -> _End:
-        end = child.how_it_ended()
-        if self._loaded is None and self._load_error is None:
-            self._load_error = EngineError(f"the engine died with {end} while it loaded the model; is there memory?")
-        return _End(end, is_foreign=child.was_killed)
+                return ChildEnd(f"a step of over {seconds:.0f} s, after which it was killed", is_foreign=False)
 
     def _is_hung(self) -> bool:
         if not self._is_serving or self._watch is None:
@@ -291,7 +280,7 @@ class EngineProcess(EngineClient):
         elif isinstance(message, Loaded):
             self._hear_loaded(message, wire)
         elif self._loaded is None:
-            self._load_error = _error_of(message)
+            self._load_error = message.error()
         else:
             _log.error("the engine cannot load the model again: %s", message.message)
 
@@ -325,7 +314,7 @@ class EngineProcess(EngineClient):
         if self.observer is not None:
             self.observer.stepped(report)
 
-    def _mourn(self, end: _End) -> None:
+    def _mourn(self, end: ChildEnd) -> None:
         """The engine died while it served: note that, and give up requests that may be the cause."""
         with self._condition:
             suspects = [] if end.is_foreign else self._ledger.count_death()
@@ -336,9 +325,3 @@ class EngineProcess(EngineClient):
             self._deliver([RequestOutput(request_id, failure=_SUSPECT) for request_id in suspects])
         if self.observer is not None:
             self.observer.restarted(request_ids, time.monotonic())
-
-
-def _error_of(message: LoadFailed) -> PyinferError:
-    kind = getattr(errors, message.kind, EngineError)
-    assert issubclass(kind, PyinferError)
-    return kind(message.message, param=message.param)

@@ -74,8 +74,7 @@ class RequestLedger:
         """What makes a new engine go on where the old one ended."""
         messages: list[Message] = []
         for entry in self._entries.values():
-            is_new = all(tokens == [] for tokens in entry.outputs)
-            resume = None if is_new else [None if tokens is None else list(tokens) for tokens in entry.outputs]
-            messages.append(msgspec.structs.replace(entry.request, resume=resume))
+            resume = [None if tokens is None else list(tokens) for tokens in entry.outputs]
+            messages.append(msgspec.structs.replace(entry.request, resume=resume))  # what was taken is not refused
             messages += entry.aborts
         return messages
