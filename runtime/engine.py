@@ -60,6 +60,7 @@ class Engine:
         preemption_mode: str = "auto",
         n_swap_pages: int = 0,
         max_queue_wait: float | None = None,
+        multi_step: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -77,6 +78,7 @@ class Engine:
                 policy,
                 preemption_mode,
                 n_swap_pages,
+                multi_step,
                 max_aging,
             ),
             PagePool(config.n_pages),
@@ -381,7 +383,7 @@ class Engine:
             generation_tokens=self._n_generated,
             requests_finished=self._n_finished,
             steps=self._n_steps,
-            swaps=scheduler.n_swaps,
+            swaps=scheduler.swap.n_swaps,
         )
 
     def check(self) -> None:

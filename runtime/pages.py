@@ -46,6 +46,11 @@ class PagePool:
         return len(self._free) + len(self._kept)
 
     @property
+    def n_free(self) -> int:
+        """Pages that nobody holds and that hold nothing to be found."""
+        return len(self._free)
+
+    @property
     def n_kept(self) -> int:
         return len(self._kept)
 

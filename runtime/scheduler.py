@@ -23,12 +23,13 @@ from itertools import pairwise
 from operator import attrgetter
 
 from pyinfer.runtime.length_predictor import LengthPredictor
-from pyinfer.runtime.page_moves import CopyPage, Move, SwapIn, SwapOut, SwappedPages
+from pyinfer.runtime.page_moves import CopyPage, Move
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.policy import make_policy
 from pyinfer.runtime.preemption_cost import PreemptionCost
 from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.request_events import EventKind, RequestEvent
+from pyinfer.runtime.swap_space import SwapSpace
 
 _by_key = attrgetter("key")
 
@@ -42,6 +43,7 @@ class SchedulerConfig:
     policy: str = "priority"
     preemption_mode: str = "auto"
     n_swap_pages: int = 0  # room in host memory for the pages of those that gave way
+    multi_step: int = 1  # most steps that one decision is good for; 1: each step is decided anew
     max_aging: float = 60.0  # seconds after its arrival, a request goes before all that are younger than that
 
 
@@ -69,15 +71,16 @@ class Scheduler:
         self.predictor = LengthPredictor() if predictor is None else predictor
         self.policy = make_policy(config.policy, self.predictor, config.max_tokens)
         self.cost = PreemptionCost(config.preemption_mode)
+        self.swap = SwapSpace(config.n_swap_pages, self.cost)
         self._young: OrderedDict[Request, list[Sequence]] = OrderedDict()  # those that age, in order of arrival
         self.events: list[RequestEvent] = []  # of this step
         self._clock = clock
         self.waiting: list[Sequence] = []  # by key: rank, arrival, sample
         self.running: list[Sequence] = []  # by key
         self._free_slots = list(range(config.max_sequences - 1, -1, -1))
+        self._repeated = Plan()
+        self._n_repeats = 0  # how often it is still right if nobody comes or goes
         self.n_preemptions = 0
-        self.n_swaps = 0
-        self._n_swapped_pages = 0
         self.n_prefix_queries = 0
         self.n_prefix_hits = 0
 
@@ -95,6 +98,7 @@ class Scheduler:
             self._young.setdefault(request, []).append(sequence)
         sequence.key = (rank, *sequence.key[1:])
         insort(self.waiting, sequence, key=_by_key)
+        self._n_repeats = 0
 
     def _promote_old(self) -> None:
         """Those that are `max_aging` old or older go before all others, among themselves in order of arrival."""
@@ -109,8 +113,11 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Choose the next step; empty only when nothing waits or runs."""
-        self._promote_old()
         self.events = []
+        if self._n_repeats > 0:
+            self._n_repeats -= 1
+            return self._repeated
+        self._promote_old()
         plan = Plan()
         n_preemptions = self.n_preemptions
         budget, prompts = self._plan_decodes(plan)
@@ -124,7 +131,24 @@ class Scheduler:
         while not plan.sequences and self.waiting:  # all that run wait for one that does not: they give way
             self._preempt(plan, self.running[-1])
             self._admit_waiting(plan, budget)
+        if self.config.multi_step > 1 and not self.waiting and len(plan.sequences) == len(self.running):
+            self._plan_ahead(plan)
         return plan
+
+    def _plan_ahead(self, plan: Plan) -> None:
+        """All run: if all decode, the next steps are the same while their pages last, taken ahead if many are free."""
+        n_repeats = n_steps = self.config.multi_step - 1
+        for sequence in plan.sequences:
+            n_tokens = len(sequence.tokens)
+            if n_tokens - sequence.n_computed != 1:
+                return
+            n_more = min(n_steps, sequence.limit - n_tokens)
+            if sequence.n_writable - n_tokens < n_more and self.pool.n_free > self.pool.n_pages // 4:
+                sequence.pages.append(self.pool.allocate())
+                sequence.n_writable = len(sequence.pages) * self.config.block_size
+            n_repeats = min(n_repeats, sequence.n_writable - n_tokens)
+        self._n_repeats = n_repeats
+        self._repeated = Plan(plan.sequences, plan.counts)
 
     def _plan_decodes(self, plan: Plan) -> tuple[int, list[Sequence]]:
         """Plan everyone with one token to go; returns the budget left and those with more to go."""
@@ -160,10 +184,13 @@ class Scheduler:
                 return False
         page = pool.allocate()
         if index < len(pages):
-            assert index == len(pages) - 1
             plan.moves.append(CopyPage(pages[index], page))
             pool.release([pages[index]])
-            sequence.pages = [*pages[:index], page]  # a new list: its row in the page tables is written again
+            sequence.pages = [
+                *pages[:index],
+                page,
+                *pages[index + 1 :],
+            ]  # a new list: its row in the page tables is written again
         else:
             pages.append(page)
         sequence.n_writable = len(pages) * self.config.block_size
@@ -209,7 +236,7 @@ class Scheduler:
             sequence.n_remembered = len(found)
             sequence.n_computed = len(found) * block_size
         sequence.n_writable = len(sequence.pages) * block_size
-        self._swap_in(plan, sequence, len(found))
+        self.swap.give(sequence, len(found), plan.moves)
         if reads_cache:
             self.n_prefix_queries += n_tokens
             self.n_prefix_hits += len(found) * block_size
@@ -229,9 +256,10 @@ class Scheduler:
         if parent.state is not State.RUNNING or not self._free_slots:
             return False
         self.waiting.remove(child)
-        for page in parent.pages:
+        child.pages = parent.pages[: -(-parent.n_computed // self.config.block_size)]  # none that were taken ahead
+        for page in child.pages:
             self.pool.share(page)
-        child.pages = list(parent.pages)
+        self._n_repeats = 0
         child.n_computed, child.n_remembered = parent.n_computed, parent.n_remembered
         child.digests = list(parent.digests)
         child.prompt_was_computed = True
@@ -275,10 +303,11 @@ class Scheduler:
             self._give_back(sequence)
         elif sequence.state is State.WAITING:
             self.waiting.remove(sequence)
-            self._drop_swapped(sequence)
+            self.swap.drop(sequence)
         else:
             return
         sequence.state = State.FINISHED
+        self._n_repeats = 0
         if young := self._young.get(sequence.request):
             young.remove(sequence)
             if not young:
@@ -287,41 +316,13 @@ class Scheduler:
     def _preempt(self, plan: Plan, sequence: Sequence, by: Sequence | None = None) -> None:
         assert sequence is self.running[-1]
         self.running.pop()
-        n_lost = 0 if self._swap_out(plan, sequence) else sequence.n_computed
+        n_lost = 0 if self.swap.take(sequence, self.config.block_size, plan.moves) else sequence.n_computed
         self._note("preempted", sequence, n_lost, by.request.id if by else None)
         self._give_back(sequence)
         sequence.state = State.WAITING
         sequence.metrics.preemptions += 1
         self.n_preemptions += 1
         insort(self.waiting, sequence, key=_by_key)
-
-    def _swap_out(self, plan: Plan, sequence: Sequence) -> bool:
-        """Keep what a sequence has computed in host memory, if there is room and that is worth it."""
-        n_pages = -(-sequence.n_computed // self.config.block_size)
-        is_room = 0 < n_pages <= self.config.n_swap_pages - self._n_swapped_pages
-        if not is_room or not self.cost.prefers_swap(sequence.n_computed, n_pages):
-            return False
-        sequence.swapped = SwappedPages(sequence.n_computed, n_pages)
-        plan.moves.append(SwapOut(sequence, sequence.pages[:n_pages], sequence.swapped))
-        self._n_swapped_pages += n_pages
-        self.n_swaps += 1
-        return True
-
-    def _swap_in(self, plan: Plan, sequence: Sequence, n_found: int) -> None:
-        """Bring back what the prefix cache does not have."""
-        swapped = sequence.swapped
-        if swapped is None:
-            return
-        if swapped.n_computed > sequence.n_computed:
-            pages = sequence.pages[n_found : swapped.n_pages]
-            plan.moves.append(SwapIn(sequence, pages, swapped, n_found))
-            sequence.n_computed = swapped.n_computed
-        self._drop_swapped(sequence)
-
-    def _drop_swapped(self, sequence: Sequence) -> None:
-        if sequence.swapped is not None:
-            self._n_swapped_pages -= sequence.swapped.n_pages
-            sequence.swapped = None
 
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(reversed(sequence.pages))
@@ -339,10 +340,7 @@ class Scheduler:
             assert all(a.key < b.key for a, b in pairwise(queue)), "a queue is out of order"
         for sequence in self.waiting:
             assert not sequence.pages and sequence.slot == -1 and sequence.n_computed == 0
-            if sequence.swapped is not None:
-                assert sequence.swapped.data is not None and len(sequence.swapped.data) == sequence.swapped.n_pages
-        n_swapped = sum(s.swapped.n_pages for s in self.waiting if s.swapped is not None)
-        assert n_swapped == self._n_swapped_pages <= self.config.n_swap_pages, "host pages leak"
+        self.swap.check(self.waiting)
         for sequence in self.running:
             assert sequence.swapped is None
             assert sequence.n_computed < len(sequence.tokens) + sequence.is_paused <= sequence.limit + 1

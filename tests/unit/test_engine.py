@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.outputs import RequestOutput, TokenLogprobs
 from pyinfer.runtime.preemption_cost import PreemptionCost
 from pyinfer.runtime.sampling_params import SamplingParams
+from pyinfer.runtime.scheduler import Plan
 
 pytestmark = pytest.mark.unit
 
@@ -349,3 +351,38 @@ def test_scoring_can_be_aborted() -> None:
     drive(engine)
     engine.abort("b")
     assert not engine._requests
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_steps_that_are_decided_ahead_change_nothing(block_size: int) -> None:
+    config = replace(CONFIG, block_size=block_size)
+    results = []
+    for multi_step in (1, 8):
+        engine = new_engine(config, multi_step=multi_step)
+        decide, n_decided = engine.scheduler._plan_decodes, 0
+
+        def counted(plan: Plan, decide: Any = decide) -> Any:
+            nonlocal n_decided
+            n_decided += 1
+            return decide(plan)
+
+        engine.scheduler._plan_decodes = counted  # type: ignore[method-assign]
+        for i in range(3):
+            params = SamplingParams(n=1 + i, max_tokens=60 + i, seed=i, ignore_eos=i > 0)
+            engine.add_request(str(i), prompt_of(20 * i + 7, i), params)
+        chunks = drive(engine)
+        results.append({key: tokens_of(each) for key, each in chunks.items()})
+        n_steps = stage_of(engine).n_steps
+        assert n_decided == n_steps if multi_step == 1 else n_decided < n_steps / 2
+    assert results[0] == results[1]
+
+
+def test_who_comes_between_steps_that_are_decided_ahead_is_served_in_the_next() -> None:
+    engine = new_engine(multi_step=100)
+    engine.add_request("a", prompt_of(3), replace_params(max_tokens=100))
+    for _ in range(5):
+        engine.step()
+    engine.add_request("b", prompt_of(9), replace_params(max_tokens=3))
+    assert [output.request_id for output in engine.step()] == ["a", "b"]
+    engine.abort("a")
+    assert [output.request_id for output in engine.step()] == ["b"]

@@ -153,11 +153,12 @@ def watch(run: Run, *, is_fcfs: bool) -> None:
 
 SWAP = {"preemption_mode": "swap", "n_swap_pages": 12}
 CASES: list[Any] = [
-    (8_000, [0], {"preemption_mode": "recompute"}),
+    (6_000, [0], {"preemption_mode": "recompute"}),
     (6_000, [0], {**SWAP, "policy": "fcfs"}),
     (2_000, [0], {**SWAP, "prefix_caching": False}),
     (2_000, [0, 0, 1, -1], {"n_swap_pages": 30}),
     (2_000, [0], {**SWAP, "policy": "ssjf"}),
+    (2_000, [0], {**SWAP, "multi_step": 8}),
 ]
 LARGE: list[Any] = [pytest.param(10 * n, p, o, marks=[pytest.mark.large, pytest.mark.timeout(0)]) for n, p, o in CASES]
 
