@@ -5,7 +5,8 @@ from __future__ import annotations
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import Attention
-from pyinfer.kernels_cpu.attention import MASKED, PARTITION, AttentionArg, merge_sums
+from pyinfer.kernels_cpu.attention_args import MASKED, PARTITION, AttentionArg
+from pyinfer.kernels_cpu.attention_rows import merge_sums
 from pyinfer.kernels_cpu.compiler import Body
 from pyinfer.kernels_cpu.memory import address, allocate
 from pyinfer.kernels_cpu.opcode import StepField

@@ -28,7 +28,8 @@ from pyinfer.graph.ops import (
     Value,
 )
 from pyinfer.graph.rope import Rope
-from pyinfer.kernels_cpu.attention import AttentionArg, attention_body
+from pyinfer.kernels_cpu.attention import attention_body
+from pyinfer.kernels_cpu.attention_args import AttentionArg
 from pyinfer.kernels_cpu.attention_merge import Partials, merge_body
 from pyinfer.kernels_cpu.buffers import Buffer, BufferPlan
 from pyinfer.kernels_cpu.compiler import Compiler

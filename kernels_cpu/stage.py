@@ -11,7 +11,8 @@ from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import PageData, Progress, StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
-from pyinfer.kernels_cpu.attention import PARTITION, scratch_bytes
+from pyinfer.kernels_cpu.attention import scratch_bytes
+from pyinfer.kernels_cpu.attention_args import PARTITION
 from pyinfer.kernels_cpu.attention_merge import MAX_SPLIT_TOKENS
 from pyinfer.kernels_cpu.compiler import compiler_for
 from pyinfer.kernels_cpu.isa import current_isa

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pytest
 from cpu_kernels import F32, ISAS, Guarded, call, compiler, float_bits, padded_rows, rng_of, step_header
 
-from pyinfer.kernels_cpu.attention import PARTITION, AttentionArg, attention_body, scratch_bytes
+from pyinfer.kernels_cpu.attention import attention_body, scratch_bytes
+from pyinfer.kernels_cpu.attention_args import PARTITION, AttentionArg
 from pyinfer.kernels_cpu.attention_merge import merge_body
 from pyinfer.kernels_cpu.kv_store import StoreArg, store_kv_body
 
