@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pyinfer.errors import ConvertError
@@ -13,10 +13,13 @@ from pyinfer.errors import ConvertError
 class RopeSettings:
     """Rotary embedding of the layers that see everything; `local_base` is that of the layers that see a window."""
 
-    base: float
     kind: str  # 'default', 'linear', 'yarn', 'longrope', 'llama3', 'dynamic'
+    parameters: Mapping[str, Any]  # 'rope_theta' and what the kind needs
     local_base: float | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # the rest, as the kind needs it
+
+    @property
+    def base(self) -> float:
+        return self.number("rope_theta", 10000.0)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.parameters.get(key)
@@ -79,7 +82,4 @@ class HFConfig:
                 parameters[key] = self.raw[key]
         kind = str(parameters.get("rope_type") or parameters.get("type") or "default").lower()
         local_base = (local or {}).get("rope_theta", self.raw.get("rope_local_base_freq"))
-        settings = RopeSettings(10000.0, kind, parameters=parameters)
-        return RopeSettings(
-            settings.number("rope_theta", 10000.0), kind, None if local_base is None else float(local_base), parameters
-        )
+        return RopeSettings(kind, parameters, None if local_base is None else float(local_base))

@@ -55,7 +55,7 @@ def from_json(checkpoint: HFCheckpoint, family: Family) -> VocabularyTable:
         raise ConvertError(f"{checkpoint.folder / 'tokenizer.json'}: is damaged: {error!r}") from None
     table = VocabularyTable("llama", "default", [f"[PAD{i}]" for i in range(size)], [5] * size, [-10000.0] * size)
     assert table.scores is not None
-    lowest = -float(len(merges))
+    lowest = -float(len(merges))  # of single characters; a piece that no merge makes comes after all others
     for text, i in vocab.items():
         kind = PieceKind.BYTE if _BYTE.fullmatch(text) else PieceKind.NORMAL
         table.tokens[i], table.types[i] = text, int(PieceKind.UNKNOWN if text == unknown else kind)
