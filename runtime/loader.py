@@ -46,6 +46,7 @@ class LoadOptions:
     scheduling_policy: str = "priority"  # fcfs, priority or ssjf
     preemption_mode: str = "auto"  # recompute, swap, or what is measured to be cheaper
     max_queue_wait: float | None = None  # seconds: who would wait longer is refused; None: nobody
+    num_scheduler_steps: int = 1  # most steps of decoding that are decided at once, while nobody comes or goes
     swap_space: int | None = None  # bytes of host memory for swapped pages; None: a quarter of the KV pool
     backend: str = "cpu"
     chat_template: Path | None = None  # a Jinja file that replaces the model's own
@@ -55,7 +56,8 @@ class LoadOptions:
             raise BackendError(
                 f"n_gpu_layers is {self.n_gpu_layers}, and this version has no GPU backend; use 0", param="n_gpu_layers"
             )
-        for name, low in (("n_ctx", 0), ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("block_size", 1)):
+        at_least_1 = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_scheduler_steps")
+        for name, low in (("n_ctx", 0), *((name, 1) for name in at_least_1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}", param=name)
         if self.block_size % 16:
@@ -183,6 +185,7 @@ def open_engine(
             preemption_mode=options.preemption_mode,
             n_swap_pages=n_swap_pages,
             max_queue_wait=options.max_queue_wait,
+            multi_step=options.num_scheduler_steps,
         )
     except BaseException:
         stage.close()

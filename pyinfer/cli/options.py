@@ -60,6 +60,7 @@ class EngineOptions:
     preemption_mode: str = "auto"
     swap_space: int | None = None  # bytes; None: a quarter of the KV pool
     max_queue_wait: float | None = None  # seconds; None: no limit
+    num_scheduler_steps: int = 1
 
     def as_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `LLM` and `load_model`."""
@@ -205,6 +206,15 @@ def _engine_options(
             rich_help_panel=_SCHEDULER_PANEL,
         ),
     ] = None,
+    num_scheduler_steps: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Most steps decided at once, while nobody comes or goes.",
+            rich_help_panel=_SCHEDULER_PANEL,
+        ),
+    ] = 1,
 ) -> EngineOptions:
     return EngineOptions(
         n_threads=threads,
@@ -221,6 +231,7 @@ def _engine_options(
         preemption_mode=preemption_mode,
         swap_space=None if swap_space is None else parse_size(swap_space),
         max_queue_wait=max_queue_wait,
+        num_scheduler_steps=num_scheduler_steps,
     )
 
 

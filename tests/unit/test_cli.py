@@ -159,7 +159,7 @@ class TestOptions:
         assert seen == [EngineOptions(n_threads=1, n_ctx=200, block_size=48, seed=4)]
 
     def test_scheduler_options(self, seen: list[EngineOptions], cli: Cli) -> None:
-        words = "--scheduling-policy ssjf --preemption-mode swap --swap-space 1G --max-queue-wait 2.5"
+        words = "--scheduling-policy ssjf --preemption-mode swap --swap-space 1G --max-queue-wait 2.5 --num-scheduler-steps 8"
         assert cli("probe", *words.split(), "--no-enable-prefix-caching")[0] == 0
         assert seen == [
             EngineOptions(
@@ -167,6 +167,7 @@ class TestOptions:
                 preemption_mode="swap",
                 swap_space=1 << 30,
                 max_queue_wait=2.5,
+                num_scheduler_steps=8,
                 enable_prefix_caching=False,
             )
         ]

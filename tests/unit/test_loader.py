@@ -65,6 +65,7 @@ def test_what_does_not_fit_names_both_numbers(graph: Graph) -> None:
         ("scheduling_policy", "lifo"),
         ("preemption_mode", "kill"),
         ("max_queue_wait", -1.0),
+        ("num_scheduler_steps", 0),
     ],
 )
 def test_a_wrong_option_is_named(name: str, value: Any, tiny_model: Callable[..., Path]) -> None:
