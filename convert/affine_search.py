@@ -39,16 +39,14 @@ def _emit_search(v: Lanes, top: Reg, batches: list[list[float]]) -> list[Reg]:
         solved = v.inverse(determinant)
         scale = b.fmul(b.fsub(b.fmul(sums_w, sum_lx), b.fmul(sums_x, sum_l)), solved)
         offset = b.fmul(b.fsub(b.fmul(sum_ll, sums_x), b.fmul(sum_l, sum_lx)), solved)
-        above = b.fcmp_ordered(">", offset, v.all(0.0))  # the format only subtracts a minimum
-        scale = b.select(above, b.fmul(sum_lx, v.inverse(sum_ll)), scale)
-        offset = b.select(above, v.all(0.0), offset)
+        # the format only subtracts a minimum; and weights that all have one code need none
+        is_singular = b.fcmp_ordered("<=", determinant, b.fmul(product, v.all(_SINGULAR)))
+        alone = b.or_(b.fcmp_ordered(">", offset, v.all(0.0)), is_singular)
+        scale = b.select(alone, b.fmul(sum_lx, v.inverse(sum_ll)), scale)
+        offset = b.select(alone, v.all(0.0), offset)
         # by this much the codes lower the sum of squares
         gain = b.fadd(b.fmul(scale, sum_lx), b.fmul(offset, sums_x))
-        usable = b.and_(
-            b.fcmp_ordered(">", determinant, b.fmul(product, v.all(_SINGULAR))),
-            b.fcmp_ordered(">", scale, v.all(0.0)),
-        )
-        gain = b.select(usable, gain, v.all(-np.inf))
+        gain = b.select(b.fcmp_ordered(">", scale, v.all(0.0)), gain, v.all(-np.inf))
         found = v.pick(gain, [gain, scale, offset])
         better = b.fcmp_ordered(">", found[0], best[0])
         best = [b.select(better, new, old) for new, old in zip(found, best, strict=True)]

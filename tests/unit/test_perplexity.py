@@ -1,0 +1,98 @@
+"""Perplexity and KL divergence of models whose answers are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from tiny_models import write_tiny_model
+
+from pyinfer.errors import RequestError
+from pyinfer.quant.gguf import GGUFFile
+from pyinfer.runtime.activation_sums import activation_sums
+from pyinfer.runtime.perplexity import compare, measure, text_chunks
+
+pytestmark = pytest.mark.unit
+
+F32Array = npt.NDArray[np.float32]
+
+
+class FixedModel:
+    """Gives every token the same probabilities, whatever came before."""
+
+    def __init__(self, probabilities: Sequence[float], offset: float = 0.0) -> None:
+        self._row = np.log(np.array(probabilities, np.float32)) + np.float32(offset)
+
+    def logits(self, token_ids: Sequence[int], /) -> F32Array:
+        return np.tile(self._row, (len(token_ids), 1))
+
+
+def tokenizer(n_tokens: int, add_bos: bool) -> Any:
+    return SimpleNamespace(encode=lambda text: list(range(n_tokens)), add_bos=add_bos, bos_id=99)
+
+
+def test_uniform_model_is_as_perplexed_as_it_has_tokens() -> None:
+    result = measure(FixedModel([0.2] * 5, offset=30.0), [[0, 1, 2, 3, 4, 0, 1, 2]] * 2)
+    assert result.value == pytest.approx(5, rel=1e-6)
+    assert result.n_tokens == 2 * 3  # of 8 tokens those after the fifth
+    assert result.error == pytest.approx(0, abs=1e-6)
+
+
+def test_only_the_second_half_counts() -> None:
+    model = FixedModel([0.5, 0.25, 0.25])
+    result = measure(model, [[2, 2, 2, 2, 2, 0, 0, 1]])
+    assert result.value == pytest.approx(math.exp(-(2 * math.log(0.5) + math.log(0.25)) / 3), rel=1e-6)
+    nll = np.array([math.log(2), math.log(2), math.log(4)])
+    assert result.error == pytest.approx(result.value * nll.std() / math.sqrt(2), rel=1e-5)
+
+
+def test_distance_of_two_models() -> None:
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    told: list[int] = []
+    result = compare(FixedModel(p.tolist()), FixedModel(q.tolist()), [[0] * 8] * 3, lambda done, _: told.append(done))
+    assert result.kl_divergence.mean == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-5)
+    assert result.max_kl_divergence == pytest.approx(result.kl_divergence.mean)
+    assert result.top1_agreement.mean == 0
+    assert (result.base.value, result.model.value) == (pytest.approx(2), pytest.approx(5))
+    assert told == [1, 2, 3]
+
+
+def test_a_model_is_no_distance_from_itself() -> None:
+    model = FixedModel([0.1, 0.2, 0.3, 0.4])
+    result = compare(model, model, [list(range(4)) * 20])
+    assert result.kl_divergence.mean == result.max_kl_divergence == 0
+    assert result.top1_agreement.mean == 1 and result.base == result.model
+
+
+def test_chunks_start_with_bos_if_the_model_wants_it() -> None:
+    assert text_chunks(tokenizer(10, add_bos=False), "", 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert text_chunks(tokenizer(13, add_bos=True), "", 4, max_chunks=2) == [[99, 1, 2, 3], [99, 5, 6, 7]]
+
+
+def test_texts_too_short() -> None:
+    with pytest.raises(RequestError, match=r"has 7 tokens.*take 8.*at most 3"):
+        text_chunks(tokenizer(7, add_bos=False), "", 4)
+    with pytest.raises(RequestError, match="at least 4"):
+        text_chunks(tokenizer(7, add_bos=False), "", 3)
+
+
+def test_activation_sums_do_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = np.random.default_rng(0).integers(0, 200, (5, 24)).tolist()
+    with GGUFFile.open(write_tiny_model(tmp_path / "tiny.gguf", codec="F32")) as file:
+        whole = activation_sums(file, chunks)
+        monkeypatch.setattr("pyinfer.runtime.activation_sums._TOKENS_AT_ONCE", 48)
+        parts = activation_sums(file, chunks)
+        matrices = {n for n, t in file.tensors.items() if n.startswith("blk.") and len(t.shape) == 2}
+    assert whole.squares.keys() == matrices
+    assert set(whole.n_rows.values()) == {5 * 24}
+    for name, values in whole.squares.items():
+        np.testing.assert_allclose(parts.squares[name], values, rtol=1e-4)
+    assert whole.squares["blk.0.attn_q.weight"] is not whole.squares["blk.0.ffn_up.weight"]
+    np.testing.assert_array_equal(whole.squares["blk.0.attn_q.weight"], whole.squares["blk.0.attn_v.weight"])
+    assert not np.array_equal(whole.squares["blk.0.attn_q.weight"], whole.squares["blk.0.ffn_up.weight"])
