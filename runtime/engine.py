@@ -6,18 +6,17 @@ Single-threaded: one thread calls everything but `limits` and `stats`, which any
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-from pyinfer.errors import OverloadedError, RequestError
+from pyinfer.errors import RequestError
 from pyinfer.graph.backend import Stage, StageConfig
 from pyinfer.graph.ops import F32Array
 from pyinfer.runtime.admission import Admission
 from pyinfer.runtime.batch_builder import BatchBuilder, Step
-from pyinfer.runtime.beam_search import BeamSearch, BeamSearchParams
+from pyinfer.runtime.beam_search import BeamSearchParams
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.outputs import (
     EngineStats,
@@ -32,15 +31,14 @@ from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.request_events import RequestEvent
 from pyinfer.runtime.request_limits import RequestLimits
-from pyinfer.runtime.sample_masks import spell_bad_words
-from pyinfer.runtime.sampler import NOT_FINITE, SequenceSampler, sample
+from pyinfer.runtime.request_maker import RequestMaker
+from pyinfer.runtime.sampler import NOT_FINITE, sample
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.scheduler import Plan, Scheduler, SchedulerConfig
 from pyinfer.runtime.vocabulary_facts import Vocabulary
 
 _log = logging.getLogger(__name__)
 _NOT_FINITE = "the model's logits are not finite; its weights may be broken"
-_SCORING = SamplingParams(temperature=0.0, max_tokens=1)
 
 
 class Engine:
@@ -66,9 +64,7 @@ class Engine:
         self.config = config
         self.n_ctx = min(config.n_ctx, config.n_pages * config.block_size)
         self._stage = stage
-        self._vocabulary = vocabulary
         self._clock = clock
-        self._seeds = random.Random(seed)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 config.block_size,
@@ -87,6 +83,7 @@ class Engine:
         self.limits = RequestLimits(
             self.n_ctx, vocabulary.n_vocab if n_vocab is None else n_vocab, self.scheduler.policy.takes_priority
         )
+        self._maker = RequestMaker(self.limits, vocabulary, seed=seed, clock=clock)
         self.admission = Admission(self.scheduler, max_queue_wait)
         self._builder = BatchBuilder(
             block_size=config.block_size,
@@ -95,7 +92,6 @@ class Engine:
             n_ctx=self.n_ctx,
         )
         self._requests: dict[str, Request] = {}
-        self._n_arrived = 0
         self._n_finished = 0
         self._n_steps = 0
         self._n_prompt_tokens = 0
@@ -121,76 +117,27 @@ class Engine:
         encode. `resume` has what each sample produced in an engine that died, None for those that ended: they go on
         after it as if nothing had been.
         """
-        self.limits.check(prompt, params)
-        request = self._new_request(request_id, prompt, params, salt, route)
-        wanted = self.n_ctx if params.max_tokens is None else min(self.n_ctx, len(prompt) + params.max_tokens)
-        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        if bad_words is None:
-            bad_words = spell_bad_words(params.bad_words or (), self._vocabulary)
-        ends = frozenset(params.stop_token_ids or ())
-        if not params.ignore_eos:
-            ends |= self._vocabulary.eog_ids
-        for index in range(params.n_samples):
-            output = resume[index] if resume is not None else []
-            if output is None:
-                continue
-            leader = request.sequences[0] if request.sequences else None
-            sequence = Sequence(request, index, limit=wanted, leader=leader)
-            sequence.tokens += output
-            sequence.stop_ids = ends
-            sequence.sampler = SequenceSampler(
-                params,
-                seed=seed,
-                index=index,
-                n_prompt=len(prompt),
-                eog_ids=self._vocabulary.eog_ids,
-                bad_words=bad_words,
-            )
-            if params.prompt_logprobs is not None and index == 0 and not output:  # they come with the first token
-                sequence.reads_cache = False
-                sequence.n_score_rows = len(prompt) - 1
-                sequence.prompt_logprobs = [None]
-            request.sequences.append(sequence)
+        request = self._maker.sampling(
+            request_id, prompt, params, salt=salt, route=route, bad_words=bad_words, resume=resume
+        )
         self._queue(request, may_refuse=resume is None)
-
-    def _queue(self, request: Request, *, may_refuse: bool) -> None:
-        if may_refuse:
-            try:
-                self.admission.check(request.sequences[0])
-            except OverloadedError:
-                del self._requests[request.id]
-                raise
-        for sequence in request.sequences:
-            self.scheduler.add(sequence)
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
         """Queue ids whose logits are all wanted: `take_logits` has them once the chunk with a finish reason came."""
-        self.limits.check_scoring(token_ids)
-        request = self._new_request(request_id, token_ids, _SCORING, "")
-        sequence = Sequence(request, 0, limit=len(token_ids))
-        sequence.reads_cache = sequence.wants_next = False
-        sequence.n_score_rows = len(token_ids)
-        sequence.logits = np.empty((len(token_ids), self.limits.n_vocab), np.float32)
-        request.sequences.append(sequence)
-        self.scheduler.add(sequence)
+        self._queue(self._maker.scoring(request_id, token_ids), may_refuse=True)
 
     def add_beam_search(self, request_id: str, prompt: list[int], params: BeamSearchParams, *, salt: str = "") -> None:
         """Queue a beam search; all its chunks come at its end, one a beam, the best first."""
-        self.limits.check(prompt, params.sampling)
-        request = self._new_request(request_id, prompt, params.sampling, salt)
-        request.sequences.append(Sequence(request, 0, limit=min(self.n_ctx, len(prompt) + params.max_tokens)))
-        request.beams = BeamSearch(params, request, self._vocabulary.eog_ids)
-        self._queue(request, may_refuse=True)
+        self._queue(self._maker.beam_search(request_id, prompt, params, salt=salt), may_refuse=True)
 
-    def _new_request(
-        self, request_id: str, prompt: list[int], params: SamplingParams, salt: str, route: str = ""
-    ) -> Request:
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use by a running request", param="request_id")
-        request = Request(request_id, prompt, params, self._n_arrived, salt=salt, route=route, clock=self._clock)
-        self._n_arrived += 1
-        self._requests[request_id] = request
-        return request
+    def _queue(self, request: Request, *, may_refuse: bool) -> None:
+        if request.id in self._requests:
+            raise RequestError(f"request id {request.id!r} is in use by a running request", param="request_id")
+        if may_refuse:
+            self.admission.check(request.sequences[0])
+        self._requests[request.id] = request
+        for sequence in request.sequences:
+            self.scheduler.add(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestOutput]:
         """End a request, or one of its samples, now; unknown and finished ones are left as they are."""
