@@ -39,7 +39,7 @@ def test_files_equal_llama_quantizes(source: Path, tmp_path: Path, name: str) ->
 
 def test_importances_bring_a_quantized_model_nearer(cli: Cli, source: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(TEXT.read_text()[:12_000])
+    text.write_text(TEXT.read_text()[:8_000])
     matrix, digests = tmp_path / "imatrix.gguf", []
     assert cli("imatrix", str(source), "-f", str(text), "-c", "128", "-o", str(matrix))[0] == 0
     found = {}
