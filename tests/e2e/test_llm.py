@@ -107,6 +107,17 @@ def test_prefix_cache_and_preemption_change_nothing(path: Path, llm: LLM) -> Non
         assert again.outputs[0].logprobs == expected[0].outputs[0].logprobs
 
 
+def test_forked_samples_are_those_that_compute_their_prompts_themselves(path: Path, llm: LLM) -> None:
+    params = SamplingParams(seed=4, max_tokens=20, n=4, logprobs=1)
+    prompts = [golden_prompts("smollm2")["story"].ids[:n] for n in (32, 37)]
+    forked = llm.generate(prompts, params)
+    with LLM(path, n_ctx=256, kv_cache_memory=16 << 20, max_num_seqs=1, enable_prefix_caching=False) as one_by_one:
+        apart = one_by_one.generate(prompts, params)
+    assert ids_of(forked) == ids_of(apart)
+    for ours, theirs in zip(forked, apart, strict=True):
+        assert [sample.logprobs for sample in ours.outputs] == [sample.logprobs for sample in theirs.outputs]
+
+
 def test_logprobs_belong_to_the_logits(llm: LLM) -> None:
     params = SamplingParams(max_tokens=6, logprobs=3, prompt_logprobs=1, seed=0)
     [output] = llm.generate(TEXTS[1], params)
