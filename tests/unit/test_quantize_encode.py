@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -111,6 +116,32 @@ def test_bytes_do_not_depend_on_threads_or_neighbours(name: str) -> None:
     whole = encode(name, weights, n_threads=3)
     np.testing.assert_array_equal(whole, encode(name, weights, n_threads=1))
     np.testing.assert_array_equal(whole[123:125], encode(name, weights[123:125]))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a CPU of x86")
+def test_bytes_do_not_depend_on_the_cpu() -> None:
+    """The same digest from code for the oldest x86-64 as from code for this machine."""
+    program = """
+import hashlib, numpy as np
+from pyinfer.convert.encode import encode
+weights = np.random.default_rng(4).standard_t(4, size=(16, 256)).astype(np.float32)
+importances = np.random.default_rng(5).random(256).astype(np.float32)
+parts = [encode(name, weights, w).tobytes() for name in ("Q4_K", "Q6_K") for w in (None, importances)]
+print(hashlib.sha256(b"".join(parts)).hexdigest())
+"""
+    oldest = {"PYINFER_ISA": "portable", "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse2"}
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **extra},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for extra in ({}, oldest)
+    ]
+    assert digests[0] == digests[1] and len(digests[0]) > 60
 
 
 def test_other_sources_than_float32() -> None:
