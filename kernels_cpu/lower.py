@@ -127,13 +127,14 @@ class _Lowering:
     ) -> None:
         """Append one record, with a barrier if it depends on anything since the last one.
 
-        An optional record may have no tasks in a step; its barrier then does not happen, so nothing can count on it.
+        An optional record, or one for each output, may have no tasks in a step; its barrier then does not happen, so nothing
+        can count on it.
         """
         reads, writes = set(reads), set(writes)
         record = np.zeros(OP_WORDS, np.int64)
         if reads & self._pending_writes or writes & (self._pending_writes | self._pending_reads):
             record[OpField.BARRIER] = 1
-            if not optional:
+            if not optional and per is not StepField.N_OUTPUTS:
                 self._pending_reads, self._pending_writes = set(), set()
         self._pending_reads |= reads
         self._pending_writes |= writes
