@@ -74,6 +74,7 @@ def plan_conversion(
     family = family_of(checkpoint)
     config = family.config(checkpoint.config)
     family.check(config)
+    _check_sizes(checkpoint, config)
     target = file_type(_own_type(checkpoint) if type_name.lower() == "auto" else type_name)
     model = {
         "general.architecture": family.arch,
@@ -95,6 +96,21 @@ def plan_conversion(
     general = general_metadata(checkpoint, n_parameters, name)
     notes += _window_notes(family, config)
     return Conversion(target, {**model, **general, **vocabulary}, tensors, tuple(notes))
+
+
+def _check_sizes(checkpoint: HFCheckpoint, config: HFConfig) -> None:
+    """Numbers of the config that work is done by must fit the tensors that are there."""
+    tensors = checkpoint.tensors.values()
+    limits = {
+        "num_hidden_layers": len(tensors),
+        "vocab_size": max((max(t.shape, default=0) for t in tensors), default=0),
+    }
+    for key, limit in limits.items():
+        if config.get(key) is not None and config.integer(key) > limit:
+            raise ConvertError(
+                f"config.json: {key!r} is {config.get(key)}, and the tensors allow for {limit} at most; take the "
+                "config.json that belongs to this checkpoint"
+            )
 
 
 def _own_type(checkpoint: HFCheckpoint) -> str:

@@ -104,7 +104,7 @@ def _gemma3_metadata(config: HFConfig) -> Metadata:
         raise ConvertError(
             f"config.json: 'query_pre_attn_scalar' is {config.get('query_pre_attn_scalar')}; GGUF's gemma3 has {scale}"
         )
-    n_layers, period = config.integer("num_hidden_layers"), config.get("sliding_window_pattern") or 6
+    n_layers, period = config.integer("num_hidden_layers"), config.integer("sliding_window_pattern", 6)
     types = config.get("layer_types")
     is_local = [(i + 1) % period != 0 for i in range(n_layers)]
     if isinstance(types, list) and len(types) == n_layers:

@@ -75,8 +75,9 @@ class Family:
             raise ConvertError(
                 f"config.json: activation {activation!r} is not what GGUF's {self.arch!r} computes ({self.activation})"
             )
-        method = (config.get("quantization_config") or {}).get("quant_method")
-        if method is not None:
+        quantized = config.get("quantization_config")
+        if quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise ConvertError(
                 f"config.json: the checkpoint is quantized with {method!r}; convert the one it was made from"
             )

@@ -39,6 +39,12 @@ def general_metadata(checkpoint: HFCheckpoint, n_parameters: int, name: str | No
     writer.add_type(gguf.GGUFType.MODEL)
     card.set_gguf_meta_model(writer)
     values = writer.kv_data[0]
+    for key, entry in values.items():
+        is_number = isinstance(entry.value, int | float) and abs(entry.value) < 2**31
+        if key.startswith("general.sampling.") and key != "general.sampling.sequence" and not is_number:
+            raise ConvertError(
+                f"{checkpoint.folder / 'generation_config.json'}: {key[17:]} is {entry.value!r}, no number"
+            )
     signed = gguf.GGUFValueType.INT32
     metadata = {
         key: np.int32(entry.value) if entry.type == signed else entry.value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from pyinfer.errors import ConvertError
 
@@ -24,9 +24,14 @@ class RopeSettings:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.parameters.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value):
             raise ConvertError(f"config.json: rope setting {key!r} is {value!r}; {self.kind!r} needs a number there")
         return float(value)
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a number that a float32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e38
 
 
 class HFConfig:
@@ -45,13 +50,13 @@ class HFConfig:
         """A positive integer."""
         value = self.raw.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
             raise ConvertError(f"config.json: {key!r} is {value!r}; expected a positive integer")
         return value
 
     def number(self, key: str) -> float:
         value = self.raw.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value):
             raise ConvertError(f"config.json: {key!r} is {value!r}; expected a number")
         return float(value)
 
@@ -81,5 +86,8 @@ class HFConfig:
             if parameters.get(key) is None and self.raw.get(key) is not None:
                 parameters[key] = self.raw[key]
         kind = str(parameters.get("rope_type") or parameters.get("type") or "default").lower()
-        local_base = (local or {}).get("rope_theta", self.raw.get("rope_local_base_freq"))
+        local_base = local.get("rope_theta") if isinstance(local, dict) else None
+        local_base = self.raw.get("rope_local_base_freq") if local_base is None else local_base
+        if local_base is not None and not _is_number(local_base):
+            raise ConvertError(f"config.json: the rope base of local layers is {local_base!r}; expected a number")
         return RopeSettings(kind, parameters, None if local_base is None else float(local_base))

@@ -27,7 +27,10 @@ def vocabulary_metadata(
 
     Added tokens that the model has no row for are left out, with a remark in `notes`.
     """
-    table = _table(checkpoint, family, pre_tokenizer)
+    try:
+        table = _table(checkpoint, family, pre_tokenizer)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(checkpoint, error) from error
     n_vocab = config.integer("vocab_size", len(table.tokens))
     beyond = table.drop_added(n_vocab)
     if beyond and notes is not None:
@@ -35,15 +38,20 @@ def vocabulary_metadata(
     table.resize(n_vocab)
     try:
         metadata = {**table.metadata(), **special_metadata(checkpoint, n_vocab)}
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ConvertError(
-            f"{checkpoint.folder}: tokenizer.json or tokenizer_config.json is damaged ({error!r}); fetch it again"
-        ) from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(checkpoint, error) from error
     if family.arch == "llama":
         metadata |= _llama_specials(n_vocab)
     if family.vocabulary == "wordpiece":
         metadata["tokenizer.ggml.token_type_count"] = config.integer("type_vocab_size", 1)
     return metadata
+
+
+def _damaged(checkpoint: HFCheckpoint, error: Exception) -> ConvertError:
+    return ConvertError(
+        f"{checkpoint.folder}: tokenizer.json, tokenizer_config.json or added_tokens.json is damaged ({error!r}); "
+        "fetch the tokenizer again"
+    )
 
 
 def _table(checkpoint: HFCheckpoint, family: Family, pre_tokenizer: str | None) -> VocabularyTable:

@@ -53,7 +53,8 @@ def from_json(checkpoint: HFCheckpoint, family: Family) -> VocabularyTable:
         unknown = tokenizer["model"].get("unk_token")
     except (KeyError, TypeError, ValueError) as error:
         raise ConvertError(f"{checkpoint.folder / 'tokenizer.json'}: is damaged: {error!r}") from None
-    table = VocabularyTable("llama", "default", [f"[PAD{i}]" for i in range(size)], [5] * size, [-10000.0] * size)
+    table = VocabularyTable("llama", "default", [], [], [])
+    table.resize(size)
     assert table.scores is not None
     lowest = -float(len(merges))  # of single characters; a piece that no merge makes comes after all others
     for text, i in vocab.items():

@@ -10,6 +10,7 @@ import numpy as np
 from pyinfer.convert.hf_checkpoint import HFCheckpoint
 from pyinfer.errors import ConvertError
 
+MAX_TOKENS = 1 << 24
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of `tokenizer.ggml.token_type`
 
 
@@ -57,6 +58,8 @@ class VocabularyTable:
                 f"the tokenizer has {len(self.tokens)} tokens and the model {n_vocab} (config.json: 'vocab_size'); "
                 "take the tokenizer that belongs to this checkpoint"
             )
+        if n_vocab > MAX_TOKENS:
+            raise ConvertError(f"the tokenizer has a token with id {n_vocab - 1}; expected at most {MAX_TOKENS} tokens")
         for i in range(len(self.tokens), n_vocab):
             self.tokens.append(f"[PAD{i}]")
             self.types.append(UNUSED)

@@ -306,7 +306,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "layer too many": (_config(num_hidden_layers=1), "more) is not part of a llama model"),
     "shape": (_tensors(_with("model.norm.weight", np.ones((2, 2, 2)))), "expected a vector or a matrix"),
     "heads": (_config(num_attention_heads=7), "64 rows do not part into 7 heads"),
-    "rows": (_config(vocab_size=400), "has 300 rows for 400 tokens"),
+    "rows": (_config(vocab_size=400), "'vocab_size' is 400, and the tensors allow for 300 at most"),
+    "layers": (_config(num_hidden_layers=10**6), "'num_hidden_layers' is 1000000, and the tensors allow for"),
     "columns": (_config(hidden_size=32), "has 64 columns and config.json's 'hidden_size' is 32"),
     "positions": (
         _config(architecture="BertModel", hidden_act="gelu", position_embedding_type="relative_key"),
