@@ -23,12 +23,13 @@ from pyinfer.kernels_cpu.isa import current_isa
 from pyinfer.quant.codec import ByteArray, Codec, FloatArray
 from pyinfer.quant.codecs import codec_by_name
 
-_WEIGHTS_PER_TASK = 1 << 16  # a task's float32 stay in the L2 cache
+_WEIGHTS_PER_TASK = 1 << 17  # a task's float32 stay in the L2 cache
 _LEAST_IMPORTANCE = np.float32(1e-4)  # of the mean: no weight may become worthless
 _EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 _AFFINE = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
 _SIGNED = ("Q4_0", "Q5_0", "Q3_K", "Q6_K")
 _NUMBA_SOURCES = ("*_search.py", "encode_*.py", "half_float.py", "importance.py", "jit.py", "lanes.py")
+_BLOCK = 32
 _EMPTY = np.empty(0, np.float32)
 
 
@@ -55,7 +56,8 @@ def transcode(
     kernel = _kernel(codec, columns, weighted=weights is not None)
 
     def run(rows: slice) -> None:
-        kernel(source.dequantize(data[rows]), importance, out[rows])
+        values = data[rows].view(np.float32) if source.name == "F32" else source.dequantize(data[rows])
+        kernel(values, importance, out[rows])
 
     step = max(1, _WEIGHTS_PER_TASK // columns)
     tasks = [slice(i, i + step) for i in range(0, len(data), step)]
@@ -80,20 +82,36 @@ def _usable(weights: FloatArray, columns: int) -> FloatArray:
     return usable
 
 
-def _kernel(codec: Codec, columns: int, weighted: bool) -> Callable[[FloatArray, FloatArray, ByteArray], None]:
+Kernel = Callable[[FloatArray, FloatArray, ByteArray], None]
+
+
+def _exact(name: str) -> Kernel:
+    blocks = _compiled("encode_legacy", f"encode_{name.lower()}")
+    return lambda rows, _, out: blocks(rows.ctypes.data, out.ctypes.data, rows.size // _BLOCK)
+
+
+def _writable(rows: FloatArray) -> FloatArray:
+    """Numba would compile everything once more for arrays that are read-only."""
+    return rows if rows.flags.writeable else rows.copy()
+
+
+def _kernel(codec: Codec, columns: int, weighted: bool) -> Kernel:
     """Fills bytes (n, row bytes) from float32 (n, columns) and importances (columns,) or (0,)."""
     name = codec.name
     if name == "BF16":
         bf16 = _compiled("encode_plain", "encode_bf16")
-        return lambda rows, _, out: bf16(rows.view(np.uint32).ravel(), out.view(np.uint16).ravel())
-    if name == "F16" and columns % 32 == 0 and current_isa().half:
-        f16: Callable[[FloatArray, FloatArray, ByteArray], None] = _compiled("encode_legacy", "encode_f16")
-        return f16
+        return lambda rows, _, out: bf16(_writable(rows).view(np.uint32).ravel(), out.view(np.uint16).ravel())
+    if name == "F16" and columns % _BLOCK == 0 and current_isa().half:
+        return _exact(name)
     if name in _EXACT and (name == "Q8_0" or not weighted):
-        search = _compiled("encode_legacy", f"encode_{name.lower()}")
+        search = _exact(name)
     elif name in _AFFINE or name in _SIGNED:
         suffix = "_weighted" if name in _EXACT else ""
-        search = _compiled("encode_affine" if name in _AFFINE else "encode_signed", f"encode_{name.lower()}{suffix}")
+        arrays = _compiled("encode_affine" if name in _AFFINE else "encode_signed", f"encode_{name.lower()}{suffix}")
+
+        def search(rows: FloatArray, columns: FloatArray, out: ByteArray) -> None:
+            arrays(_writable(rows), columns, out)
+
     else:
         return lambda rows, _, out: np.copyto(out, codec.quantize(rows))
 

@@ -1,6 +1,7 @@
 """Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks without an imatrix: one division a block, byte for byte what ggml writes; F16.
 
-The codecs in `quant` are the specification; this is the same in vector code, at the speed of memory.
+The codecs in `quant` are the specification; this is the same in vector code, at the speed of memory. Arguments are
+addresses, for Numba would compile everything once more for arrays that are read-only, as those of a mapped file are.
 """
 
 from __future__ import annotations
@@ -149,30 +150,30 @@ _q8_0 = _row_function("_q8_0", _bytes, 8, 34)
 
 
 @compiled
-def encode_q4_0(x, columns, out):  # type: ignore[no-untyped-def]
-    _q4_0(x.ctypes.data, out.ctypes.data, x.size // 32)
+def encode_q4_0(x, out, n_blocks):  # type: ignore[no-untyped-def]
+    _q4_0(x, out, n_blocks)
 
 
 @compiled
-def encode_q4_1(x, columns, out):  # type: ignore[no-untyped-def]
-    _q4_1(x.ctypes.data, out.ctypes.data, x.size // 32)
+def encode_q4_1(x, out, n_blocks):  # type: ignore[no-untyped-def]
+    _q4_1(x, out, n_blocks)
 
 
 @compiled
-def encode_q5_0(x, columns, out):  # type: ignore[no-untyped-def]
-    _q5_0(x.ctypes.data, out.ctypes.data, x.size // 32)
+def encode_q5_0(x, out, n_blocks):  # type: ignore[no-untyped-def]
+    _q5_0(x, out, n_blocks)
 
 
 @compiled
-def encode_q5_1(x, columns, out):  # type: ignore[no-untyped-def]
-    _q5_1(x.ctypes.data, out.ctypes.data, x.size // 32)
+def encode_q5_1(x, out, n_blocks):  # type: ignore[no-untyped-def]
+    _q5_1(x, out, n_blocks)
 
 
 @compiled
-def encode_q8_0(x, columns, out):  # type: ignore[no-untyped-def]
-    _q8_0(x.ctypes.data, out.ctypes.data, x.size // 32)
+def encode_q8_0(x, out, n_blocks):  # type: ignore[no-untyped-def]
+    _q8_0(x, out, n_blocks)
 
 
 @compiled
-def encode_f16(x, columns, out):  # type: ignore[no-untyped-def]
-    _f16(x.ctypes.data, out.ctypes.data, x.size // 32)
+def encode_f16(x, out, n_blocks):  # type: ignore[no-untyped-def]
+    _f16(x, out, n_blocks)
