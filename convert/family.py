@@ -119,11 +119,15 @@ def llama3_factors(config: HFConfig) -> dict[str, FloatArray]:
     rope = config.rope()
     if rope.kind != "llama3":
         return {}
-    wavelengths = 2 * math.pi * rope.base ** (np.arange(0, config.head_dim, 2) / config.head_dim)
     factor, context = rope.number("factor"), rope.number("original_max_position_embeddings")
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
-    return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
+    with np.errstate(all="ignore"):
+        wavelengths = 2 * math.pi * rope.base ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+        smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
+        factors = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    if not np.isfinite(factors).all():
+        raise ConvertError(f"config.json: rope settings {dict(rope.parameters)} give no finite frequency factors")
+    return {"rope_freqs.weight": factors}
 
 
 def head_metadata(config: HFConfig) -> Metadata:
