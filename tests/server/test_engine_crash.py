@@ -100,8 +100,9 @@ def crash(model: Path, n_kills: int, max_tokens: int) -> None:
                 assert time.monotonic() < deadline
         assert [each.result() for each in results] == expected
         assert states <= {(200, None), (503, "engine_restarting")}
-        timeline = httpx.get(f"{url}/v1/requests/{streams.ids[-1]}/timeline").json()
-        assert 0 < [event["event"] for event in timeline["events"]].count("engine_died") <= n_kills
+        timelines = [httpx.get(f"{url}/v1/requests/{each}/timeline").json() for each in set(streams.ids)]
+        deaths = [[event["event"] for event in each["events"]].count("engine_died") for each in timelines]
+        assert 0 < max(deaths) <= n_kills  # some streams end before a kill or come after it
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 0
 
