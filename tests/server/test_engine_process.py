@@ -111,10 +111,11 @@ def undisturbed(path: Path, work: Jobs) -> list[Result]:
             client.close()
 
 
-async def n_tokens(client: EngineProcess, n: int) -> None:
-    """Until the engine has made so many more."""
+async def n_tokens(client: EngineProcess, n: int, streams: asyncio.Task[Any]) -> None:
+    """Until the engine has made so many more, while the streams still want some."""
     target = client.stats().generation_tokens + n
     while client.stats().generation_tokens < target:
+        assert not streams.done(), "the streams ended before the engine was killed"
         await asyncio.sleep(0.002)
 
 
@@ -168,7 +169,7 @@ def kill_under(path: Path, n_kills: int, n_streams: int, max_tokens: int) -> Non
     async def test() -> None:
         streams = asyncio.create_task(collect_all(client, work))
         for _ in range(n_kills):
-            await n_tokens(client, n_streams * max_tokens // (2 * n_kills))
+            await n_tokens(client, n_streams * max_tokens // (8 * n_kills), streams)
             os.kill(client.pid, signal.SIGKILL)
             while client.is_ready:
                 await asyncio.sleep(0.002)
@@ -200,7 +201,7 @@ def test_hung_engine_is_replaced(model_file: Path) -> None:
 
     async def test() -> None:
         streams = asyncio.create_task(collect_all(client, work))
-        await n_tokens(client, 40)
+        await n_tokens(client, 40, streams)
         os.kill(client.pid, signal.SIGSTOP)
         assert await streams == expected
 
