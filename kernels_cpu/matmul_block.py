@@ -173,18 +173,31 @@ def _scales(
     if fmt.n_scales:
         here = e.at(e.at(record, fmt.scales_at + s * ROWS + v * e.L), at_j(per_32 * ROWS))
         raw = e.load(here, vector(i8, e.L))
-        low = b.and_(raw, e.const(i8, [15] * e.L)) if fmt.scales == "u4u4" else raw
-        scale = b.fmul(d, e.to_float((b.sext if fmt.scales == "i8" else b.zext)(low, e.vi)))
-        if fmt.minimum == "scaled":
-            if fmt.scales == "u4u4":
-                raw = b.lshr(raw, e.const(i8, [4] * e.L))
-            else:
-                raw = e.load(e.at(here, fmt.minimums_at - fmt.scales_at), vector(i8, e.L))
-            minimum = b.fmul(b.fsub(e.floats(0.0), dm), e.to_float(b.zext(raw, e.vi)))
+        if fmt.scales == "i8":
+            scale = b.fmul(d, e.to_float(b.sext(raw, e.vi)))
+        else:
+            pair = b.zext(raw, e.vi)
+            low, high = b.and_(pair, e.ints(15)), b.lshr(pair, e.ints(4))
+            if fmt.scales == "u6u6":
+                more = _high_bits(e, fmt, record, at_j, v)
+                low = b.or_(low, b.and_(b.shl(more, e.ints(4)), e.ints(0x30)))
+                high = b.or_(high, b.and_(b.shl(more, e.ints(2)), e.ints(0x30)))
+            scale = b.fmul(d, e.to_float(low))
+            minimum = b.fmul(b.fsub(e.floats(0.0), dm), e.to_float(high))
     offset = e.signed_offset(fmt.offset)
     if offset:
         minimum = b.fmul(scale, e.floats(-float(offset)))
     return scale, minimum
+
+
+def _high_bits(e: Emitter, fmt: WeightFormat, record: Reg, at_j: Any, v: int) -> Reg:
+    """Sub-block j's high bits of scale (0, 1) and minimum (2, 3), one row a lane; those of an odd j lie above an even one's."""
+    b = e.b
+    j = at_j(1)
+    odd = b.and_(j, e.c(1))
+    byte = e.at(e.at(record, fmt.high_bits_at + v * e.L), e.mul(b.lshr(j, e.c(1)), ROWS))
+    shift = e.splat(b.trunc(e.mul(odd, 4), e.vi.element))
+    return b.lshr(b.zext(e.load(byte, vector(i8, e.L)), e.vi), shift)
 
 
 class _UnitReader:

@@ -7,7 +7,7 @@ from pyinfer.kernels_cpu.weight_format import BlockSource, WeightFormat, bytes_a
 
 
 class Q4_K(BlockSource):
-    format = WeightFormat("Q4_K", bits=4, columns=256, minimum="scaled", scales="u8", block_bytes=144)
+    format = WeightFormat("Q4_K", bits=4, columns=256, minimum="scaled", scales="u6u6", block_bytes=144)
     d_at = 0
     dm_at = 2
 

@@ -14,7 +14,7 @@ from pyinfer.kernels_cpu.weight_format import (
 
 
 class Q5_K(BlockSource):
-    format = WeightFormat("Q5_K", bits=5, columns=256, minimum="scaled", scales="u8", block_bytes=176)
+    format = WeightFormat("Q5_K", bits=5, columns=256, minimum="scaled", scales="u6u6", block_bytes=176)
     d_at = 0
     dm_at = 2
 

@@ -95,16 +95,25 @@ def _repack_block(e: Emitter, source: BlockSource, block: Reg, record: Reg, row:
         e.store(load_half_bits(e, block, source.dm_at), e.at(e.at(record, 32), e.mul(row, 2)), 1)
     byte_row = e.at(record, row)
     for k in range(fmt.n_scales):
-        scale = source.scale(e, block, k)
-        if fmt.scales == "u4u4":
-            scale = e.b.or_(scale, e.b.shl(source.minimum(e, block, k), i8(4)))
-        elif fmt.minimum == "scaled":
-            e.store(source.minimum(e, block, k), e.at(byte_row, fmt.minimums_at + k * ROWS))
-        e.store(scale, e.at(byte_row, fmt.scales_at + k * ROWS))
+        e.store(_scale_byte(e, source, block, k), e.at(byte_row, fmt.scales_at + k * ROWS))
+    for k in range(0, fmt.n_scales if fmt.scales == "u6u6" else 0, 2):
+        parts = [read(e, block, i) for i in (k, k + 1) for read in (source.scale, source.minimum)]
+        high = e.b.lshr(parts[0], i8(4))
+        for i, part in enumerate(parts[1:], start=1):
+            high = e.b.or_(high, e.b.shl(e.b.lshr(part, i8(4)), i8(2 * i)))
+        e.store(high, e.at(byte_row, fmt.high_bits_at + k // 2 * ROWS))
     dword_row = e.at(record, e.mul(row, 4))
     for j in range(fmt.columns // 32):
         for offset, word in _pack_planes(e, fmt, source.codes(e, block, j)):
             e.store(word, e.at(dword_row, fmt.payload_at + j * fmt.bits * 64 + offset), 4)
+
+
+def _scale_byte(e: Emitter, source: BlockSource, block: Reg, k: int) -> Reg:
+    """Sub-block k's byte: the scale, or the low four bits of scale and minimum."""
+    scale = source.scale(e, block, k)
+    if source.format.scales == "i8":
+        return scale
+    return e.b.or_(e.b.and_(scale, i8(15)), e.b.shl(source.minimum(e, block, k), i8(4)))
 
 
 def embed_body(source: BlockSource) -> Body:

@@ -2,12 +2,15 @@
 
 A record holds 16 rows x `columns` (32, or 256 for the K types):
 
-    d f16[16] | dm f16[16] (types with a minimum; zero for other K types) | scales [n_scales][16] | minimums [n_scales][16]
+    d f16[16] | dm f16[16] (types with a minimum; zero for other K types) | scales [n_scales][16]
     | payload: for each 32 columns, `bits` vectors of 64 bytes
 
 A unit is 4 consecutive columns of the 16 rows: byte 4r + j is column j of row r, so that one dword lane is one row. A plane of
 w bits packs 8/w consecutive units into one 64-byte vector. Codes of 5, 6 and 3 bits use two planes (4+1, 4+2, 2+1); the
 narrow one comes first, followed by the wide vectors that it completes. The weight is d * scale * code - minimum part.
+
+Scales are "i8", one byte each; "u4u4", the scale in the low and the minimum in the high nibble; or "u6u6", which adds to the
+same bytes, holding the low four bits of both, [n_scales/2][16] bytes with the high two: scale, minimum, and those of the next.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class WeightFormat:
     sub_block: int = 32  # columns that share a scale
     offset: int = 0
     minimum: Literal["none", "dm", "scaled"] = "none"
-    scales: Literal["none", "u8", "i8", "u4u4"] = "none"  # u4u4: scale in the low, minimum in the high nibble
+    scales: Literal["none", "i8", "u4u4", "u6u6"] = "none"
     block_bytes: int = 0  # of the GGUF block, which has `columns` weights
 
     @property
@@ -48,13 +51,12 @@ class WeightFormat:
         return 64 if self.columns == 256 or self.minimum != "none" else 32
 
     @property
-    def minimums_at(self) -> int:
+    def high_bits_at(self) -> int:
         return self.scales_at + self.n_scales * ROWS
 
     @property
     def payload_at(self) -> int:
-        separate = self.minimum == "scaled" and self.scales != "u4u4"
-        return self.minimums_at + (self.n_scales * ROWS if separate else 0)
+        return self.high_bits_at + (self.n_scales // 2 * ROWS if self.scales == "u6u6" else 0)
 
     @property
     def record_bytes(self) -> int:

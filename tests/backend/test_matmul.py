@@ -228,7 +228,7 @@ def test_the_largest_codes_do_not_saturate(isa: str, kind: str, byte: int) -> No
 def largest_weight(matrix: Matrix) -> float:
     """A bound on code * scale and on the minimum, with both scales 1."""
     fmt = BLOCK_SOURCES[matrix.kind].format
-    return float(((1 << fmt.bits) + 1) * {"none": 1, "u4u4": 15, "u8": 63, "i8": 128}[fmt.scales])
+    return float(((1 << fmt.bits) + 1) * {"none": 1, "u4u4": 15, "u6u6": 63, "i8": 128}[fmt.scales])
 
 
 @BY_ISA
