@@ -1,8 +1,8 @@
 """The loop every thread of the pool runs: walk a program's ops, take tasks, meet at barriers. No Python inside.
 
 Threads are told to work through a mailbox each, so a step can leave some out. A thread that another process pushed off its
-core while the others waited at a barrier sits out the steps of the next second: a busy neighbour costs one thread's share
-and not everybody's time. This module is imported only by `pool`, after the compile cache's place is set.
+core again and again while the others waited at a barrier sits out the steps of the next second: a busy neighbour costs one
+thread's share and not everybody's time. This module is imported only by `pool`, after the compile cache's place is set.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ LINE = 128  # bytes between control words: a cache line and its neighbour
 # Control words. ARRIVED and PHASE are the barrier, LATE says that somebody waited long at it, ACTIVE counts the step's threads.
 ARRIVED, PHASE, LATE, ACTIVE, PROGRAM, N_OPS, STEP, STOP, JOB, THREADS = (i * LINE for i in range(10))
 # Words of one thread's record, which start at THREADS + thread * RECORD; the ops' task counters follow the last record.
-MAILBOX, ASLEEP, BENCHED_UNTIL = (i * LINE for i in range(3))
-RECORD = 3 * LINE
+MAILBOX, ASLEEP, BENCHED_UNTIL, STRIKES, FIRST_STRIKE, LOST_SEEN = (i * LINE for i in range(6))
+RECORD = 6 * LINE
 _OP_BYTES = 8 * OP_WORDS
 _TASKS, _TASKS_PER, _BARRIER, _KERNEL = (
     8 * int(f) for f in (OpField.TASKS, OpField.TASKS_PER, OpField.BARRIER, OpField.KERNEL)
@@ -42,6 +42,8 @@ _SPIN_BEFORE_LOOK = 2_000  # pauses in a barrier before the clock is read
 _SPIN_BETWEEN_LOOKS = 200
 _LATE = 1_000_000  # ns of waiting at a barrier after which somebody must have been pushed off a core
 _LOST = 500_000  # ns that a step's last thread must have been off its core to be the one
+_STRIKES = 3  # so often within _STRIKE_WINDOW ns: the system's own threads come and go, a busy neighbour stays
+_STRIKE_WINDOW = 60_000_000
 _BENCH = 1_000_000_000  # ns to sit out
 # Tasks of an op are taken in about so many pieces a thread: few where a task is short, as in decode, more in a prompt, where
 # the last piece's length is what threads wait for each other.
@@ -51,9 +53,25 @@ compiled = njit(nogil=True, cache=bool(vars(config)["CACHE_DIR"]))
 
 
 @compiled
-def _sit_out(control, thread, n_all):  # type: ignore[no-untyped-def]
-    """Bench `thread`; thread 0 is the caller and cannot leave, so the last active one makes room for it."""
+def _was_late(control, thread, n_all, lost):  # type: ignore[no-untyped-def]
+    """`thread` came last and others waited long: if it was off its core, that is a strike; too many, and one sits out.
+
+    Thread 0 is the caller and cannot leave: the last active one makes room for it.
+    """
+    record = control + THREADS + thread * RECORD
     now = clock(MONOTONIC)
+    lost_now = now - clock(THREAD_TIME)
+    if lost_now - max(lost, load_word(record + LOST_SEEN)) <= _LOST:
+        return
+    atomic_store(record + LOST_SEEN, lost_now)
+    strikes = load_word(record + STRIKES) + 1
+    if now - load_word(record + FIRST_STRIKE) > _STRIKE_WINDOW:
+        atomic_store(record + FIRST_STRIKE, now)
+        strikes = 1
+    atomic_store(record + STRIKES, strikes)
+    if strikes < _STRIKES:
+        return
+    atomic_store(record + STRIKES, 0)
     if thread == 0:
         thread = n_all - 1
         while thread > 0 and atomic_load(control + THREADS + thread * RECORD + BENCHED_UNTIL) > now:
@@ -69,8 +87,7 @@ def _barrier(control, thread, n_active, n_all, counters, first_op, last_op, lost
     if atomic_add(control + ARRIVED, 1) == n_active - 1:
         if atomic_load(control + LATE) != 0:
             atomic_store(control + LATE, 0)
-            if clock(MONOTONIC) - clock(THREAD_TIME) - lost > _LOST:
-                _sit_out(control, thread, n_all)
+            _was_late(control, thread, n_all, lost)
         for i in range(first_op, last_op + 1):
             atomic_store(counters + i * LINE, 0)
         atomic_store(control + ARRIVED, 0)

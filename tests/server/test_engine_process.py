@@ -214,6 +214,7 @@ def test_hung_engine_is_replaced(model_file: Path) -> None:
         client.close()
 
 
+@pytest.mark.large  # it stops a new engine before its first step, and now and then the engine is quicker
 def test_a_request_that_kills_engines_is_given_up_and_no_other(
     model_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
