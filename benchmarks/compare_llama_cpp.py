@@ -129,8 +129,10 @@ def plot(results: Path, target: Path) -> None:
     import matplotlib.pyplot as plt
 
     data = json.loads(results.read_text())["rows"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for axis, group, label in ((axes[0], "batch", "sequences at once"), (axes[1], "depth", "tokens in the cache")):
+    labels = {"batch": "sequences at once", "depth": "tokens in the cache"}
+    groups = [group for group in labels if any(r["case"]["group"] == group for r in data)]
+    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 4), squeeze=False)
+    for axis, group in zip(axes[0], groups, strict=True):
         for model in sorted({r["case"]["model"] for r in data if r["case"]["group"] == group}):
             chosen = [r for r in data if r["case"]["model"] == model and r["case"]["group"] == group]
             if group == "depth":
@@ -145,7 +147,7 @@ def plot(results: Path, target: Path) -> None:
             for side, style in (("ours", "-o"), ("peers", "--s")):
                 name = "pyinfer" if side == "ours" else "llama.cpp"
                 axis.plot(xs, [r[side] for r in chosen], style, label=f"{model}, {name}")
-        axis.set_xlabel(label)
+        axis.set_xlabel(labels[group])
         axis.set_ylabel("tokens/s, all sequences")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
