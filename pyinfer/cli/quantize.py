@@ -39,7 +39,9 @@ def _check_tensor_types(ctx: typer.Context, values: list[str] | None) -> list[st
 
 @with_some_engine_options("threads")
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="IN", help="The model: a path, a name or pypi:PACKAGE.")],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="The model: a path, a name, pypi:PACKAGE or npm:PACKAGE.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
     type_name: Annotated[
         str, typer.Argument(metavar="TYPE", callback=checked(_check_type), help="Q4_K_M, Q8_0, F16, ...")

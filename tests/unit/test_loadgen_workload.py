@@ -14,7 +14,7 @@ from pyinfer.errors import ConfigError, DownloadError
 from pyinfer.loadgen.sharegpt import MEMBER, decode_items, first_exchange, read_exchanges, sharegpt_file
 from pyinfer.loadgen.tokens import ordinary_ids
 from pyinfer.loadgen.workload import LengthLimits, RandomWorkload, conversation_requests, random_requests
-from pyinfer.runtime.wheel import Member
+from pyinfer.runtime.package_archive import Member
 
 pytestmark = pytest.mark.unit
 
