@@ -1,1 +1,1 @@
-"""The GPU backend. Not built yet: `open_backend("gpu")` says so."""
+"""The GPU backend: `.cu` files compiled by NVRTC, lowered graphs as lists of launches. CuPy is imported by one file only."""

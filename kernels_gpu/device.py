@@ -1,0 +1,70 @@
+"""What the backend needs of a GPU. `cupy_device` is a real one; the tests have another that runs the kernels on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pyinfer.kernels_gpu.launch import Buffer, Kernel, Step
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Device(Protocol):
+    """One GPU with one stream: everything happens in the order in which it is asked for.
+
+    Buffers are never freed one by one: they come from one arena and go with `close`.
+    """
+
+    name: str
+    arch: int  # compute capability times ten: 75, 80, 89, 90
+    n_sms: int  # streaming multiprocessors
+    shared_bytes: int  # largest shared memory of a block, opt-in included
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes (free, total)."""
+        ...
+
+    def alloc(self, n_bytes: int) -> Buffer:
+        """Memory of unknown content; BackendError when there is not enough."""
+        ...
+
+    def alloc_pinned(self, n_bytes: int) -> Bytes:
+        """Host memory from and to which copies need not wait."""
+        ...
+
+    def upload(self, target: Buffer, source: npt.NDArray[Any], offset: int = 0) -> None:
+        """Copy a contiguous array to byte `offset`; from pinned memory, which must then stay as it is until `synchronize`,
+        without waiting."""
+        ...
+
+    def download(self, source: Buffer, target: npt.NDArray[Any], offset: int = 0) -> None:
+        """Copy from byte `offset` into a contiguous array; into pinned memory the copy is done only after `synchronize`."""
+        ...
+
+    def copy(self, target: Buffer, source: Buffer, n_bytes: int) -> None:
+        """From device memory to device memory."""
+        ...
+
+    def zero(self, target: Buffer) -> None: ...
+
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        """Compile and load, so that no launch has to wait for it."""
+        ...
+
+    def launch(self, step: Step) -> None: ...
+
+    def capture(self, steps: Sequence[Step]) -> Any:
+        """A CUDA graph of these steps, for `run`."""
+        ...
+
+    def run(self, executable: Any) -> None: ...
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked for has happened; BackendError when a kernel failed."""
+        ...
+
+    def close(self) -> None: ...

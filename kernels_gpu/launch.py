@@ -1,0 +1,70 @@
+"""What a lowered graph is made of: kernels by name and defines, launches with their arguments, matrix products of cuBLAS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Dim3 = tuple[int, int, int]
+Defines = tuple[tuple[str, int | str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Bytes on a device, or a part of them (`at`). Pointers of whole buffers are multiples of 256 (16 in the emulator)."""
+
+    ptr: int
+    n_bytes: int
+
+    def at(self, offset: int, n_bytes: int | None = None) -> Buffer:
+        """The part from byte `offset` on, to the end or `n_bytes` long."""
+        length = self.n_bytes - offset if n_bytes is None else n_bytes
+        assert 0 <= offset and 0 <= length and offset + length <= self.n_bytes, (offset, length, self.n_bytes)
+        return Buffer(self.ptr + offset, length)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A function of a file in `kernels_gpu/cuda`, compiled with these macros; equal kernels are one compilation."""
+
+    source: str  # file name: "rows.cu"
+    name: str  # of the extern "C" __global__ function
+    defines: Defines = ()
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.name}" + "".join(f" {key}={value}" for key, value in self.defines)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel over a grid.
+
+    Arguments in the order of the function: a `Buffer` (or None) is a pointer, an `int` an int, an `np.int64` a long long,
+    a `float` a float. With `overlap` the kernel may start while the one before it ends (programmatic dependent launch, sm_90):
+    it must then call `wait_for_previous()` of ptx.cuh before it reads or writes what others do.
+    """
+
+    kernel: Kernel
+    grid: Dim3
+    block: Dim3
+    args: tuple[Buffer | int | float | np.int64 | None, ...]
+    shared_bytes: int = 0  # dynamic shared memory, beside what the function declares
+    overlap: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """out = x @ w.T (+ out, with `accumulate`) by cuBLAS: float16 operands, float32 sums and results, rows contiguous."""
+
+    out: Buffer  # float32 [m, out_stride]
+    x: Buffer  # float16 [m, k]
+    w: Buffer  # float16 [n, k]
+    m: int
+    n: int
+    k: int
+    out_stride: int  # in elements; at least n
+    accumulate: bool = False
+
+
+Step = Launch | Gemm
