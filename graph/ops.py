@@ -63,6 +63,21 @@ class Embed(Op):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Hidden(Op):
+    """out = batch.hidden: the rows that the stage before this one ended with. The first op of every stage but the first."""
+
+    out: Value
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return ()
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return (self.out,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RMSNorm(Op):
     """out = x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467), over groups of `weight.size` columns.
 
