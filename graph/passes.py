@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Add, Attention, GatedActivation, MatMul, Op, Quantize, RMSNorm, Value
+from pyinfer.graph.ops import Add, ApplyRope, Attention, GatedActivation, MatMul, Op, Quantize, RMSNorm, Value
+from pyinfer.graph.rope import Rope
 from pyinfer.quant.tensor import QuantTensor
 
 
@@ -18,6 +19,18 @@ def optimize(graph: Graph) -> Graph:
         graph = rewrite(graph)
         graph.check()
     return graph
+
+
+def for_context(graph: Graph, n_ctx: int) -> Graph:
+    """The graph for sequences of up to `n_ctx` tokens. It changes models whose rotary embedding depends on that."""
+    ropes: dict[int, Rope] = {}  # one object each, for backends keep one table each
+
+    def chosen(rope: Rope) -> Rope:
+        return ropes.setdefault(id(rope), rope.for_context(n_ctx))
+
+    return replace(
+        graph, ops=tuple(replace(op, rope=chosen(op.rope)) if isinstance(op, ApplyRope) else op for op in graph.ops)
+    )
 
 
 def is_quantized(weight: QuantTensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,17 @@ class Rope:
     attention_factor: float = 1.0  # extra factor on both cos and sin
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    frequency_factors: npt.NDArray[np.float32] | None = None  # rope_freqs.weight [n_dims/2]: llama 3.1 and later
+    frequency_factors: npt.NDArray[np.float32] | None = None  # [n_dims/2]: llama 3.1's, or longrope's short ones
+    long_factors: npt.NDArray[np.float32] | None = None  # [n_dims/2]: longrope's beyond the original context
+
+    def for_context(self, n_ctx: int) -> Rope:
+        """The rotation that a context of `n_ctx` tokens takes: LongRoPE (arXiv:2402.13753) has two sets of factors."""
+        if self.long_factors is None:
+            return self
+        is_long = n_ctx > self.original_context
+        return replace(
+            self, frequency_factors=self.long_factors if is_long else self.frequency_factors, long_factors=None
+        )
 
     def frequencies(self) -> npt.NDArray[np.float64]:
         """Radians per position, float64 [n_dims/2]."""

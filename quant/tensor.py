@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ class QuantTensor:
         if rows is None:
             return self.codec.dequantize(self.data).reshape(self.shape)
         return self.codec.dequantize(np.ascontiguousarray(self.data[rows]))
+
+    def part(self, first: int, stop: int) -> QuantTensor:
+        """The matrix of rows first..stop-1 of this one, on the same bytes and under the same name."""
+        return replace(self, shape=(stop - first, self.shape[-1]), data=self.data[first:stop])
 
     def release(self) -> None:
         """Tell the OS that the mapped pages are not needed for now, as after a repack; the tensor stays readable."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pyinfer.errors import ModelError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.batch import Batch
+from pyinfer.graph.passes import for_context
 from pyinfer.graph.reference import ReferenceStage
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.quant.tensor import QuantTensor
@@ -30,13 +31,19 @@ class ActivationSums:
     def __init__(self) -> None:
         self.squares: dict[str, npt.NDArray[np.float64]] = {}  # (columns,)
         self.n_rows: dict[str, int] = {}
-        self._last: tuple[F32Array | None, npt.NDArray[np.float64]] = (None, np.empty(0))
+        self._rows: F32Array | None = None  # the last input, its sums, and the matrices they were counted for
+        self._squares: npt.NDArray[np.float64] = np.empty(0)
+        self._counted: set[str] = set()
 
     def add(self, weight: QuantTensor, rows: F32Array) -> None:
-        if self._last[0] is not rows:  # matrices side by side, such as q, k and v, share their input
-            self._last = rows, np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+        if self._rows is not rows:  # matrices side by side, such as q, k and v, share their input
+            self._rows, self._squares = rows, np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+            self._counted = set()
         name = weight.name
-        self.squares[name] = self.squares.get(name, 0.0) + self._last[1]
+        if name in self._counted:  # another part of the same matrix
+            return
+        self._counted.add(name)
+        self.squares[name] = self.squares.get(name, 0.0) + self._squares
         self.n_rows[name] = self.n_rows.get(name, 0) + len(rows)
 
 
@@ -44,8 +51,8 @@ def activation_sums(
     file: GGUFFile, chunks: Sequence[Sequence[int]], on_chunk: Callable[[int], None] = lambda done: None
 ) -> ActivationSums:
     """Run chunks of token ids, all of one length, each by itself; ModelError if an input is not finite."""
-    graph = build_graph(file)
     length = len(chunks[0])
+    graph = for_context(build_graph(file), length)
     n_pages = -(-length // _PAGE)
     step = max(1, _TOKENS_AT_ONCE // length)
     config = StageConfig(

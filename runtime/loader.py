@@ -164,12 +164,13 @@ def open_engine(
     file: GGUFFile, options: LoadOptions, vocabulary: Callable[[], Vocabulary], progress: Progress | None
 ) -> OpenedEngine:
     """Weights, kernels and pages. `vocabulary` is asked last, so that it can be read meanwhile."""
-    from pyinfer.graph.passes import optimize
+    from pyinfer.graph.passes import for_context, optimize
     from pyinfer.runtime.models.registry import build_graph
 
     backend = open_backend(options.backend)
-    graph = optimize(build_graph(file))
+    graph = build_graph(file)
     config = plan_sizes(graph, file.size, options)
+    graph = optimize(for_context(graph, config.n_ctx))
     page_bytes = kv_page_bytes(graph, config.block_size, config.kv_dtype)
     n_swap_pages = config.n_pages // 4 if options.swap_space is None else options.swap_space // page_bytes
     stage = backend.open_stage(graph, config, progress)

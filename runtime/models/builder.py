@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pyinfer.graph.graph import Graph, KVLayer
 from pyinfer.graph.ops import (
     Activation,
@@ -52,6 +54,19 @@ class DecoderBuilder:
         self.ops.append(MatMul((out,), x, (weight,), (bias,)))
         return out
 
+    def split_matmul(self, name: str, x: Value, widths: Mapping[str, int]) -> tuple[Value, ...]:
+        """Matmuls of x whose weights are stored as one, rows of the first before those of the next; by name and width."""
+        whole = self.reader.matrix(f"{name}.weight", sum(widths.values()), x.width)
+        biases = self.reader.optional_vector(f"{name}.bias", sum(widths.values()))
+        outs, first = [], 0
+        for out_name, width in widths.items():
+            stop = first + width
+            outs.append(Value(out_name, width, x.rows))
+            bias = None if biases is None else biases[first:stop]
+            self.ops.append(MatMul((outs[-1],), x, (whole.part(first, stop),), (bias,)))
+            first = stop
+        return tuple(outs)
+
     def rope(self, x: Value, rope: Rope) -> Value:
         out = Value(f"{x.name}.rope", x.width)
         self.ops.append(ApplyRope(out, x, self.sizes.head_dim, rope))
@@ -66,10 +81,13 @@ class DecoderBuilder:
         self.ops.append(Attention(out, q, layer, self.sizes.n_heads, scale))
         return out
 
-    def feed_forward(self, prefix: str, x: Value, activation: Activation) -> Value:
-        """down(activation(gate(x)) * up(x))."""
-        gate = self.matmul(f"{prefix}.ffn_gate", x, self.sizes.n_ff)
-        up = self.matmul(f"{prefix}.ffn_up", x, self.sizes.n_ff)
+    def feed_forward(self, prefix: str, x: Value, activation: Activation, *, is_fused: bool = False) -> Value:
+        """down(activation(gate(x)) * up(x)); fused: `ffn_up` holds the rows of gate, then those of up."""
+        names = f"{prefix}.ffn_gate", f"{prefix}.ffn_up"
+        if is_fused:
+            gate, up = self.split_matmul(names[1], x, dict.fromkeys(names, self.sizes.n_ff))
+        else:
+            gate, up = (self.matmul(name, x, self.sizes.n_ff) for name in names)
         gated = Value(f"{prefix}.ffn_gated", self.sizes.n_ff, x.rows)
         self.ops.append(GatedActivation(gated, gate, up, activation))
         return self.matmul(f"{prefix}.ffn_down", gated, self.sizes.n_embd)

@@ -196,11 +196,14 @@ def read_rope(reader: ModelReader, sizes: Sizes, pairing: Literal["interleaved",
     if base <= 1:
         raise reader.error(f"metadata key {reader.arch}.rope.freq_base is {base}; expected a number above 1")
     factor = reader.number("rope.scaling.factor", reader.number("rope.scale_linear", 1.0)) or 1.0
-    factors = reader.optional_vector("rope_freqs.weight", n_dims // 2)
-    if factors is not None and not (np.isfinite(factors).all() and factors.min() > 0):
-        raise reader.error("tensor rope_freqs.weight holds a factor that is not a finite number above 0")
+    factors = _rope_factors(reader, "rope_freqs.weight", n_dims)
+    long_factors = _rope_factors(reader, "rope_factors_long.weight", n_dims)
+    if long_factors is not None:
+        factors = _rope_factors(reader, "rope_factors_short.weight", n_dims)
     kind = reader.text("rope.scaling.type", "linear")
     scaling = _SCALINGS.get(kind)
+    if kind == "longrope" and long_factors is not None:
+        scaling = "none"  # its factors are all there is to it
     if scaling is None:
         raise reader.key_error("rope.scaling.type", f"is {kind!r}; supported: {', '.join(_SCALINGS)}")
     return Rope(
@@ -214,4 +217,12 @@ def read_rope(reader: ModelReader, sizes: Sizes, pairing: Literal["interleaved",
         beta_fast=reader.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=reader.number("rope.scaling.yarn_beta_slow", 1.0),
         frequency_factors=factors,
+        long_factors=long_factors,
     )
+
+
+def _rope_factors(reader: ModelReader, name: str, n_dims: int) -> F32Array | None:
+    factors = reader.optional_vector(name, n_dims // 2)
+    if factors is not None and not (np.isfinite(factors).all() and factors.min() > 0):
+        raise reader.error(f"tensor {name} holds a factor that is not a finite number above 0")
+    return factors

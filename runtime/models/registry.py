@@ -8,7 +8,7 @@ from types import MappingProxyType
 from pyinfer.errors import ModelError
 from pyinfer.graph.graph import Graph
 from pyinfer.quant.gguf import GGUFFile
-from pyinfer.runtime.models import gemma3, llama, qwen2, qwen3
+from pyinfer.runtime.models import gemma3, llama, phi3, qwen2, qwen3
 from pyinfer.runtime.models.common import ModelReader
 
 ARCHITECTURES: MappingProxyType[str, Callable[[ModelReader], Graph]] = MappingProxyType(
@@ -17,6 +17,7 @@ ARCHITECTURES: MappingProxyType[str, Callable[[ModelReader], Graph]] = MappingPr
         "qwen2": qwen2.build,
         "qwen3": qwen3.build,
         "gemma3": gemma3.build,
+        "phi3": phi3.build,
     }
 )
 

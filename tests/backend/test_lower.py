@@ -187,7 +187,7 @@ def test_ops_between_barriers_may_run_in_any_order(seed: int, kind: str) -> None
         stage.close()
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
 def test_models_may_run_in_any_order_between_barriers(arch: str, tiny_model: TinyModel) -> None:
     graph = optimize(build_graph(GGUFFile.open(tiny_model(arch, "Q8_0"))))
     ids = np.random.RandomState(1).randint(0, 300, 40).tolist()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.backend
 
 TinyModel = Callable[..., Path]
 F32 = npt.NDArray[np.float32]
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
 TYPES = (*BLOCK_TYPES, *FLOAT_TYPES)
 PROMPT: list[int] = np.random.RandomState(5).randint(0, 300, 90).tolist()
 LONG: list[int] = np.random.RandomState(6).randint(0, 300, 300).tolist()

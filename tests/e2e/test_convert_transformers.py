@@ -55,7 +55,7 @@ def made(
 def test_logits_equal_those_of_transformers(made: tuple[str, Made]) -> None:
     case, model = made
     if GGUFFile.open(model.gguf).metadata["general.architecture"] in ARCHITECTURES and CASES[case].runs_here:
-        with LLM(str(model.gguf), kv_cache_dtype="f32") as llm:
+        with LLM(str(model.gguf), n_ctx=CASES[case].n_ctx, kv_cache_dtype="f32") as llm:
             np.testing.assert_allclose(llm.logits(model.ids), model.expected, atol=1e-3, rtol=0)
         return
     pytest.importorskip("llama_cpp")

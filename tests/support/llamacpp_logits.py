@@ -41,7 +41,22 @@ def _biases() -> dict[str, npt.NDArray[np.float64]]:
     return {f"blk.{i}.{name}.bias": rng.normal(0, 0.5, width) for i in range(2) for name, width in widths.items()}
 
 
+def _long_rope(original_context: int) -> dict[str, Any]:
+    return {
+        "shape": TinyShape(tied=True),
+        "vectors": {
+            "rope_factors_short.weight": np.linspace(1, 2, 8),
+            "rope_factors_long.weight": np.linspace(1, 30, 8),
+        },
+        "metadata": {
+            "phi3.rope.scaling.original_context_length": original_context,
+            "phi3.rope.scaling.attn_factor": 1.2,
+        },
+    }
+
+
 # case -> (architecture, options of write_tiny_model)
+N_CTX = 512  # phi3's rotary embedding depends on it
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"shape": TinyShape(tied=True)}),
@@ -98,6 +113,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"metadata": {"gemma3.attention.sliding_window": None, "gemma3.attention.sliding_window_pattern": None}},
     ),
     "gemma3 half the head rotated": ("gemma3", {"metadata": {"gemma3.rope.dimension_count": 8}}),
+    "phi3": ("phi3", {"metadata": {"phi3.attention.sliding_window": 0}}),
+    "phi3 short factors": ("phi3", _long_rope(512)),
+    "phi3 long factors": ("phi3", _long_rope(256)),
+    "phi3 half the head rotated": ("phi3", {"metadata": {"phi3.rope.dimension_count": 8}}),
     "gemma3 27b attention scale": ("gemma3", {"shape": TinyShape(n_layers=62, n_heads=2, head_dim=16)}),
 }
 
@@ -106,7 +125,7 @@ def _llamacpp_logits(path: Path) -> npt.NDArray[np.float32]:
     import llama_cpp
 
     model = llama_cpp.Llama(
-        str(path), n_ctx=512, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0
+        str(path), n_ctx=N_CTX, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0
     )  # type 0: F32 keys and values
     model.eval(PROMPT)
     return np.array(model.scores[ROWS], np.float32)

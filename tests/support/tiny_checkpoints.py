@@ -48,6 +48,12 @@ _LONG = {
     "short_factor": [1.0 + i / 10 for i in range(8)],
     "long_factor": [1.0 + i for i in range(8)],
 }
+_PHI3_LONG = {
+    "vocab_size": 32064,
+    "rope_parameters": _LONG,
+    "max_position_embeddings": 1024,
+    "original_max_position_embeddings": 256,
+}
 _PHI3_ADDED = ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|end|>", "<|user|>")
 
 
@@ -60,6 +66,8 @@ class TinyCheckpoint:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     runs_here: bool = True  # whether pyinfer knows the architecture, beside llama.cpp
+    n_tokens: int = N_TOKENS
+    n_ctx: int = 256  # longrope has other factors beyond its original context
 
 
 CASES: dict[str, TinyCheckpoint] = {
@@ -86,17 +94,14 @@ CASES: dict[str, TinyCheckpoint] = {
             "tie_word_embeddings": True,
         },
     ),
-    "phi3": TinyCheckpoint("Phi3ForCausalLM", "phi3", {"vocab_size": 32064}, runs_here=False),
-    "phi3 longrope": TinyCheckpoint(
+    "phi3": TinyCheckpoint("Phi3ForCausalLM", "phi3", {"vocab_size": 32064}),
+    "phi3 window": TinyCheckpoint("Phi3ForCausalLM", "phi3", {"vocab_size": 32064, "sliding_window": 16}),
+    "phi3 longrope": TinyCheckpoint("Phi3ForCausalLM", "phi3", _PHI3_LONG),
+    "phi3 longrope, long": TinyCheckpoint("Phi3ForCausalLM", "phi3", _PHI3_LONG, n_tokens=300, n_ctx=512),
+    "phi3 partly rotated": TinyCheckpoint(
         "Phi3ForCausalLM",
         "phi3",
-        {
-            "vocab_size": 32064,
-            "rope_parameters": _LONG,
-            "max_position_embeddings": 1024,
-            "original_max_position_embeddings": 256,
-        },
-        runs_here=False,
+        {"vocab_size": 32064, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ),
     "bert": TinyCheckpoint("BertModel", "bert-bge", {}, runs_here=False),
 }
@@ -135,7 +140,7 @@ def write_checkpoint(
             parameter.copy_(noise + 1 if is_norm and "gemma" not in case else noise)
     model.to(getattr(torch, tiny.dtype)).save_pretrained(folder)
     model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    ids = np.random.default_rng(0).integers(300, 20000, N_TOKENS).tolist()
+    ids = np.random.default_rng(0).integers(300, 20000, tiny.n_tokens).tolist()
     with torch.no_grad():
         output = model(torch.tensor([ids]))
     rows = output.last_hidden_state if tiny.model == "BertModel" else output.logits

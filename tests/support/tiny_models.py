@@ -158,12 +158,18 @@ def write_tiny_model(
         b = f"blk.{i}."
         norm(b + "attn_norm.weight", s.n_embd)
         norm(b + "ffn_norm.weight", s.n_embd)
-        matrix(b + "attn_q.weight", q_width, s.n_embd, s.n_embd**-0.5)
-        matrix(b + "attn_k.weight", kv_width, s.n_embd, s.n_embd**-0.5)
-        matrix(b + "attn_v.weight", kv_width, s.n_embd, s.n_embd**-0.5)
+        if arch == "phi3":
+            matrix(b + "attn_qkv.weight", q_width + 2 * kv_width, s.n_embd, s.n_embd**-0.5)
+        else:
+            matrix(b + "attn_q.weight", q_width, s.n_embd, s.n_embd**-0.5)
+            matrix(b + "attn_k.weight", kv_width, s.n_embd, s.n_embd**-0.5)
+            matrix(b + "attn_v.weight", kv_width, s.n_embd, s.n_embd**-0.5)
         matrix(b + "attn_output.weight", s.n_embd, q_width, q_width**-0.5)
-        matrix(b + "ffn_gate.weight", s.n_ff, s.n_embd, s.n_embd**-0.5)
-        matrix(b + "ffn_up.weight", s.n_ff, s.n_embd, s.n_embd**-0.5)
+        if arch == "phi3":
+            matrix(b + "ffn_up.weight", 2 * s.n_ff, s.n_embd, s.n_embd**-0.5)
+        else:
+            matrix(b + "ffn_gate.weight", s.n_ff, s.n_embd, s.n_embd**-0.5)
+            matrix(b + "ffn_up.weight", s.n_ff, s.n_embd, s.n_embd**-0.5)
         matrix(b + "ffn_down.weight", s.n_embd, s.n_ff, s.n_ff**-0.5)
         if arch == "qwen2":
             for name, width in (("attn_q", q_width), ("attn_k", kv_width), ("attn_v", kv_width)):
@@ -205,6 +211,9 @@ def _architecture_keys(arch: str, s: TinyShape) -> dict[str, Any]:
     }
     if arch == "llama":
         keys["llama.rope.dimension_count"] = s.head_dim
+    if arch == "phi3":
+        keys["phi3.rope.dimension_count"] = s.head_dim
+        keys["general.name"] = "tiny phi"  # in one named phi3, llama.cpp looks for tokens of the real one
     if arch == "gemma3":
         keys["gemma3.attention.sliding_window"] = 8
         keys["gemma3.attention.sliding_window_pattern"] = 2  # so that two layers hold both kinds

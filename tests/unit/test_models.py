@@ -15,15 +15,17 @@ from pyinfer.errors import ModelError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import ApplyRope, Attention, Embed, MatMul, SelectRows
+from pyinfer.graph.passes import for_context
 from pyinfer.graph.reference import ReferenceBackend
 from pyinfer.quant.gguf import GGUFFile
+from pyinfer.quant.writer import write_gguf
 from pyinfer.runtime.models.registry import ARCHITECTURES, build_graph
 
 pytestmark = pytest.mark.unit
 
 
 def build(path: Path) -> Graph:
-    return build_graph(GGUFFile.open(path))
+    return for_context(build_graph(GGUFFile.open(path)), llamacpp_logits.N_CTX)
 
 
 @pytest.mark.parametrize("case", llamacpp_logits.CASES)
@@ -77,6 +79,32 @@ def test_gemma3_alternates_windows_and_rotary_bases(tmp_path: Path) -> None:
     assert [op.rope.base for op in graph.ops if isinstance(op, ApplyRope)] == [1e4, 1e4, 1e6, 1e6] * 2
 
 
+@pytest.mark.parametrize(("window", "expected"), [(0, None), (8, 8), (511, 511), (512, None), (None, None)])
+def test_phi3_has_one_window_in_all_layers(window: int | None, expected: int | None, tmp_path: Path) -> None:
+    graph = build(write_tiny_model(tmp_path / "m.gguf", "phi3", metadata={"phi3.attention.sliding_window": window}))
+    assert [layer.window for layer in graph.kv_layers] == [expected, expected]
+
+
+def test_phi3_with_q_k_and_v_apart(tmp_path: Path) -> None:
+    path = write_tiny_model(
+        tmp_path / "m.gguf", "phi3", "Q8_0", vectors={"blk.0.attn_qkv.bias": np.linspace(0, 2, 128, dtype=np.float32)}
+    )
+    with GGUFFile.open(path) as file:
+        tensors = {}
+        for name, tensor in file.tensors.items():
+            shape, data = tensor.shape, tensor.data if len(tensor.shape) == 2 else tensor.data.reshape(1, -1)
+            cuts = {"q": (0, 64), "k": (64, 96), "v": (96, 128)} if "attn_qkv" in name else {"qkv": (0, shape[0])}
+            for part, (first, stop) in cuts.items():
+                rows = data[first:stop] if len(shape) == 2 else data[:, 4 * first : 4 * stop]
+                tensors[name.replace("qkv", part)] = (tensor.codec.name, (stop - first, *shape[1:]), rows)
+        write_gguf(tmp_path / "apart.gguf", file.metadata, tensors)
+    logits = []
+    for each in (path, tmp_path / "apart.gguf"):
+        stage = ReferenceBackend().open_stage(build(each), StageConfig(n_pages=2, kv_dtype="f32"))
+        logits.append(run_prompt(stage, llamacpp_logits.PROMPT, [1, 0], block_size=16))
+    np.testing.assert_array_equal(logits[0], logits[1])
+
+
 def test_head_size_from_key_length(tmp_path: Path) -> None:
     graph = build(write_tiny_model(tmp_path / "m.gguf", "qwen3", shape=TinyShape(head_dim=32)))
     attention = next(op for op in graph.ops if isinstance(op, Attention))
@@ -94,7 +122,7 @@ def test_weights_of_different_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "mamba"}, r"architecture 'mamba' is not known; known: llama, qwen2, qwen3, gemma3"),
+        ({"arch": "mamba"}, r"architecture 'mamba' is not known; known: llama, qwen2, qwen3, gemma3, phi3"),
         ({"metadata": {"general.architecture": None}}, r"architecture None is not known"),
         ({"metadata": {"llama.block_count": None}}, r"key llama\.block_count is missing"),
         ({"metadata": {"llama.block_count": 2**31 - 1}}, r"2147483647 layers cannot be made of 21 tensors"),
@@ -117,6 +145,15 @@ def test_weights_of_different_types(tmp_path: Path) -> None:
         ({"metadata": {"llama.rope.freq_base": 0.0}}, r"freq_base is 0\.0; expected a number above 1"),
         ({"vectors": {"rope_freqs.weight": np.zeros(8)}}, r"rope_freqs\.weight holds a factor"),
         ({"vectors": {"rope_freqs.weight": np.ones(7)}}, r"rope_freqs\.weight has shape \(7,\); expected \(8,\)"),
+        (
+            {
+                "arch": "phi3",
+                "vectors": {"rope_factors_long.weight": np.ones(8), "rope_factors_short.weight": -np.ones(8)},
+            },
+            r"rope_factors_short\.weight holds a factor",
+        ),
+        ({"arch": "phi3", "omit": ("blk.0.attn_qkv.weight",)}, r"tensor blk\.0\.attn_q\.weight is missing"),
+        ({"arch": "phi3", "metadata": {"phi3.feed_forward_length": 64}}, r"\(256, 64\); expected \(128, 64\)"),
         ({"vectors": {"blk.0.attn_q.scale": np.ones(1)}}, r"tensor blk\.0\.attn_q\.scale is not part of a llama"),
         ({"vectors": {"blk.0.attn_q.bias": np.ones(3)}}, r"blk\.0\.attn_q\.bias has shape \(3,\); expected \(64,\)"),
         ({"omit": ("blk.1.ffn_down.weight",)}, r"tensor blk\.1\.ffn_down\.weight is missing; a llama model needs it"),

@@ -82,6 +82,14 @@ def test_texts_too_short() -> None:
         text_chunks(tokenizer(7, add_bos=False), "", 3)
 
 
+def test_a_matrix_that_is_used_in_parts_is_counted_once(tmp_path: Path) -> None:
+    chunks = [list(range(16))] * 2
+    with GGUFFile.open(write_tiny_model(tmp_path / "m.gguf", "phi3", "F32")) as file:
+        sums = activation_sums(file, chunks)
+    assert set(sums.n_rows.values()) == {32}
+    assert {"blk.0.attn_qkv.weight", "blk.1.ffn_up.weight", "blk.1.ffn_down.weight"} <= sums.squares.keys()
+
+
 def test_activation_sums_do_not_depend_on_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = np.random.default_rng(0).integers(0, 200, (5, 24)).tolist()
     with GGUFFile.open(write_tiny_model(tmp_path / "tiny.gguf", codec="F32")) as file:
