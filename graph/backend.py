@@ -34,22 +34,38 @@ def split_kv_dtype(text: str) -> tuple[str, str]:
 
 
 def kv_page_bytes(graph: Graph, block_size: int, kv_dtype: str) -> int:
-    """Bytes of one page's keys and values in all layers."""
+    """Bytes of one page: keys and values of the layers of one group, for which all groups' pages have room."""
     bits = sum(KV_BITS[name] for name in split_kv_dtype(kv_dtype))
-    return round(sum(layer.n_kv_heads * layer.head_dim for layer in graph.kv_layers) * block_size * bits / 8)
+    return round(sum(layer.n_kv_heads * layer.head_dim for layer in graph.page_layers) * block_size * bits / 8)
 
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
     """Sizes fixed for a stage's life."""
 
-    n_pages: int
-    block_size: int = 16  # tokens per page: a multiple of 16 on the CPU
+    n_pages: int  # that all KV groups share; a page holds the layers of one group
+    block_size: int = 16  # tokens per page: 1 to 64; 16, 32 or 64 on the CPU
     kv_dtype: str = "f16"  # see split_kv_dtype
     max_tokens: int = 512  # per step, over all sequences
     max_sequences: int = 256
     n_ctx: int = 4096  # longest sequence
     n_threads: int = 1
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of the longest sequence: the width of a page table."""
+        return -(-self.n_ctx // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """A GPU that can be used."""
+
+    index: int  # as CUDA counts them, after CUDA_VISIBLE_DEVICES
+    name: str
+    arch: int  # compute capability times ten
+    free: int  # bytes, now
+    total: int
 
 
 class Stage(Protocol):
@@ -60,15 +76,15 @@ class Stage(Protocol):
         ...
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy the K and V of one page over another, in every layer."""
+        """Copy the K and V of one page over another, of the same group."""
         ...
 
     def read_pages(self, pages: Sequence[int]) -> PageData:
-        """The K and V of these pages in every layer, in host memory: uint8 [n, bytes of a page]."""
+        """The K and V of these pages, of any groups, in host memory: uint8 [n, bytes of a page]."""
         ...
 
     def write_pages(self, pages: Sequence[int], data: PageData) -> None:
-        """Put back what `read_pages` gave, into these pages or others."""
+        """Put back what `read_pages` gave, into these pages or others of the same groups."""
         ...
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
+F32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -16,10 +17,13 @@ class Batch:
 
     token_ids: Int32  # [n]
     positions: Int32  # [n] absolute position in the token's sequence
-    slots: Int32  # [n] where the token's K and V go: page * block_size + offset
+    slots: Int32  # [n_groups, n] where the token's K and V go in each KV group's layers: page * block_size + offset
     sequence_starts: Int32  # [n_sequences + 1] offsets into the token axis
-    page_tables: Int32  # [n_sequences, max_pages] physical page of each logical block; entries past the end are 0
+    # [n_groups, n_sequences, max_pages] page of each block of positions; what is past a sequence's end is 0, what is
+    # behind a group's window is some page of others, not to be read
+    page_tables: Int32
     output_rows: Int32  # [n_outputs] ascending token indices whose logits are wanted
+    hidden: F32Array | None = None  # [n or n_outputs, n_embd] for the op `Hidden`, from the stage before
 
     @property
     def n_tokens(self) -> int:
@@ -29,20 +33,22 @@ class Batch:
     def n_sequences(self) -> int:
         return len(self.sequence_starts) - 1
 
-    def check(self, *, n_vocab: int, n_pages: int, block_size: int) -> None:
+    def check(self, *, n_vocab: int, n_pages: int, block_size: int, n_groups: int = 1) -> None:
         """Assert that every index is in range and that slots, positions and page tables tell the same story."""
         n = self.n_tokens
-        assert n > 0 and len(self.positions) == len(self.slots) == n
+        assert n > 0 and len(self.positions) == n and self.slots.shape == (n_groups, n)
+        assert self.page_tables.shape[:2] == (n_groups, self.n_sequences)
         assert self.token_ids.min() >= 0 and self.token_ids.max() < n_vocab
+        assert (self.page_tables >= 0).all() and (self.page_tables < n_pages).all()
         assert self.sequence_starts[0] == 0 and self.sequence_starts[-1] == n
         for s in range(self.n_sequences):
             a, b = int(self.sequence_starts[s]), int(self.sequence_starts[s + 1])
             assert b > a, "a sequence without tokens"
             positions = self.positions[a:b]
             assert positions[0] >= 0 and (np.diff(positions) == 1).all()
-            pages = self.page_tables[s, positions // block_size]
-            assert (pages >= 0).all() and (pages < n_pages).all()
-            assert (self.slots[a:b] == pages * block_size + positions % block_size).all()
+            pages = self.page_tables[:, s, positions // block_size]
+            assert (self.slots[:, a:b] == pages * block_size + positions % block_size).all()
+        assert np.unique(self.slots).size == self.slots.size, "two tokens or groups write to one slot"
         if len(self.output_rows):
             assert (np.diff(self.output_rows) > 0).all()
             assert self.output_rows[0] >= 0 and self.output_rows[-1] < n

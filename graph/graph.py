@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyinfer.graph.kv_groups import KVGroup, KVLayer, one_group
 from pyinfer.graph.ops import Op, Value
 
-
-@dataclass(frozen=True, slots=True)
-class KVLayer:
-    """One attention layer's cache: keys and values of `n_kv_heads` heads with `head_dim` columns each."""
-
-    n_kv_heads: int
-    head_dim: int
-    window: int | None = None  # sliding window in tokens; None attends to everything before
+__all__ = ["Graph", "KVGroup", "KVLayer"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """Ops in execution order; `logits` (rows="outputs", width n_vocab) is what a run returns."""
+    """Ops in execution order; `logits` (rows="outputs", width n_vocab) is what a run returns.
+
+    In a part that `graph.split` cut out, `logits` is the residual row of n_embd columns that the next part begins with.
+    """
 
     ops: tuple[Op, ...]
     logits: Value
@@ -26,6 +23,11 @@ class Graph:
     n_vocab: int
     n_embd: int
     n_ctx_train: int
+    kv_groups: tuple[KVGroup, ...] = ()  # which layers share a block table; never empty once built
+
+    def __post_init__(self) -> None:
+        if not self.kv_groups:
+            object.__setattr__(self, "kv_groups", one_group(self.kv_layers))
 
     def check(self) -> None:
         """Every value is written once and before it is read; widths agree where an op demands it."""
@@ -37,9 +39,22 @@ class Graph:
                 assert id(value) not in written, f"{value.name} is written twice"
                 written.add(id(value))
         assert id(self.logits) in written, "logits are never written"
+        grouped = sorted(layer for group in self.kv_groups for layer in group.layers)
+        assert grouped == list(range(len(self.kv_layers))), "a KV layer is in no group or in several"
 
     def consumers(self, value: Value) -> list[Op]:
         return [op for op in self.ops if any(v is value for v in op.inputs)]
+
+    @property
+    def kv_places(self) -> dict[int, tuple[int, int]]:
+        """KV layer -> its group, and its place in that group's pages."""
+        return {layer: (g, place) for g, group in enumerate(self.kv_groups) for place, layer in enumerate(group.layers)}
+
+    @property
+    def page_layers(self) -> tuple[KVLayer, ...]:
+        """The layers of one page, by place: the shape that the layers in this place have in every group."""
+        largest = max(self.kv_groups, key=lambda group: len(group.layers))
+        return tuple(self.kv_layers[layer] for layer in largest.layers)
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """Bytes of keys and values that one token takes over all layers."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pyinfer.graph.activation import quantize_activation
 from pyinfer.graph.backend import PageData, Progress, StageConfig, split_kv_dtype
-from pyinfer.graph.batch import Batch
+from pyinfer.graph.batch import Batch, Int32
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import (
     Activation,
@@ -19,6 +19,7 @@ from pyinfer.graph.ops import (
     Attention,
     Embed,
     GatedActivation,
+    Hidden,
     MatMul,
     Op,
     Quantize,
@@ -55,7 +56,8 @@ class ReferenceStage:
         self._config = config
         self._weights = _dequantize_weights(graph, progress) if keep_weights else {}
         self._dtypes = split_kv_dtype(config.kv_dtype)
-        shapes = [(config.n_pages, config.block_size, layer.n_kv_heads, layer.head_dim) for layer in graph.kv_layers]
+        self._places = graph.kv_places
+        shapes = [(config.n_pages, config.block_size, layer.n_kv_heads, layer.head_dim) for layer in graph.page_layers]
         self._keys, self._values = (
             [np.zeros(shape, np.float16 if dtype == "f16" else np.float32) for shape in shapes]
             for dtype in self._dtypes
@@ -63,7 +65,7 @@ class ReferenceStage:
 
     def run(self, batch: Batch) -> F32Array:
         """Logits float32 [n_outputs, n_vocab]."""
-        batch.check(n_vocab=self._graph.n_vocab, n_pages=self._config.n_pages, block_size=self._config.block_size)
+        self._check(batch)
         rows = _Rows(self._graph)
         for index, op in enumerate(self._graph.ops):
             self._execute(op, batch, rows)
@@ -72,7 +74,7 @@ class ReferenceStage:
 
     def observe(self, batch: Batch, on_input: Callable[[QuantTensor, F32Array], None]) -> None:
         """Run all but the output matrix, and tell of each matrix before it and the rows float32 that go into that."""
-        batch.check(n_vocab=self._graph.n_vocab, n_pages=self._config.n_pages, block_size=self._config.block_size)
+        self._check(batch)
         rows = _Rows(self._graph)
         for index, op in enumerate(self._graph.ops):
             if self._graph.logits in op.outputs:
@@ -82,6 +84,14 @@ class ReferenceStage:
                     on_input(weight, rows[op.x])
             self._execute(op, batch, rows)
             rows.forget(index)
+
+    def _check(self, batch: Batch) -> None:
+        batch.check(
+            n_vocab=self._graph.n_vocab,
+            n_pages=self._config.n_pages,
+            block_size=self._config.block_size,
+            n_groups=len(self._graph.kv_groups),
+        )
 
     def copy_page(self, source: int, target: int) -> None:
         for pages in (*self._keys, *self._values):
@@ -107,6 +117,9 @@ class ReferenceStage:
         match op:
             case Embed():
                 rows[op.out] = op.table.dequantize(batch.token_ids) * np.float32(op.scale)
+            case Hidden():
+                assert batch.hidden is not None
+                rows[op.out] = batch.hidden
             case RMSNorm():
                 rows[op.out] = rms_norm(rows[op.x], op.weight, op.eps)
             case Quantize():
@@ -121,8 +134,9 @@ class ReferenceStage:
             case ApplyRope():
                 rows[op.out] = apply_rope(rows[op.x], op.head_dim, op.rope, batch.positions)
             case StoreKV():
-                self._store(self._keys[op.layer], kept_as(self._dtypes[0], rows[op.k]), batch)
-                self._store(self._values[op.layer], kept_as(self._dtypes[1], rows[op.v]), batch)
+                group, place = self._places[op.layer]
+                self._store(self._keys[place], kept_as(self._dtypes[0], rows[op.k]), batch.slots[group])
+                self._store(self._values[place], kept_as(self._dtypes[1], rows[op.v]), batch.slots[group])
             case Attention():
                 rows[op.out] = self._attend(op, rows[op.q], batch)
             case GatedActivation():
@@ -134,21 +148,26 @@ class ReferenceStage:
             case _:
                 raise AssertionError(f"no meaning for {type(op).__name__}")
 
-    def _store(self, pages: npt.NDArray[np.floating], x: F32Array, batch: Batch) -> None:
-        page, offset = np.divmod(batch.slots, self._config.block_size)
+    def _store(self, pages: npt.NDArray[np.floating], x: F32Array, slots: Int32) -> None:
+        page, offset = np.divmod(slots, self._config.block_size)
         pages[page, offset] = x.reshape(len(x), *pages.shape[2:])
 
     def _attend(self, op: Attention, q: F32Array, batch: Batch) -> F32Array:
         layer = self._graph.kv_layers[op.layer]
+        group, place = self._places[op.layer]
         out = np.empty_like(q)
         for s in range(batch.n_sequences):
             tokens = slice(int(batch.sequence_starts[s]), int(batch.sequence_starts[s + 1]))
             positions = batch.positions[tokens]
-            n = int(positions[-1]) + 1
-            table = batch.page_tables[s, : -(-n // self._config.block_size)]
-            k = self._keys[op.layer][table].reshape(-1, layer.n_kv_heads, layer.head_dim)[:n].astype(np.float32)
-            v = self._values[op.layer][table].reshape(-1, layer.n_kv_heads, layer.head_dim)[:n].astype(np.float32)
-            distance = positions[:, None] - np.arange(n)[None, :]
+            n, block_size = int(positions[-1]) + 1, self._config.block_size
+            first = max(0, int(positions[0]) + 1 - (layer.window or n)) // block_size  # pages before it are not ours
+            table = batch.page_tables[group, s, first : -(-n // block_size)]
+            k, v = (
+                pool[place][table].reshape(-1, layer.n_kv_heads, layer.head_dim)[: n - first * block_size]
+                for pool in (self._keys, self._values)
+            )
+            k, v = k.astype(np.float32), v.astype(np.float32)
+            distance = positions[:, None] - np.arange(first * block_size, n)[None, :]
             visible = (distance >= 0) & (distance < (layer.window or n + 1))
             heads = q[tokens].reshape(len(positions), op.n_heads, layer.head_dim)
             for h in range(op.n_heads):

@@ -31,3 +31,4 @@ class AttentionArg(IntEnum):
     PAGE_SHIFT = OpField.ARGS + 12  # log2 of the blocks of 16 positions in a page
     PARTIALS = OpField.ARGS + 13  # float32 [tokens][heads][MAX_PARTITIONS][head_dim + 2]
     MAX_PARTITIONS = OpField.ARGS + 14
+    TABLES_AT = OpField.ARGS + 15  # bytes from the step's page tables to those of the layer's KV group

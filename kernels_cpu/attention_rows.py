@@ -112,7 +112,7 @@ class AttentionRows:
         self.page_blocks = b.mul(blocks, arg(AttentionArg.N_KV_HEADS))
         self.head_blocks = b.mul(self.kv_head, blocks)
         self.k_pages, self.v_pages = e.ptr(arg(AttentionArg.K_PAGES)), e.ptr(arg(AttentionArg.V_PAGES))
-        tables = e.ptr(e.field(self.step, StepField.PAGE_TABLES))
+        tables = e.at(e.ptr(e.field(self.step, StepField.PAGE_TABLES)), arg(AttentionArg.TABLES_AT))
         self.table = e.at(tables, b.mul(self.sequence, e.field(self.step, StepField.PAGE_TABLE_STRIDE)))
 
     def _read_queries(self) -> None:

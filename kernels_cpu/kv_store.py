@@ -24,6 +24,7 @@ class StoreArg(IntEnum):
     V_PAGES = OpField.ARGS + 5
     BLOCK_SIZE = OpField.ARGS + 6
     N_HEADS = OpField.ARGS + 7
+    SLOTS_AT = OpField.ARGS + 8  # bytes from the step's slots to those of the layer's group
 
 
 def store_kv_body(head_dim: int, k_dtype: str, v_dtype: str) -> Body:
@@ -31,7 +32,7 @@ def store_kv_body(head_dim: int, k_dtype: str, v_dtype: str) -> Body:
 
     def body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
         b = e.b
-        slots = e.ptr(e.field(step, StepField.SLOTS))
+        slots = e.at(e.ptr(e.field(step, StepField.SLOTS)), e.field(op, StoreArg.SLOTS_AT))
         block_size, n_heads = e.field(op, StoreArg.BLOCK_SIZE), e.field(op, StoreArg.N_HEADS)
         blocks = b.ashr(block_size, e.c(4))  # of 16 positions, in a page
         with e.loop(last, first) as m:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -19,6 +20,7 @@ from pyinfer.graph.ops import (
     Attention,
     Embed,
     GatedActivation,
+    Hidden,
     MatMul,
     Op,
     Quantize,
@@ -57,10 +59,17 @@ def float_bits(value: float) -> int:
     return int.from_bytes(struct.pack("<f", value), "little")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Lowered:
+    records: npt.NDArray[np.int64]  # [n_ops, OP_WORDS]
+    logits: Buffer
+    hidden: Buffer | None  # to be filled before a run, if the graph begins with `Hidden`
+    keep: list[Any]  # what must be kept alive for the addresses to hold
+
+
 def lower(
     graph: Graph, config: StageConfig, compiler: Compiler, weights: WeightArena, pages: KVPages, ropes: RopeTables
-) -> tuple[npt.NDArray[np.int64], Buffer, list[Any]]:
-    """The op records [n_ops, OP_WORDS], the logits' buffer, and what must be kept alive for the addresses to hold."""
+) -> Lowered:
     for index, layer in enumerate(graph.kv_layers):
         if layer.head_dim % 16:
             raise ModelError(
@@ -69,7 +78,7 @@ def lower(
     lowering = _Lowering(graph, config, compiler, weights, pages, ropes)
     for op in graph.ops:
         lowering.lower(op)
-    return lowering.finish(), lowering.buffers[graph.logits], lowering.keep
+    return Lowered(lowering.finish(), lowering.buffers[graph.logits], lowering.hidden, lowering.keep)
 
 
 class _Lowering:
@@ -87,11 +96,13 @@ class _Lowering:
         self.buffers = BufferPlan(graph, config.max_tokens)
         self.partials = Partials(graph, config)
         self.keep: list[Any] = [self.buffers, self.partials]
+        self.hidden: Buffer | None = None
         self._records: list[npt.NDArray[np.int64]] = []
         self._pending_reads: set[int] = set()
         self._pending_writes: set[int] = set()
         self._rules: dict[type[Op], Callable[[Any], None]] = {
             Embed: self._embed,
+            Hidden: self._hidden,
             RMSNorm: self._rms_norm,
             Quantize: self._quantize,
             MatMul: self._matmul,
@@ -111,7 +122,7 @@ class _Lowering:
         self.buffers.read(*op.inputs)
 
     def finish(self) -> npt.NDArray[np.int64]:
-        return np.ascontiguousarray(np.stack(self._records))
+        return np.array(self._records, np.int64).reshape(-1, OP_WORDS)
 
     # ---- records
     def _emit(
@@ -188,6 +199,11 @@ class _Lowering:
         kernel = embed_kernel(self.compiler, kind)
         self._emit(kernel, 1, StepField.N_TOKENS, arguments, reads=(), writes={out.address})
 
+    def _hidden(self, op: Hidden) -> None:
+        """No record: the stage fills the buffer before a run. Nothing is lowered before it, so nothing shares it yet."""
+        assert not self._records
+        self.hidden = self.buffers.write(op.out)
+
     def _rms_norm(self, op: RMSNorm) -> None:
         x, out = self.buffers[op.x], self.buffers.write(op.out)
         groups = op.x.width // op.weight.size
@@ -256,6 +272,9 @@ class _Lowering:
         kernel = self.compiler.kernel(f"rope_{op.head_dim}_{rope.n_dims}_{rope.pairing}", body)
         self._emit(kernel, 1, StepField.N_TOKENS, arguments, reads={x.address}, writes={out.address})
 
+    def _kv_group(self, op: StoreKV | Attention) -> int:
+        return self.graph.kv_places[op.layer][0]
+
     def _store_kv(self, op: StoreKV) -> None:
         layer = self.graph.kv_layers[op.layer]
         k, v = self.buffers[op.k], self.buffers[op.v]
@@ -263,6 +282,7 @@ class _Lowering:
             StoreArg.K: k.address, StoreArg.K_STRIDE: k.stride, StoreArg.V: v.address, StoreArg.V_STRIDE: v.stride,
             StoreArg.K_PAGES: self.pages.key_address(op.layer), StoreArg.V_PAGES: self.pages.value_address(op.layer),
             StoreArg.BLOCK_SIZE: self.config.block_size, StoreArg.N_HEADS: layer.n_kv_heads,
+            StoreArg.SLOTS_AT: 4 * self._kv_group(op) * self.config.max_tokens,
         }  # fmt: skip
         k_type, v_type = split_kv_dtype(self.config.kv_dtype)
         body = store_kv_body(layer.head_dim, k_type, v_type)
@@ -288,6 +308,7 @@ class _Lowering:
             AttentionArg.SCALE: float_bits(op.scale), AttentionArg.N_PARTS: parts,
             AttentionArg.PAGE_SHIFT: (self.config.block_size // 16).bit_length() - 1,
             AttentionArg.PARTIALS: self.partials.address, AttentionArg.MAX_PARTITIONS: self.partials.max_partitions,
+            AttentionArg.TABLES_AT: 4 * self._kv_group(op) * self.config.max_sequences * self.config.max_blocks,
         }  # fmt: skip
         k_type, v_type = split_kv_dtype(self.config.kv_dtype)
         body = attention_body(layer.head_dim, k_type, v_type)

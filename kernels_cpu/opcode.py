@@ -30,10 +30,10 @@ class StepField(IntEnum):
     N_ATTENTION = 3  # row tiles over all sequences, times the spans
     TOKEN_IDS = 4  # addresses of the batch's arrays
     POSITIONS = 5
-    SLOTS = 6
+    SLOTS = 6  # [n_groups, max_tokens]
     OUTPUT_ROWS = 7
-    PAGE_TABLES = 8
-    PAGE_TABLE_STRIDE = 9  # bytes
+    PAGE_TABLES = 8  # [n_groups, max_sequences, pages]
+    PAGE_TABLE_STRIDE = 9  # bytes of a sequence
     ATTENTION_TILES = 10  # int32 [N_ATTENTION / N_SPANS, 4]: sequence, first token, number of tokens, unused
     N_SPANS = 11  # parts that each sequence's partitions are cut into; 1: attention writes its result itself
     N_MERGED = 12  # tokens whose spans are to be merged: N_TOKENS with several spans, else 0

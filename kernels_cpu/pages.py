@@ -1,4 +1,4 @@
-"""The memory of the KV pages: one K and one V pool a layer, touched only where a page is used."""
+"""The memory of the KV pages: one K and one V pool for each layer of a page, touched only where a page is used."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from pyinfer.kernels_cpu.memory import address, allocate
 
 
 class KVPages:
-    """Pools [n_pages, page bytes] in the layout of `kv_format`."""
+    """Pools [n_pages, page bytes] in the layout of `kv_format`; layers of different groups share one (`kv_places`)."""
 
     def __init__(self, graph: Graph, config: StageConfig) -> None:
         self._keys: list[npt.NDArray[np.uint8]] = []
         self._values: list[npt.NDArray[np.uint8]] = []
-        for layer in graph.kv_layers:
+        self._places = graph.kv_places
+        for layer in graph.page_layers:
             blocks = layer.n_kv_heads * config.block_size // POSITIONS
             for pools, dtype in zip((self._keys, self._values), split_kv_dtype(config.kv_dtype), strict=True):
                 page = blocks * kv_format(dtype, layer.head_dim).block_bytes(layer.head_dim)
                 pools.append(allocate(config.n_pages * page).reshape(config.n_pages, page))
 
     def key_address(self, layer: int) -> int:
-        return address(self._keys[layer])
+        return address(self._keys[self._places[layer][1]])
 
     def value_address(self, layer: int) -> int:
-        return address(self._values[layer])
+        return address(self._values[self._places[layer][1]])
 
     def copy(self, source: int, target: int) -> None:
         for pool in (*self._keys, *self._values):
             pool[target] = pool[source]
 
     def read(self, pages: Sequence[int]) -> PageData:
-        """uint8 [n, bytes of a page in all layers]."""
+        """uint8 [n, bytes of a page]."""
         data = np.empty((len(pages), sum(pool.shape[1] for pool in (*self._keys, *self._values))), np.uint8)
         for pool, part in self._parts(data):
             part[:] = pool[list(pages)]

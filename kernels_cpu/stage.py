@@ -14,6 +14,7 @@ from pyinfer.graph.graph import Graph
 from pyinfer.kernels_cpu.attention import scratch_bytes
 from pyinfer.kernels_cpu.attention_args import PARTITION
 from pyinfer.kernels_cpu.attention_merge import MAX_SPLIT_TOKENS
+from pyinfer.kernels_cpu.buffers import Buffer
 from pyinfer.kernels_cpu.compiler import compiler_for
 from pyinfer.kernels_cpu.isa import current_isa
 from pyinfer.kernels_cpu.lower import lower, matrices
@@ -25,6 +26,7 @@ from pyinfer.kernels_cpu.rope_tables import RopeTables
 from pyinfer.kernels_cpu.weights import WeightArena
 
 _TILE_TOKENS = 8  # query tokens of one attention task
+_BLOCK_SIZES = (16, 32, 64)
 Int32 = npt.NDArray[np.int32]
 
 
@@ -32,9 +34,10 @@ class CPUStage:
     """See `graph.backend.Stage`."""
 
     def __init__(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> None:
-        if config.block_size < 16 or config.block_size & (config.block_size - 1):
+        if config.block_size not in _BLOCK_SIZES:
             raise ConfigError(
-                f"block size {config.block_size} is not 16, 32, 64 or a higher power of two, as CPU pages are"
+                f"block_size is {config.block_size}; the CPU kernels read pages of 16, 32 or 64 tokens",
+                param="block_size",
             )
         isa = current_isa()
         compiler = compiler_for(isa)
@@ -43,7 +46,8 @@ class CPUStage:
         self._pages = KVPages(graph, config)
         self._ropes = RopeTables(config.n_ctx)
         self._weights = WeightArena(matrices(graph.ops))
-        ops, self._logits, self._keep = lower(graph, config, compiler, self._weights, self._pages, self._ropes)
+        self._lowered = lower(graph, config, compiler, self._weights, self._pages, self._ropes)
+        ops = self._lowered.records
         self._step = np.zeros(STEP_WORDS, np.int64)
         self._program = Program(ops, self._step)
         scratch = max((scratch_bytes(layer.head_dim) for layer in graph.kv_layers), default=64)
@@ -56,10 +60,10 @@ class CPUStage:
         self._make_step_arrays()
 
     def _make_step_arrays(self) -> None:
-        n, sequences = self._config.max_tokens, self._config.max_sequences
-        pages = -(-self._config.n_ctx // self._config.block_size)
-        self._token_ids, self._positions, self._slots, self._output_rows = (np.zeros(n, np.int32) for _ in range(4))
-        self._page_tables = np.zeros((sequences, pages), np.int32)
+        n, n_groups, pages = self._config.max_tokens, len(self._graph.kv_groups), self._config.max_blocks
+        self._token_ids, self._positions, self._output_rows = (np.zeros(n, np.int32) for _ in range(3))
+        self._slots = np.zeros((n_groups, n), np.int32)
+        self._page_tables = np.zeros((n_groups, self._config.max_sequences, pages), np.int32)
         self._tiles = np.zeros((n, 4), np.int32)
         step = self._step
         step[StepField.ONE] = 1
@@ -72,22 +76,28 @@ class CPUStage:
         step[StepField.ATTENTION_TILES] = address(self._tiles)
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Logits float32 [n_outputs, n_vocab]; they are overwritten by the next call."""
+        """Float32 [n_outputs, n_vocab], or rows for the next stage; they are overwritten by the next call."""
         n, n_outputs = batch.n_tokens, len(batch.output_rows)
         assert 0 < n <= self._config.max_tokens and batch.n_sequences <= self._config.max_sequences
-        self._token_ids[:n], self._positions[:n], self._slots[:n] = batch.token_ids, batch.positions, batch.slots
+        self._token_ids[:n], self._positions[:n], self._slots[:, :n] = batch.token_ids, batch.positions, batch.slots
         self._output_rows[:n_outputs] = batch.output_rows
         tables = batch.page_tables
-        self._page_tables[: len(tables), : tables.shape[1]] = tables
+        self._page_tables[:, : tables.shape[1], : tables.shape[2]] = tables
         self._ropes.cover(int(batch.positions.max()))
         self._step[StepField.N_TOKENS], self._step[StepField.N_OUTPUTS] = n, n_outputs
         n_tiles = self._cut_tiles(batch)
         spans = self._spans(batch, n_tiles)
         self._step[StepField.N_SPANS], self._step[StepField.N_ATTENTION] = spans, n_tiles * spans
         self._step[StepField.N_MERGED] = n if spans > 1 else 0
+        if self._lowered.hidden is not None:
+            assert batch.hidden is not None
+            self._rows(self._lowered.hidden)[: len(batch.hidden), : batch.hidden.shape[1]] = batch.hidden
         self._pool.run(self._program)
-        rows = self._logits.memory.view(np.float32).reshape(self._config.max_tokens, -1)
-        return rows[:n_outputs, : self._graph.n_vocab]
+        result = self._graph.logits
+        return self._rows(self._lowered.logits)[: n if result.rows == "tokens" else n_outputs, : result.width]
+
+    def _rows(self, buffer: Buffer) -> npt.NDArray[np.float32]:
+        return buffer.memory.view(np.float32).reshape(self._config.max_tokens, -1)
 
     def _cut_tiles(self, batch: Batch) -> int:
         """Fill the attention tiles: (sequence, first token, tokens); returns how many."""

@@ -56,7 +56,7 @@ def activation_sums(
     n_pages = -(-length // _PAGE)
     step = max(1, _TOKENS_AT_ONCE // length)
     config = StageConfig(
-        n_pages=step * n_pages,
+        n_pages=len(graph.kv_groups) * step * n_pages,
         block_size=_PAGE,
         kv_dtype="f32",
         max_tokens=step * length,
@@ -68,7 +68,7 @@ def activation_sums(
     try:
         for first in range(0, len(chunks), step):
             part = chunks[first : first + step]
-            stage.observe(_batch(part, n_pages), sums.add)
+            stage.observe(_batch(part, n_pages, len(graph.kv_groups)), sums.add)
             on_chunk(first + len(part))
     finally:
         stage.close()
@@ -78,15 +78,15 @@ def activation_sums(
     return sums
 
 
-def _batch(chunks: Sequence[Sequence[int]], n_pages: int) -> Batch:
+def _batch(chunks: Sequence[Sequence[int]], n_pages: int, n_groups: int) -> Batch:
     n, length = len(chunks), len(chunks[0])
-    tables = np.arange(n * n_pages, dtype=np.int32).reshape(n, n_pages)
+    tables = np.arange(n_groups * n * n_pages, dtype=np.int32).reshape(n_groups, n, n_pages)
     positions = np.arange(length, dtype=np.int32)
-    slots = tables[:, positions // _PAGE] * _PAGE + positions % _PAGE
+    slots = tables[:, :, positions // _PAGE] * _PAGE + positions % _PAGE
     return Batch(
         token_ids=np.array(chunks, np.int32).ravel(),
         positions=np.tile(positions, n),
-        slots=slots.astype(np.int32).ravel(),
+        slots=slots.astype(np.int32).reshape(n_groups, -1),
         sequence_starts=np.arange(0, (n + 1) * length, length, dtype=np.int32),
         page_tables=tables,
         output_rows=np.arange(n * length, dtype=np.int32),

@@ -85,9 +85,9 @@ class BatchBuilder:
         batch = Batch(
             token_ids=self._token_ids[:n],
             positions=self._positions[:n],
-            slots=self._slots[:n],
+            slots=self._slots[None, :n],
             sequence_starts=self._count_up[: n + 1],
-            page_tables=self._page_tables(sequences),
+            page_tables=self._page_tables(sequences)[None],
             output_rows=self._count_up[:n],
         )
         return _step(batch, sequences, list(range(n)))
@@ -123,9 +123,9 @@ class BatchBuilder:
         batch = Batch(
             token_ids=self._token_ids[:start],
             positions=self._positions[:start],
-            slots=self._slots[:start],
+            slots=self._slots[None, :start],
             sequence_starts=self._starts[: len(plan.counts) + 1],
-            page_tables=self._page_tables(plan.sequences),
+            page_tables=self._page_tables(plan.sequences)[None],
             output_rows=self._output_rows[:n_rows],
         )
         step = _step(batch, sampled, sampled_rows)

@@ -87,24 +87,27 @@ def make_tests(
     ]
 
 
-def pages_needed(test: BenchTest, block_size: int) -> int:
-    """KV pages that a test fills."""
-    return test.n_parallel * -(-test.n_ctx // block_size)
+def pages_needed(test: BenchTest, block_size: int, n_groups: int = 1) -> int:
+    """KV pages that a test fills in all KV groups; none are given back."""
+    return n_groups * test.n_parallel * -(-test.n_ctx // block_size)
 
 
 class BenchRunner:
     """Runs tests on an open stage, which must have the pages and the context for them."""
 
-    def __init__(self, stage: Stage, *, n_vocab: int, block_size: int, max_tokens: int, seed: int = 0) -> None:
+    def __init__(
+        self, stage: Stage, *, n_vocab: int, block_size: int, max_tokens: int, n_groups: int = 1, seed: int = 0
+    ) -> None:
         self._stage = stage
         self._n_vocab = n_vocab
         self._block_size = block_size
         self._max_tokens = max_tokens  # per step
+        self._n_groups = n_groups
         self._random = np.random.default_rng(seed)
 
     def run(self, test: BenchTest, repetitions: int, on_sample: Callable[[int], None] | None = None) -> BenchResult:
         """A warm-up, then `repetitions` samples; `on_sample` hears the number of each before it starts (0: warm-up)."""
-        batches = _Batches(test, self._block_size, self._max_tokens, self._n_vocab, self._random)
+        batches = _Batches(test, self._block_size, self._max_tokens, self._n_groups, self._n_vocab, self._random)
         if on_sample:
             on_sample(0)
         for batch in (*batches.prompt(0, test.n_depth, want_logits=False), *batches.measured(min(test.n_gen, 4))):
@@ -121,14 +124,20 @@ class BenchRunner:
 
 
 class _Batches:
-    """The steps of one test. Sequence s owns the pages s * n .. (s + 1) * n, its tokens are row s of `ids`."""
+    """The steps of one test. Every sequence has pages of its own in each group, its tokens are row s of `ids`."""
 
     def __init__(
-        self, test: BenchTest, block_size: int, max_tokens: int, n_vocab: int, random: np.random.Generator
+        self,
+        test: BenchTest,
+        block_size: int,
+        max_tokens: int,
+        n_groups: int,
+        n_vocab: int,
+        random: np.random.Generator,
     ) -> None:
         self._test, self._block_size, self._max_tokens = test, block_size, max_tokens
-        n_pages = -(-test.n_ctx // block_size)
-        self._table = np.arange(test.n_parallel * n_pages, dtype=np.int32).reshape(test.n_parallel, n_pages)
+        shape = (n_groups, test.n_parallel, -(-test.n_ctx // block_size))
+        self._table = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
         self._ids = random.integers(0, n_vocab, (test.n_parallel, test.n_ctx), dtype=np.int32)
 
     def measured(self, n_gen: int) -> Iterator[Batch]:
@@ -168,7 +177,7 @@ class _Batches:
             positions=positions,
             slots=self._slots(sequences, positions),
             sequence_starts=starts,
-            page_tables=self._table[spans[0][0] : spans[-1][0] + 1],
+            page_tables=self._table[:, spans[0][0] : spans[-1][0] + 1],
             output_rows=np.array(wanted, np.int32),
         )
 
@@ -181,11 +190,11 @@ class _Batches:
             positions=positions,
             slots=self._slots(count[:-1] + low, positions),
             sequence_starts=count,
-            page_tables=self._table[low:high],
+            page_tables=self._table[:, low:high],
             output_rows=count[:-1],
         )
 
     def _slots(self, sequences: npt.NDArray[np.integer], positions: Int32) -> Int32:
         page, offset = np.divmod(positions, self._block_size)
-        slots: Int32 = self._table[sequences, page] * np.int32(self._block_size) + offset
+        slots: Int32 = self._table[:, sequences, page] * np.int32(self._block_size) + offset
         return slots

@@ -108,7 +108,7 @@ def _run(
     graph = optimize(build_graph(file))
     n_threads = engine.n_threads or default_threads()
     config = StageConfig(
-        n_pages=max(pages_needed(test, engine.block_size) for test in tests),
+        n_pages=max(pages_needed(test, engine.block_size, len(graph.kv_groups)) for test in tests),
         block_size=engine.block_size,
         kv_dtype=engine.kv_cache_dtype,
         max_tokens=engine.max_num_batched_tokens,
@@ -125,6 +125,7 @@ def _run(
             n_vocab=graph.n_vocab,
             block_size=engine.block_size,
             max_tokens=engine.max_num_batched_tokens,
+            n_groups=len(graph.kv_groups),
             seed=engine.seed,
         )
         line.clear()

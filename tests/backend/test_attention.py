@@ -101,12 +101,13 @@ class Pages:
         arguments = {
             StoreArg.K: k.address, StoreArg.K_STRIDE: k_stride, StoreArg.V: v.address, StoreArg.V_STRIDE: v_stride,
             StoreArg.K_PAGES: self.pools[0].address, StoreArg.V_PAGES: self.pools[1].address,
-            StoreArg.BLOCK_SIZE: s.block_size, StoreArg.N_HEADS: s.n_kv_heads,
+            StoreArg.BLOCK_SIZE: s.block_size, StoreArg.N_HEADS: s.n_kv_heads, StoreArg.SLOTS_AT: 4 * len(slots),
         }  # fmt: skip
         kernel = compiler(self.isa).kernel(
             f"store_kv_{s.head_dim}_{s.dtype}_{s.dtype}", store_kv_body(s.head_dim, s.dtype, s.dtype)
         )
-        step = step_header(slots=slots.ctypes.data, n_tokens=len(slots))
+        two_groups = np.stack([slots[::-1], slots])  # the layer is in the second
+        step = step_header(slots=two_groups.ctypes.data, n_tokens=len(slots))
         call(kernel, arguments, step, len(slots), cuts=(len(slots) // 3,))
         for pool in self.pools:
             pool.check()
@@ -121,7 +122,8 @@ class Pages:
         s = self.shape
         x, stride = padded_rows(np.concatenate([self.q[i][a:b] for i, a, b in spans]))
         positions = np.concatenate([np.arange(a, b, dtype=np.int32) for _, a, b in spans])
-        tables = np.ascontiguousarray(self.tables[[i for i, _, _ in spans]])
+        tables = self.tables[[i for i, _, _ in spans]]
+        tables = np.stack([np.full_like(tables, -1), tables])  # of two groups; the layer is in the second
         starts = np.cumsum([0, *(b - a for _, a, b in spans)])
         tiles = np.array(
             [
@@ -143,10 +145,11 @@ class Pages:
             AttentionArg.SCALE: float_bits(s.head_dim**-0.5), AttentionArg.N_PARTS: parts,
             AttentionArg.PAGE_SHIFT: (s.block_size // 16).bit_length() - 1,
             AttentionArg.PARTIALS: partials.address, AttentionArg.MAX_PARTITIONS: max_partitions,
+            AttentionArg.TABLES_AT: tables.strides[0],
         }  # fmt: skip
         step = step_header(
             n_tokens=len(positions), positions=positions.ctypes.data, page_tables=tables.ctypes.data,
-            page_table_stride=tables.strides[0], attention_tiles=tiles.ctypes.data, n_attention=len(tiles) * shares,
+            page_table_stride=tables.strides[1], attention_tiles=tiles.ctypes.data, n_attention=len(tiles) * shares,
             n_spans=shares, n_merged=len(positions),
         )  # fmt: skip
         kernel = compiler(self.isa).kernel(

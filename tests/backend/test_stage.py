@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tiny_models import TinyShape
 from pyinfer.errors import ConfigError, ModelError
 from pyinfer.graph.backend import Backend, Stage, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.kv_groups import group_layers, one_group
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceBackend
 from pyinfer.kernels_cpu.backend import CPUBackend
@@ -235,6 +237,29 @@ def test_page_sizes_change_no_bit(block_size: int, tiny_model: TinyModel) -> Non
         np.testing.assert_array_equal(run_prompt(stage, PROMPT, PAGES[:8], block_size, 50), expected)
 
 
+@pytest.mark.parametrize("n_threads", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 23, 300])
+def test_groups_of_layers_change_no_bit(chunk: int, n_threads: int, tiny_model: TinyModel) -> None:
+    """Full and sliding layers with pages of their own from one pool; nothing behind the window is read."""
+    graph = graph_of(tiny_model("gemma3", "Q8_0"))
+    grouped = replace(graph, kv_groups=group_layers(graph.kv_layers))
+    full, sliding = grouped.kv_groups
+    assert full.window is None and sliding.window == 8
+    merged = replace(graph, kv_groups=one_group(graph.kv_layers))
+    stage = CPUBackend().open_stage(merged, config(n_threads=n_threads))
+    expected = run_prompt(stage, PROMPT, PAGES, 16)
+    stage.close()
+    n = len(PAGES)
+    stage = CPUBackend().open_stage(grouped, config(n_threads=n_threads, n_pages=2 * n))
+    for start in range(0, len(PROMPT), chunk):
+        first = max(0, start - 7) // 16
+        odd = [*range(0, 2 * first, 2), *range(2 * first + 1, 2 * n, 2)]
+        piece = Piece(PROMPT[start : start + chunk], [list(range(0, 2 * n, 2)), odd], start)
+        logits = stage.run(make_batch([piece], 16))
+        np.testing.assert_array_equal(logits, expected[start : start + chunk])
+    stage.close()
+
+
 # ---- rows, pages and limits
 def test_only_the_wanted_rows_come_back(tiny_model: TinyModel) -> None:
     with opened(tiny_model("llama", "Q8_0"), config(n_threads=2)) as stage:
@@ -343,9 +368,9 @@ def test_opening_tells_its_progress(tiny_model: TinyModel) -> None:
 
 
 # ---- what cannot be run is said
-@pytest.mark.parametrize("block_size", [0, 8, 24, 48])
+@pytest.mark.parametrize("block_size", [0, 1, 8, 24, 48, 128])
 def test_page_sizes_without_kernels(block_size: int, tiny_model: TinyModel) -> None:
-    with pytest.raises(ConfigError, match=f"block size {block_size} "):
+    with pytest.raises(ConfigError, match=f"block_size is {block_size}; the CPU"):
         CPUBackend().open_stage(graph_of(tiny_model("llama", "Q8_0")), config(block_size=block_size))
 
 

@@ -53,12 +53,12 @@ class FakeStage:
             assert batch.n_tokens <= self.config.max_tokens and batch.n_sequences <= self.config.max_sequences
         if self.fail_at == self.n_steps:
             raise RuntimeError("the device fell over")
-        self.kv[batch.slots] = batch.token_ids
+        self.kv[batch.slots[0]] = batch.token_ids
         out = np.empty((len(batch.output_rows), self.n_vocab), np.float32)
         owners = np.searchsorted(batch.sequence_starts, batch.output_rows, side="right") - 1
         for i, (row, owner) in enumerate(zip(batch.output_rows.tolist(), owners.tolist(), strict=True)):
             n = int(batch.positions[row]) + 1
-            pages = batch.page_tables[owner, : -(-n // block_size)].astype(np.int64)
+            pages = batch.page_tables[0, owner, : -(-n // block_size)].astype(np.int64)
             slots = (pages[:, None] * block_size + np.arange(block_size)).reshape(-1)[:n]
             out[i] = self.logits_after(self.kv[slots])
         return out

@@ -67,7 +67,7 @@ def test_sequences_run_together_on_their_own_pages() -> None:
     assert first.output_rows.tolist() == [4] and second.output_rows.tolist() == [1, 6]
     stage, _, _ = run(BenchTest(n_prompt=0, n_gen=2, n_parallel=20))
     assert [b.n_sequences for b in stage.batches[:3]] == [8, 8, 4]
-    tables = np.concatenate([b.page_tables for b in stage.batches[:3]])
+    tables = np.concatenate([b.page_tables for b in stage.batches[:3]], axis=1)
     assert len(np.unique(tables)) == tables.size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from batches import Piece, make_batch, run_prompt
 from tiny_models import write_tiny_model
 
 from pyinfer.graph.backend import StageConfig
+from pyinfer.graph.kv_groups import group_layers
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceStage, activate, apply_rope, rms_norm
 from pyinfer.graph.rope import Rope
@@ -90,3 +92,20 @@ def test_activations_at_known_points() -> None:
     x = np.array([[-200, -1, 0, 1, 200]], np.float32)
     np.testing.assert_allclose(activate(x, "silu"), [[0, -0.26894143, 0, 0.7310586, 200]], rtol=1e-6)
     np.testing.assert_allclose(activate(x, "gelu_tanh"), [[0, -0.15880801, 0, 0.841192, 200]], rtol=1e-6)
+
+
+def test_groups_of_layers_change_no_logit_and_pages_behind_a_window_are_not_read(tmp_path: Path) -> None:
+    """Window 8, pages of 4: whatever the table says behind the window, and other pages for each group."""
+    graph = build_graph(GGUFFile.open(write_tiny_model(tmp_path / "m.gguf", "gemma3")))
+    grouped = replace(graph, kv_groups=group_layers(graph.kv_layers))
+    grouped.check()
+    assert [group.window for group in grouped.kv_groups] == [None, 8]
+    config = StageConfig(n_pages=20, kv_dtype="f32", block_size=4)
+    expected = run_prompt(ReferenceStage(graph, config), A, range(10), 4)
+    stage = ReferenceStage(grouped, config)
+    pages = [[3, 1, 4, 15, 9, 2, 18, 11, 12, 13], [6, 5, 0, 7, 8, 10, 14, 16, 17, 19]]
+    for start in range(0, len(A), 3):
+        first = max(0, start - 7) // 4
+        shown = [pages[0], [3] * first + pages[1][first:]]
+        logits = stage.run(make_batch([Piece(A[start : start + 3], shown, start)], 4))
+        np.testing.assert_allclose(logits, expected[start : start + 3], rtol=0, atol=1e-5)
