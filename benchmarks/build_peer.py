@@ -23,7 +23,7 @@ from pyinfer.paths import home
 
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-TARGETS = ("llama-bench", "llama-batched-bench", "llama-server", "llama-quantize")
+TARGETS = ("llama-bench", "llama-batched-bench", "llama-completion", "llama-server", "llama-quantize")
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
