@@ -20,7 +20,7 @@ class Buffer:
     def at(self, offset: int, n_bytes: int | None = None) -> Buffer:
         """The part from byte `offset` on, to the end or `n_bytes` long."""
         length = self.n_bytes - offset if n_bytes is None else n_bytes
-        assert 0 <= offset and 0 <= length and offset + length <= self.n_bytes, (offset, length, self.n_bytes)
+        assert offset >= 0 and length >= 0 and offset + length <= self.n_bytes, (offset, length, self.n_bytes)
         return Buffer(self.ptr + offset, length)
 
 

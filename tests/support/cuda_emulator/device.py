@@ -1,0 +1,181 @@
+"""`EmulatedDevice`: the `Device` of tests. Buffers are host memory between guard pages, launches run on the calling thread."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cuda_emulator.build import EmulatorError, compile_all, compiled, runtime
+from pyinfer.errors import BackendError
+from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Step
+
+MAX_THREADS, MAX_GRID = 1024, (2**31 - 1, 65535, 65535)
+
+
+class EmulatedDevice:
+    """See `kernels_gpu.device.Device`. With `descending` blocks and threads run from the last to the first.
+
+    `launches` counts the steps by kernel name, for tests that ask what was launched.
+    """
+
+    def __init__(
+        self,
+        *,
+        arch: int = 90,
+        n_sms: int = 4,
+        n_bytes: int = 1 << 30,
+        descending: bool = False,
+        shared_bytes: int = 227 << 10,
+    ) -> None:
+        self.name, self.arch, self.n_sms, self.shared_bytes = "emulated", arch, n_sms, shared_bytes
+        self.descending = descending
+        self.launches: dict[str, int] = {}
+        self._total, self._used = n_bytes, 0
+        self._buffers: list[int] = []
+
+    def memory(self) -> tuple[int, int]:
+        return self._total - self._used, self._total
+
+    def alloc(self, n_bytes: int) -> Buffer:
+        if self._used + n_bytes > self._total:
+            raise BackendError(f"{n_bytes} bytes of GPU memory are asked for and {self._total - self._used} are free")
+        address = runtime().emulator_alloc(n_bytes)
+        assert address, "no memory"
+        self._used += n_bytes
+        self._buffers.append(address)
+        return Buffer(address, n_bytes)
+
+    def alloc_pinned(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        return np.zeros(n_bytes, np.uint8)
+
+    def upload(self, target: Buffer, source: npt.NDArray[Any], offset: int = 0) -> None:
+        assert source.flags.c_contiguous
+        ctypes.memmove(target.at(offset, source.nbytes).ptr, source.ctypes.data, source.nbytes)
+
+    def download(self, source: Buffer, target: npt.NDArray[Any], offset: int = 0) -> None:
+        assert target.flags.c_contiguous and target.flags.writeable
+        ctypes.memmove(target.ctypes.data, source.at(offset, target.nbytes).ptr, target.nbytes)
+
+    def copy(self, target: Buffer, source: Buffer, n_bytes: int) -> None:
+        ctypes.memmove(target.at(0, n_bytes).ptr, source.at(0, n_bytes).ptr, n_bytes)
+
+    def zero(self, target: Buffer) -> None:
+        ctypes.memset(target.ptr, 0, target.n_bytes)
+
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        compile_all(list(dict.fromkeys(kernels)))
+
+    def launch(self, step: Step) -> None:
+        if isinstance(step, Gemm):
+            self._count("gemm")
+            _gemm(step)
+            return
+        self._count(step.kernel.name)
+        self._run(step)
+
+    def capture(self, steps: Sequence[Step]) -> list[Step]:
+        return list(steps)
+
+    def run(self, executable: list[Step]) -> None:
+        for step in executable:
+            self.launch(step)
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        for address in self._buffers:
+            runtime().emulator_free(address)
+        self._buffers.clear()
+        self._used = 0
+
+    # ---- for tests
+    def array(self, values: npt.NDArray[Any]) -> Buffer:
+        """A new buffer that holds a copy of these values."""
+        values = np.ascontiguousarray(values)
+        buffer = self.alloc(values.nbytes)
+        self.upload(buffer, values)
+        return buffer
+
+    def empty(self, *shape: int, dtype: npt.DTypeLike = np.float32) -> Buffer:
+        """A new buffer for so many elements, poisoned with NaN."""
+        return self.alloc(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+
+    def values(self, buffer: Buffer, dtype: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
+        """What a buffer holds, as an array of this shape (default: one dimension)."""
+        size = buffer.n_bytes // np.dtype(dtype).itemsize if not shape else int(np.prod(shape))
+        out = np.empty(size, dtype)
+        self.download(buffer, out)
+        return out.reshape(shape or size)
+
+    def _count(self, name: str) -> None:
+        self.launches[name] = self.launches.get(name, 0) + 1
+
+    def _run(self, launch: Launch) -> None:
+        kernel = compiled(launch.kernel)
+        problem = check_limits(launch, kernel.signature, self.shared_bytes)
+        if problem is None:
+            words = [as_word(arg) for arg in launch.args]
+            pointers = (ctypes.c_void_p * len(words))(*(ctypes.addressof(word) for word in words))
+            grid, block = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.block)
+            text = runtime().emulator_launch(
+                kernel.call, kernel.poison, ctypes.cast(pointers, ctypes.c_void_p), ctypes.cast(grid, ctypes.c_void_p),
+                ctypes.cast(block, ctypes.c_void_p), launch.shared_bytes, int(self.descending),
+            )  # fmt: skip
+            problem = text.decode() if text else None
+        if problem:
+            raise EmulatorError(
+                f"{launch.kernel} <<<{launch.grid}, {launch.block}, {launch.shared_bytes}>>>: {problem}"
+            )
+
+
+def check_limits(launch: Launch, signature: str, shared_bytes: int) -> str | None:
+    """What a GPU would refuse, and arguments that are not what the function takes."""
+    kinds = "".join(kind_of(arg) for arg in launch.args)
+    if kinds != signature:
+        return f"arguments are {kinds}, the function takes {signature} (p pointer, i int, l long long, f float)"
+    threads = launch.block[0] * launch.block[1] * launch.block[2]
+    if not 0 < threads <= MAX_THREADS or launch.block[2] > 64:
+        return f"a block of {threads} threads"
+    if any(not 0 < size <= limit for size, limit in zip(launch.grid, MAX_GRID, strict=True)):
+        return "a grid out of its limits"
+    if launch.shared_bytes > shared_bytes:
+        return f"{launch.shared_bytes} bytes of shared memory, of {shared_bytes}"
+    return None
+
+
+def kind_of(arg: Buffer | int | float | np.int64 | None) -> str:
+    if arg is None or isinstance(arg, Buffer):
+        return "p"
+    if isinstance(arg, np.int64):
+        return "l"
+    return "i" if isinstance(arg, int) else "f"
+
+
+def as_word(arg: Buffer | int | float | np.int64 | None) -> Any:
+    if arg is None or isinstance(arg, Buffer):
+        return ctypes.c_void_p(arg.ptr if arg else None)
+    if isinstance(arg, np.int64):
+        return ctypes.c_int64(int(arg))
+    if isinstance(arg, int):
+        assert -(2**31) <= arg < 2**31, f"{arg} is no int of 32 bits; pass an np.int64 for a long long"
+        return ctypes.c_int32(arg)
+    return ctypes.c_float(arg)
+
+
+def _gemm(gemm: Gemm) -> None:
+    def array(buffer: Buffer, dtype: npt.DTypeLike, shape: tuple[int, int]) -> npt.NDArray[Any]:
+        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        raw = (ctypes.c_uint8 * n_bytes).from_address(buffer.at(0, n_bytes).ptr)
+        return np.frombuffer(raw, dtype).reshape(shape)
+
+    assert gemm.out_stride >= gemm.n
+    x, w = array(gemm.x, np.float16, (gemm.m, gemm.k)), array(gemm.w, np.float16, (gemm.n, gemm.k))
+    product = x.astype(np.float32) @ w.astype(np.float32).T
+    for row in range(gemm.m):
+        out = array(gemm.out.at(4 * row * gemm.out_stride), np.float32, (1, gemm.n))[0]
+        out[:] = product[row] + out if gemm.accumulate else product[row]
