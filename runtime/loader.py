@@ -2,79 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pyinfer.errors import BackendError, ConfigError
-from pyinfer.graph.backend import Progress, StageConfig, kv_page_bytes, split_kv_dtype
+from pyinfer.graph.backend import Progress, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime.backends import open_backend
 from pyinfer.runtime.chat_template import ChatTemplate
 from pyinfer.runtime.engine import Engine
-from pyinfer.runtime.memory import memory
+from pyinfer.runtime.kv_size import plan_sizes
+from pyinfer.runtime.load_options import LoadOptions, load_options
 from pyinfer.runtime.model_info import ModelInfo, model_info
-from pyinfer.runtime.policy import POLICIES
-from pyinfer.runtime.preemption_cost import PREEMPTION_MODES
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.sizes import format_binary
-from pyinfer.runtime.threads import default_threads
 from pyinfer.runtime.tokenizer import Tokenizer, load_tokenizer
 from pyinfer.runtime.vocabulary_facts import Vocabulary
 
-_MAX_KV_MEMORY = 4 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """What can be chosen about a model's engine; checked when built."""
-
-    n_ctx: int = 0  # 0: the model's, or what the KV pool holds
-    n_gpu_layers: int = 0
-    n_threads: int | None = None  # None: physical cores this process may use
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 512
-    block_size: int = 16
-    kv_cache_dtype: str = "f16"
-    kv_cache_memory: int | None = None  # bytes; None: min(4 GiB, half of what is free after the weights)
-    seed: int = 0
-    enable_prefix_caching: bool = True
-    scheduling_policy: str = "priority"  # fcfs, priority or ssjf
-    preemption_mode: str = "auto"  # recompute, swap, or what is measured to be cheaper
-    max_queue_wait: float | None = None  # seconds: who would wait longer is refused; None: nobody
-    num_scheduler_steps: int = 1  # most steps of decoding that are decided at once, while nobody comes or goes
-    swap_space: int | None = None  # bytes of host memory for swapped pages; None: a quarter of the KV pool
-    backend: str = "cpu"
-    chat_template: Path | None = None  # a Jinja file that replaces the model's own
-
-    def __post_init__(self) -> None:
-        if self.n_gpu_layers != 0:
-            raise BackendError(
-                f"n_gpu_layers is {self.n_gpu_layers}, and this version has no GPU backend; use 0", param="n_gpu_layers"
-            )
-        at_least_1 = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_scheduler_steps")
-        for name, low in (("n_ctx", 0), *((name, 1) for name in at_least_1)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}", param=name)
-        if self.block_size % 16:
-            raise ConfigError(f"block_size is {self.block_size}; it must be a multiple of 16", param="block_size")
-        if self.n_threads is not None and self.n_threads < 1:
-            raise ConfigError(f"n_threads is {self.n_threads}; it must be at least 1", param="n_threads")
-        split_kv_dtype(self.kv_cache_dtype)
-        for name, known_values in (("scheduling_policy", POLICIES), ("preemption_mode", PREEMPTION_MODES)):
-            if getattr(self, name) not in known_values:
-                known = ", ".join(known_values)
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {known}", param=name)
-        if self.max_queue_wait is not None and not self.max_queue_wait >= 0:
-            raise ConfigError(f"max_queue_wait is {self.max_queue_wait}; it must be 0 or more", param="max_queue_wait")
-        if self.swap_space is not None and self.swap_space < 0:
-            raise ConfigError("swap_space must be a number of bytes, or 0 for none", param="swap_space")
-        if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
-            raise ConfigError("kv_cache_memory must be a positive number of bytes", param="kv_cache_memory")
+__all__ = ["LoadOptions", "LoadedModel", "OpenedEngine", "load_model", "load_options", "open_engine", "plan_sizes"]
 
 
 @dataclass(slots=True, eq=False)
@@ -143,14 +91,6 @@ def load_model(path: str | Path, *, progress: Progress | None = None, **options:
         raise
 
 
-def load_options(options: Mapping[str, Any]) -> LoadOptions:
-    """Checked; `ConfigError` for a name that is no option."""
-    unknown = options.keys() - LoadOptions.__dataclass_fields__.keys()
-    if unknown:
-        raise ConfigError(f"{min(unknown)} is not an option of a model", param=min(unknown))
-    return LoadOptions(**options)
-
-
 @dataclass(frozen=True, slots=True)
 class OpenedEngine:
     """A model's engine without its text side."""
@@ -192,42 +132,3 @@ def open_engine(
         stage.close()
         raise
     return OpenedEngine(engine, graph, config.n_pages * page_bytes)
-
-
-def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, available: int | None = None) -> StageConfig:
-    """Choose the KV pool and the context. `available` is the free memory in bytes; None measures it."""
-    page_bytes = kv_page_bytes(graph, options.block_size, options.kv_cache_dtype)
-    kv_memory = options.kv_cache_memory
-    if kv_memory is None:
-        available = memory().available if available is None else available
-        kv_memory = min(_MAX_KV_MEMORY, max(0, available - weight_bytes) // 2)
-    n_pages = kv_memory // page_bytes
-    if n_pages < 1:
-        raise ConfigError(
-            f"{format_binary(kv_memory)} of memory for keys and values holds no page of {options.block_size} tokens, "
-            f"which takes {format_binary(page_bytes)}; free some memory or set kv_cache_memory",
-            param="kv_cache_memory",
-        )
-    held = n_pages * options.block_size
-    if options.n_ctx > graph.n_ctx_train:
-        raise ConfigError(
-            f"n_ctx is {options.n_ctx}, but the model was made for {graph.n_ctx_train} tokens; use at most that",
-            param="n_ctx",
-        )
-    if options.n_ctx > held:
-        needed = -(-options.n_ctx // options.block_size) * page_bytes
-        raise ConfigError(
-            f"n_ctx is {options.n_ctx}, which takes {format_binary(needed)} of keys and values, but there is room for "
-            f"{held} tokens in {format_binary(kv_memory)}; use a smaller n_ctx or set kv_cache_memory",
-            param="n_ctx",
-        )
-    n_ctx = options.n_ctx or min(graph.n_ctx_train, held)
-    return StageConfig(
-        n_pages=n_pages,
-        block_size=options.block_size,
-        kv_dtype=options.kv_cache_dtype,
-        max_tokens=options.max_num_batched_tokens,
-        max_sequences=options.max_num_seqs,
-        n_ctx=n_ctx,
-        n_threads=options.n_threads or default_threads(),
-    )

@@ -1,0 +1,69 @@
+"""`LoadOptions`: what can be chosen about a model's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyinfer.errors import BackendError, ConfigError
+from pyinfer.graph.backend import split_kv_dtype
+from pyinfer.runtime.policy import POLICIES
+from pyinfer.runtime.preemption_cost import PREEMPTION_MODES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """What can be chosen about a model's engine; checked when built."""
+
+    n_ctx: int = 0  # 0: the model's, or what the KV pool holds
+    n_gpu_layers: int = 0
+    n_threads: int | None = None  # None: physical cores this process may use
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_dtype: str = "f16"
+    kv_cache_memory: int | None = None  # bytes; None: min(4 GiB, half of what is free after the weights)
+    seed: int = 0
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "priority"  # fcfs, priority or ssjf
+    preemption_mode: str = "auto"  # recompute, swap, or what is measured to be cheaper
+    max_queue_wait: float | None = None  # seconds: who would wait longer is refused; None: nobody
+    num_scheduler_steps: int = 1  # most steps of decoding that are decided at once, while nobody comes or goes
+    swap_space: int | None = None  # bytes of host memory for swapped pages; None: a quarter of the KV pool
+    backend: str = "cpu"
+    chat_template: Path | None = None  # a Jinja file that replaces the model's own
+
+    def __post_init__(self) -> None:
+        if self.n_gpu_layers != 0:
+            raise BackendError(
+                f"n_gpu_layers is {self.n_gpu_layers}, and this version has no GPU backend; use 0", param="n_gpu_layers"
+            )
+        at_least_1 = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_scheduler_steps")
+        for name, low in (("n_ctx", 0), *((name, 1) for name in at_least_1)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}", param=name)
+        if self.block_size % 16:
+            raise ConfigError(f"block_size is {self.block_size}; it must be a multiple of 16", param="block_size")
+        if self.n_threads is not None and self.n_threads < 1:
+            raise ConfigError(f"n_threads is {self.n_threads}; it must be at least 1", param="n_threads")
+        split_kv_dtype(self.kv_cache_dtype)
+        for name, known_values in (("scheduling_policy", POLICIES), ("preemption_mode", PREEMPTION_MODES)):
+            if getattr(self, name) not in known_values:
+                known = ", ".join(known_values)
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {known}", param=name)
+        if self.max_queue_wait is not None and not self.max_queue_wait >= 0:
+            raise ConfigError(f"max_queue_wait is {self.max_queue_wait}; it must be 0 or more", param="max_queue_wait")
+        if self.swap_space is not None and self.swap_space < 0:
+            raise ConfigError("swap_space must be a number of bytes, or 0 for none", param="swap_space")
+        if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
+            raise ConfigError("kv_cache_memory must be a positive number of bytes", param="kv_cache_memory")
+
+
+def load_options(options: Mapping[str, Any]) -> LoadOptions:
+    """Checked; `ConfigError` for a name that is no option."""
+    unknown = options.keys() - LoadOptions.__dataclass_fields__.keys()
+    if unknown:
+        raise ConfigError(f"{min(unknown)} is not an option of a model", param=min(unknown))
+    return LoadOptions(**options)
