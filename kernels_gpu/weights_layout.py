@@ -1,8 +1,9 @@
 """How a weight matrix lies in device memory: the parts of its blocks apart, so that a lane's loads are aligned and wide.
 
-A row of a block type is cut into units of 32 columns. Each part holds its bytes of unit (row * units of a row + unit), in that
-order and without gaps; parts follow one another in the order of the table, each at a multiple of 256 bytes. Names are the
-members of `Parts` in `cuda/weight_*.cuh`; "per 8 units" parts exist for the K types, whose rows are whole blocks of 8 units.
+A row of a block type is cut into units of 32 columns, and padded with zeros to a multiple of 8 units. Each part holds its bytes
+of unit (row * units of a row + unit), in that order and without gaps; the d of the K types, one for each 8 units, comes in rows
+padded to a multiple of 16 bytes. So every row of every part is a multiple of 16 bytes. Parts follow one another in the order of
+the table, each at a multiple of 256 bytes. Their names are those of the members of `Parts` in `cuda/weight_*.cuh`.
 
 | type | codes (bytes of a unit) | high | scales | d, per 8 units |
 |---|---|---|---|---|
@@ -68,15 +69,15 @@ class WeightLayout:
 def layout_of(kind: str, n_rows: int, n_columns: int) -> WeightLayout:
     """The layout of a matrix [n_rows, n_columns] of this type; ModelError for a type without a kernel or a broken row."""
     if kind in FLOAT_BYTES:
-        sizes = {"codes": -(-n_columns * FLOAT_BYTES[kind] // 16) * 16}
+        sizes = {"codes": _whole(n_columns * FLOAT_BYTES[kind], 16)}
     elif kind in _TYPES:
         CODECS[kind].row_bytes(n_columns)
-        sizes = {name: n_columns * share // 256 for name, share in _TYPES[kind].parts.items()}
+        sizes = {name: _whole(-(-n_columns // 256) * share, 16) for name, share in _TYPES[kind].parts.items()}
     else:
         raise ModelError(f"tensor type {kind} has no GPU kernel; known are {', '.join(KINDS)}")
     parts, end = [], 0
     for name, row_bytes in sizes.items():
-        offset = -(-end // PART_ALIGNMENT) * PART_ALIGNMENT
+        offset = _whole(end, PART_ALIGNMENT)
         parts.append(Part(name, offset, row_bytes))
         end = offset + n_rows * row_bytes
     return WeightLayout(kind, n_rows, n_columns, tuple(parts), end)
@@ -89,18 +90,29 @@ def pack(tensor: QuantTensor) -> Iterator[tuple[int, ByteArray]]:
     step = max(1, _WEIGHTS_PER_CHUNK // n_columns)
     for first in range(0, n_rows, step):
         rows = tensor.data[first : first + step]
-        for part, data in zip(layout.parts, _pack_rows(layout, rows), strict=True):
-            assert data.nbytes == len(rows) * part.row_bytes, (layout.kind, part.name)
-            yield part.offset + first * part.row_bytes, data.reshape(-1)
+        for part, data in zip(layout.parts, _pack_rows(layout.kind, rows), strict=True):
+            yield part.offset + first * part.row_bytes, _padded(data, part.row_bytes)
 
 
-def _pack_rows(layout: WeightLayout, rows: ByteArray) -> list[ByteArray]:
-    if layout.kind in FLOAT_BYTES:
-        padded = np.zeros((len(rows), layout.parts[0].row_bytes), np.uint8)
-        padded[:, : rows.shape[1]] = rows
-        return [padded]
-    blocks = np.ascontiguousarray(rows).reshape(-1, CODECS[layout.kind].block_bytes)
-    return [np.ascontiguousarray(data) for data in _TYPES[layout.kind].split(blocks)]
+def _pack_rows(kind: str, rows: ByteArray) -> list[ByteArray]:
+    """Each part's bytes of these rows, (n, bytes) without padding."""
+    if kind in FLOAT_BYTES:
+        return [rows]
+    blocks = np.ascontiguousarray(rows).reshape(-1, CODECS[kind].block_bytes)
+    return [data.reshape(len(rows), -1) for data in _TYPES[kind].split(blocks)]
+
+
+def _padded(rows: ByteArray, row_bytes: int) -> ByteArray:
+    if rows.shape[1] == row_bytes:
+        return rows.reshape(-1)
+    padded = np.zeros((len(rows), row_bytes), np.uint8)
+    padded[:, : rows.shape[1]] = rows
+    return padded.reshape(-1)
+
+
+def _whole(n: int, step: int) -> int:
+    """n rounded up to a multiple of `step`."""
+    return -(-n // step) * step
 
 
 # ---- blocks (n, block_bytes) to the parts of their units, each (n, bytes of a block)
