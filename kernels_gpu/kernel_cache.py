@@ -1,0 +1,94 @@
+"""Machine code of kernels, compiled once for each architecture and kept on disk.
+
+The key is a hash of the whole source text with its headers, the defines, the options and NVRTC's version: an edited kernel
+never meets its old code. A file holds the sha256 of its content, so half of one is never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pyinfer.kernels_gpu.launch import Defines, Kernel
+from pyinfer.kernels_gpu.nvrtc import NVRTC, load_nvrtc
+from pyinfer.kernels_gpu.sources import with_includes
+from pyinfer.paths import kernels_dir
+
+Unit = tuple[str, Defines]  # a source file with its defines: the kernels in it are compiled together
+OPTIONS = ("--extra-device-vectorization",)
+
+
+def unit_of(kernel: Kernel) -> Unit:
+    return kernel.source, kernel.defines
+
+
+class KernelCache:
+    """Compiles units for one architecture.
+
+    `on_compile` is told the kernel's name before each compilation that no file saved.
+    """
+
+    def __init__(self, arch: int, folder: Path | None = None, find_nvrtc: Callable[[], NVRTC] = load_nvrtc) -> None:
+        self.arch = arch
+        self.on_compile: Callable[[str], None] | None = None
+        self._folder = folder
+        self._find_nvrtc = find_nvrtc
+        self._binaries: dict[Unit, bytes] = {}
+
+    def binary(self, unit: Unit) -> bytes:
+        """What `cuModuleLoadData` takes."""
+        if unit not in self._binaries:
+            self._binaries[unit] = self._load(unit)
+        return self._binaries[unit]
+
+    def prepare(self, units: Iterable[Unit]) -> None:
+        """Compile what is missing, on several threads."""
+        missing = [unit for unit in dict.fromkeys(units) if unit not in self._binaries]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for unit, code in zip(missing, pool.map(self._load, missing), strict=True):
+                self._binaries[unit] = code
+
+    def _load(self, unit: Unit) -> bytes:
+        nvrtc = self._find_nvrtc()
+        text = unit_text(unit)
+        key = hashlib.sha256(f"{nvrtc.version} {self.arch} {OPTIONS} {text}".encode()).hexdigest()[:32]
+        path = (self._folder or kernels_dir() / f"cuda-sm_{self.arch}") / f"{Path(unit[0]).stem}-{key}.bin"
+        code = _read(path)
+        if code is None:
+            if self.on_compile is not None:
+                self.on_compile(Path(unit[0]).stem)
+            code = nvrtc.compile(text, unit[0], self.arch, OPTIONS).code
+            _write(path, code)
+        return code
+
+
+def unit_text(unit: Unit) -> str:
+    """The whole text that is compiled: defines, then the source with its headers."""
+    source, defines = unit
+    return "".join(f"#define {name} {value}\n" for name, value in defines) + with_includes(source)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    return data[32:] if hashlib.sha256(data[32:]).digest() == data[:32] else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """A cache that cannot be written only costs the next start its time."""
+    partial: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            partial = file.name
+            file.write(hashlib.sha256(code).digest() + code)
+        os.replace(partial, path)
+    except OSError:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
