@@ -52,6 +52,10 @@ class BackendError(PyinferError):
     """A backend that is missing or cannot run here."""
 
 
+class DeviceMemoryError(BackendError):
+    """A device has too little memory for what was to be put on it."""
+
+
 class DownloadError(PyinferError):
     """A model that could not be fetched or did not verify."""
 

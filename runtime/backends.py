@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from pyinfer.errors import BackendError
-from pyinfer.graph.backend import Backend
+from pyinfer.graph.backend import Backend, DeviceInfo
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "gpu", "reference")
 
 
-def open_backend(name: str) -> Backend:
-    """A backend by name; imports its kernels only now. `BackendError` for what is unknown or not built."""
+def open_backend(name: str, device: int = 0) -> Backend:
+    """A backend by name; imports its kernels only now. `BackendError` for what is unknown or cannot run here.
+
+    `device` is the number of a GPU, as `gpus` has it.
+    """
     if name == "cpu":
         from pyinfer.kernels_cpu.backend import CPUBackend
 
         return CPUBackend()
+    if name == "gpu":
+        gpus()  # says in one line what is missing, where an import would say it in many
+        from pyinfer.kernels_gpu.backend import GPUBackend
+
+        return GPUBackend(device)
     if name == "reference":
         from pyinfer.graph.reference import ReferenceBackend
 
         return ReferenceBackend()
-    if name == "gpu":
-        raise BackendError("this version has no GPU backend; use n_gpu_layers=0", param="n_gpu_layers")
     raise BackendError(f"backend {name!r} is not known; known: {', '.join(BACKENDS)}", param="backend")
+
+
+def gpus() -> list[DeviceInfo]:
+    """The GPUs that can be used; `BackendError` says why there is none. Imports nothing but the driver's library."""
+    from pyinfer.kernels_gpu.requirements import usable_gpus
+
+    return usable_gpus()

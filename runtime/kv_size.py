@@ -10,7 +10,7 @@ from pyinfer.runtime.memory import memory
 from pyinfer.runtime.sizes import format_binary
 from pyinfer.runtime.threads import default_threads
 
-_MAX_KV_MEMORY = 4 << 30
+MAX_KV_MEMORY = 4 << 30
 
 
 def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, available: int | None = None) -> StageConfig:
@@ -19,7 +19,7 @@ def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, availab
     kv_memory = options.kv_cache_memory
     if kv_memory is None:
         available = memory().available if available is None else available
-        kv_memory = min(_MAX_KV_MEMORY, max(0, available - weight_bytes) // 2)
+        kv_memory = min(MAX_KV_MEMORY, max(0, available - weight_bytes) // 2)
     n_pages = kv_memory // page_bytes
     if n_pages < 1:
         raise ConfigError(

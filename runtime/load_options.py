@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyinfer.errors import BackendError, ConfigError
+from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import split_kv_dtype
+from pyinfer.runtime.offload import GPULayers, check_layers
 from pyinfer.runtime.policy import POLICIES
 from pyinfer.runtime.preemption_cost import PREEMPTION_MODES
 
@@ -18,7 +19,8 @@ class LoadOptions:
     """What can be chosen about a model's engine; checked when built."""
 
     n_ctx: int = 0  # 0: the model's, or what the KV pool holds
-    n_gpu_layers: int = 0
+    n_gpu_layers: GPULayers = 0  # blocks; more than there are, or "all": everything; "auto": what fits
+    gpu_memory_utilization: float = 0.9  # share of each GPU's memory that may be in use
     n_threads: int | None = None  # None: physical cores this process may use
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
@@ -36,9 +38,11 @@ class LoadOptions:
     chat_template: Path | None = None  # a Jinja file that replaces the model's own
 
     def __post_init__(self) -> None:
-        if self.n_gpu_layers != 0:
-            raise BackendError(
-                f"n_gpu_layers is {self.n_gpu_layers}, and this version has no GPU backend; use 0", param="n_gpu_layers"
+        check_layers(self.n_gpu_layers)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1",
+                param="gpu_memory_utilization",
             )
         at_least_1 = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_scheduler_steps")
         for name, low in (("n_ctx", 0), *((name, 1) for name in at_least_1)):

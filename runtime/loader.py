@@ -9,10 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pyinfer.graph.backend import Progress, StageConfig, kv_page_bytes
+from pyinfer.graph.backend import Progress, StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.quant.gguf import GGUFFile
-from pyinfer.runtime.backends import open_backend
 from pyinfer.runtime.chat_template import ChatTemplate
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.kv_size import plan_sizes
@@ -37,6 +36,7 @@ class LoadedModel:
     info: ModelInfo
     config: StageConfig  # sizes as they were chosen
     kv_bytes: int  # of the KV pool
+    placement: list[str]  # where everything is, a line a stage; empty if all is on the CPU
 
     @property
     def n_ctx(self) -> int:
@@ -82,6 +82,7 @@ def load_model(path: str | Path, *, progress: Progress | None = None, **options:
                     info=model_info(file),
                     config=opened.engine.config,
                     kv_bytes=opened.kv_bytes,
+                    placement=opened.placement,
                 )
             except BaseException:
                 opened.engine.close()
@@ -98,22 +99,20 @@ class OpenedEngine:
     engine: Engine
     graph: Graph
     kv_bytes: int  # of the KV pool
+    n_gpu_layers: int  # blocks on GPUs, and 1 more with the head
+    placement: list[str]  # where everything is, a line a stage; empty if all is on the CPU
 
 
 def open_engine(
     file: GGUFFile, options: LoadOptions, vocabulary: Callable[[], Vocabulary], progress: Progress | None
 ) -> OpenedEngine:
     """Weights, kernels and pages. `vocabulary` is asked last, so that it can be read meanwhile."""
-    from pyinfer.graph.passes import for_context, optimize
     from pyinfer.runtime.models.registry import build_graph
+    from pyinfer.runtime.placement import place
 
-    backend = open_backend(options.backend)
-    graph = build_graph(file)
-    config = plan_sizes(graph, file.size, options)
-    graph = optimize(for_context(graph, config.n_ctx))
-    page_bytes = kv_page_bytes(graph, config.block_size, config.kv_dtype)
+    placed = place(build_graph(file), file.size, options, progress)
+    stage, graph, config, page_bytes = placed.stage, placed.graph, placed.config, placed.page_bytes
     n_swap_pages = config.n_pages // 4 if options.swap_space is None else options.swap_space // page_bytes
-    stage = backend.open_stage(graph, config, progress)
     try:
         engine = Engine(
             stage,
@@ -131,4 +130,4 @@ def open_engine(
     except BaseException:
         stage.close()
         raise
-    return OpenedEngine(engine, graph, config.n_pages * page_bytes)
+    return OpenedEngine(engine, graph, config.n_pages * page_bytes, placed.n_gpu_layers, placed.lines)

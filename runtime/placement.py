@@ -1,0 +1,168 @@
+"""Opening a model's stages where `plan_offload` puts them: on the CPU, on GPUs, or on both."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pyinfer.errors import BackendError, DeviceMemoryError
+from pyinfer.graph.backend import DeviceInfo, Progress, Stage, StageConfig, kv_page_bytes
+from pyinfer.graph.graph import Graph
+from pyinfer.graph.passes import for_context, optimize
+from pyinfer.runtime.backends import gpus, open_backend
+from pyinfer.runtime.kv_size import MAX_KV_MEMORY, plan_sizes
+from pyinfer.runtime.load_options import LoadOptions
+from pyinfer.runtime.memory import memory
+from pyinfer.runtime.offload import Offload, OffloadPlan, candidates, make_plan, wanted
+from pyinfer.runtime.stage_chain import StageChain
+
+_log = logging.getLogger(__name__)
+_LEAST_CONTEXT = 8192  # tokens that must fit before weights take the rest of a GPU, if the model has so many
+
+
+@dataclass(slots=True, eq=False)
+class Placed:
+    """A model that is ready to run."""
+
+    stage: Stage
+    graph: Graph  # the whole
+    config: StageConfig
+    plan: OffloadPlan
+
+    @property
+    def page_bytes(self) -> int:
+        return self.plan.page_bytes
+
+    @property
+    def n_gpu_layers(self) -> int:
+        return self.plan.offload.n_layers
+
+    @property
+    def lines(self) -> list[str]:
+        """Where everything is, a line a stage; empty if all is on the CPU."""
+        return self.plan.lines(self.config.n_pages) if self.n_gpu_layers else []
+
+
+def place(graph: Graph, file_bytes: int, options: LoadOptions, progress: Progress | None) -> Placed:
+    """Plan, then load; what does not fit after all is planned anew with fewer layers on the GPU, and a warning.
+
+    `graph` is as the model's builder made it.
+    """
+    devices = find_devices(options)
+    asked = wanted(options.n_gpu_layers, len(graph.kv_layers)) if devices else Offload(0)
+    most = asked.n_blocks
+    for offload in candidates(options.n_gpu_layers if devices else 0, len(graph.kv_layers)):
+        if offload.n_blocks > most:
+            continue
+        config = size_pool(graph, file_bytes, devices, offload, options)
+        if config is None:
+            continue
+        whole = optimize(for_context(graph, config.n_ctx))
+        plan = make_plan(whole, config, devices, offload, options.gpu_memory_utilization)
+        if options.n_gpu_layers != "auto" and offload != asked:
+            _log.warning("there is no room for %s on the GPU; %s", _layers(asked), _instead(offload))
+        try:
+            stage = open_stages(plan, config, options.backend, progress)
+        except DeviceMemoryError as error:
+            if not offload.n_layers:
+                raise
+            most = offload.n_blocks - max(1, offload.n_blocks // 8)
+            _log.warning("%s does not fit on the GPU after all, with less on it now: %s", _layers(offload), error)
+            continue
+        placed = Placed(stage, whole, config, plan)
+        _report(placed, devices)
+        return placed
+    raise AssertionError("nothing on a GPU always fits")
+
+
+def find_devices(options: LoadOptions) -> list[DeviceInfo]:
+    """The GPUs to plan for. `auto` goes without one, and says so where one is there and only software is missing."""
+    if options.n_gpu_layers == 0:
+        return []
+    try:
+        return gpus()
+    except BackendError as error:
+        if options.n_gpu_layers != "auto":
+            raise
+        if getattr(error, "has_device", False):
+            _log.warning("all layers run on the CPU: %s", error)
+        else:
+            _log.info("all layers run on the CPU: %s", error)
+        return []
+
+
+def size_pool(
+    graph: Graph, file_bytes: int, devices: Sequence[DeviceInfo], offload: Offload, options: LoadOptions
+) -> StageConfig | None:
+    """Sizes for this offload; None if a GPU lacks room for its weights and the least context.
+
+    Nothing on a GPU: half of the free memory, as ever. All on GPUs: what they have. Else both limits hold.
+    """
+    if not offload.n_layers:
+        return plan_sizes(graph, file_bytes, options)
+    page_bytes = kv_page_bytes(graph, options.block_size, options.kv_cache_dtype)
+    n_ctx = options.n_ctx or min(graph.n_ctx_train, _LEAST_CONTEXT)
+    a_sequence = len(graph.kv_groups) * -(-n_ctx // options.block_size)
+    least = options.kv_cache_memory // page_bytes if options.kv_cache_memory else a_sequence
+    config = plan_sizes(graph, 0, replace(options, n_ctx=0, kv_cache_memory=max(1, least) * page_bytes))
+    plan = make_plan(graph, config, devices, offload, options.gpu_memory_utilization)
+    n_pages = plan.max_pages()
+    if n_pages < least:
+        return None
+    if options.kv_cache_memory:
+        n_pages = least
+    elif plan.is_all:
+        blocks = -(-(options.n_ctx or graph.n_ctx_train) // options.block_size)
+        n_pages = min(n_pages, options.max_num_seqs * len(graph.kv_groups) * blocks)
+    else:
+        n_pages = min(n_pages, _host_pages(plan))
+    return plan_sizes(graph, 0, replace(options, kv_cache_memory=max(1, n_pages * page_bytes)))
+
+
+def _host_pages(plan: OffloadPlan) -> int:
+    """Pages of which the host's part takes half of what is free, and which all together take what a CPU's pool would."""
+    pages = MAX_KV_MEMORY // plan.page_bytes
+    on_host = sum(stage.page_bytes for stage in plan.stages if stage.device is None)
+    if on_host:
+        pages = min(pages, max(0, memory().available - plan.host_weight_bytes) // 2 // on_host)
+    return pages
+
+
+def open_stages(plan: OffloadPlan, config: StageConfig, host: str, progress: Progress | None) -> Stage:
+    """The plan's stages, as one. `host` is the backend of those without a GPU. DeviceMemoryError if a GPU lacks room."""
+    stages: list[Stage] = []
+    try:
+        for each in plan.stages:
+            backend = open_backend(host) if each.device is None else open_backend("gpu", each.device.index)
+            stages.append(backend.open_stage(each.graph, config, progress))
+    except BaseException:
+        for stage in stages:
+            stage.close()
+        raise
+    return stages[0] if len(stages) == 1 else StageChain(stages)
+
+
+def _layers(offload: Offload) -> str:
+    blocks = f"{offload.n_blocks} block{'' if offload.n_blocks == 1 else 's'}"
+    return f"{blocks} and the head" if offload.has_head else blocks
+
+
+def _instead(offload: Offload) -> str:
+    return f"it gets {_layers(offload)}" if offload.n_layers else "all layers run on the CPU"
+
+
+def _report(placed: Placed, before: Sequence[DeviceInfo]) -> None:
+    """Log the plan, and beside it what the GPUs say was taken."""
+    for line in placed.lines:
+        _log.info("%s", line)
+    if not placed.n_gpu_layers:
+        return
+    free = {device.index: device.free for device in gpus()}
+    for stage in placed.plan.stages:
+        if stage.device is None or stage.device.index not in free:
+            continue
+        planned = stage.n_bytes(placed.config.n_pages)
+        taken = next(d.free for d in before if d.index == stage.device.index) - free[stage.device.index]
+        level = logging.WARNING if taken > 1.1 * planned else logging.INFO
+        _log.log(level, "GPU %d: %.2f GiB planned, %.2f GiB taken", stage.device.index, planned / 2**30, taken / 2**30)
