@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from cuda_emulator.build import EmulatorError, compile_all, compiled, runtime
 from pyinfer.errors import BackendError
+from pyinfer.kernels_gpu.cuda_launch import as_word, kind_of
 from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Step
 
 MAX_THREADS, MAX_GRID = 1024, (2**31 - 1, 65535, 65535)
@@ -146,25 +147,6 @@ def check_limits(launch: Launch, signature: str, shared_bytes: int) -> str | Non
     if launch.shared_bytes > shared_bytes:
         return f"{launch.shared_bytes} bytes of shared memory, of {shared_bytes}"
     return None
-
-
-def kind_of(arg: Buffer | int | float | np.int64 | None) -> str:
-    if arg is None or isinstance(arg, Buffer):
-        return "p"
-    if isinstance(arg, np.int64):
-        return "l"
-    return "i" if isinstance(arg, int) else "f"
-
-
-def as_word(arg: Buffer | int | float | np.int64 | None) -> Any:
-    if arg is None or isinstance(arg, Buffer):
-        return ctypes.c_void_p(arg.ptr if arg else None)
-    if isinstance(arg, np.int64):
-        return ctypes.c_int64(int(arg))
-    if isinstance(arg, int):
-        assert -(2**31) <= arg < 2**31, f"{arg} is no int of 32 bits; pass an np.int64 for a long long"
-        return ctypes.c_int32(arg)
-    return ctypes.c_float(arg)
 
 
 def _gemm(gemm: Gemm) -> None:

@@ -117,9 +117,13 @@ void emulator_mma(unsigned, const void* const* in, void* const* out, Value value
   }
 }
 inline float emulator_half_element(unsigned short v) { return emulator_half_value(v); }
+inline float emulator_bfloat_element(unsigned short v) { return emulator_bfloat_value(v); }
 inline int emulator_byte_element(signed char v) { return v; }
 inline void emulator_mma_f16_combine(unsigned mask, const void* const* in, void* const* out) {
   emulator_mma<float, unsigned short, 2>(mask, in, out, emulator_half_element);
+}
+inline void emulator_mma_bf16_combine(unsigned mask, const void* const* in, void* const* out) {
+  emulator_mma<float, unsigned short, 2>(mask, in, out, emulator_bfloat_element);
 }
 inline void emulator_mma_s8_combine(unsigned mask, const void* const* in, void* const* out) {
   emulator_mma<int, signed char, 4>(mask, in, out, emulator_byte_element);
@@ -134,6 +138,9 @@ void emulator_mma_call(const char* what, T* d, const unsigned* a, const unsigned
 }
 inline void emulator_mma_f16(float* d, const unsigned* a, const unsigned* b) {
   emulator_mma_call("mma_f16", d, a, b, emulator_mma_f16_combine);
+}
+inline void emulator_mma_bf16(float* d, const unsigned* a, const unsigned* b) {
+  emulator_mma_call("mma_bf16", d, a, b, emulator_mma_bf16_combine);
 }
 inline void emulator_mma_s8(int* d, const unsigned* a, const unsigned* b) {
   emulator_mma_call("mma_s8", d, a, b, emulator_mma_s8_combine);

@@ -1,0 +1,221 @@
+"""`CuPyDevice`: a real GPU. The only file that imports CuPy, and only its thin layer over the CUDA runtime.
+
+Everything goes to one non-blocking stream. A device may be used by any thread, one at a time: the CUDA runtime's current
+device is a thread's own, so every method sets it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+import numpy.typing as npt
+from cupy.cuda import cublas, driver, runtime
+
+from pyinfer.errors import BackendError
+from pyinfer.kernels_gpu.cuda_launch import Launcher
+from pyinfer.kernels_gpu.device import Bytes
+from pyinfer.kernels_gpu.kernel_cache import KernelCache, Unit, unit_of
+from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Step
+
+_ALIGNMENT = 256
+_CHUNK = 32 << 20  # small buffers share chunks of this size; larger ones are allocated by themselves
+_STAGING = 16 << 20  # bytes of each of two pinned buffers that pageable memory is uploaded through
+_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_WITHOUT_ASKING = 48 << 10
+_R_32F, _R_16F, _COMPUTE_32F, _OP_N, _OP_T, _GEMM_DEFAULT = 0, 2, 68, 0, 1, -1  # library_types.h, cublas_api.h
+
+
+class CuPyDevice:
+    """See `kernels_gpu.device.Device`."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+        self._enter()
+        properties = runtime.getDeviceProperties(index)
+        self.name: str = properties["name"].decode()
+        self.arch = 10 * int(properties["major"]) + int(properties["minor"])
+        self.n_sms = int(properties["multiProcessorCount"])
+        self.shared_bytes = int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index))
+        self.cache = KernelCache(self.arch)
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._launcher = Launcher(
+            ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), self._stream.ptr
+        )
+        self._blas: int | None = None
+        self._scalars = np.array([0, 1], np.float32)  # beta of a product, and alpha
+        self._modules: dict[Unit, int] = {}
+        self._functions: dict[Kernel, int] = {}
+        self._shared_of: dict[int, int] = {}  # function -> dynamic shared memory that it was allowed
+        self._allocated: list[int] = []
+        self._chunk, self._chunk_left = 0, 0
+        self._pinned: list[tuple[int, int]] = []
+        self._staging: list[tuple[Bytes, int]] = []  # pinned memory and the event of its last copy
+
+    # ---- memory
+    def memory(self) -> tuple[int, int]:
+        self._enter()
+        free, total = runtime.memGetInfo()
+        return int(free), int(total)
+
+    def alloc(self, n_bytes: int) -> Buffer:
+        self._enter()
+        size = -(-max(n_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
+        if size > _CHUNK // 2:
+            return Buffer(self._malloc(size), n_bytes)
+        if size > self._chunk_left:
+            self._chunk, self._chunk_left = self._malloc(_CHUNK), _CHUNK
+        ptr = self._chunk + _CHUNK - self._chunk_left
+        self._chunk_left -= size
+        return Buffer(ptr, n_bytes)
+
+    def _malloc(self, n_bytes: int) -> int:
+        try:
+            ptr = int(runtime.malloc(n_bytes))
+        except runtime.CUDARuntimeError as error:
+            free, total = runtime.memGetInfo()
+            raise BackendError(
+                f"GPU {self.index} ({self.name}) has {free >> 20} MiB free of {total >> 20} and {n_bytes >> 20} MiB more "
+                f"are needed; use fewer layers (-ngl), a smaller context or --gpu-memory-utilization",
+                param="n_gpu_layers",
+            ) from error
+        self._allocated.append(ptr)
+        return ptr
+
+    def alloc_pinned(self, n_bytes: int) -> Bytes:
+        self._enter()
+        ptr = int(runtime.hostAlloc(max(n_bytes, 1), runtime.hostAllocPortable))
+        self._pinned.append((ptr, ptr + n_bytes))
+        raw = (ctypes.c_uint8 * n_bytes).from_address(ptr)
+        return np.frombuffer(raw, np.uint8)
+
+    def upload(self, target: Buffer, source: npt.NDArray[Any], offset: int = 0) -> None:
+        assert source.flags.c_contiguous
+        self._enter()
+        to = target.at(offset, source.nbytes).ptr
+        if source.nbytes < _STAGING >> 4 or self._is_pinned(source):
+            runtime.memcpyAsync(to, source.ctypes.data, source.nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
+            return
+        raw = source.reshape(-1).view(np.uint8)
+        for number, start in enumerate(range(0, raw.nbytes, _STAGING)):
+            part = raw[start : start + _STAGING]
+            pinned, event = self._staging_buffer(number % 2)
+            runtime.eventSynchronize(event)
+            pinned[: part.nbytes] = part
+            runtime.memcpyAsync(
+                to + start, pinned.ctypes.data, part.nbytes, runtime.memcpyHostToDevice, self._stream.ptr
+            )
+            runtime.eventRecord(event, self._stream.ptr)
+
+    def _staging_buffer(self, number: int) -> tuple[Bytes, int]:
+        while len(self._staging) <= number:
+            event = int(runtime.eventCreateWithFlags(runtime.eventDisableTiming))
+            self._staging.append((self.alloc_pinned(_STAGING), event))
+        return self._staging[number]
+
+    def download(self, source: Buffer, target: npt.NDArray[Any], offset: int = 0) -> None:
+        assert target.flags.c_contiguous and target.flags.writeable
+        self._enter()
+        start = source.at(offset, target.nbytes).ptr
+        runtime.memcpyAsync(target.ctypes.data, start, target.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr)
+        if not self._is_pinned(target):
+            self.synchronize()
+
+    def copy(self, target: Buffer, source: Buffer, n_bytes: int) -> None:
+        self._enter()
+        to, start = target.at(0, n_bytes).ptr, source.at(0, n_bytes).ptr
+        runtime.memcpyAsync(to, start, n_bytes, runtime.memcpyDeviceToDevice, self._stream.ptr)
+
+    def zero(self, target: Buffer) -> None:
+        self._enter()
+        runtime.memsetAsync(target.ptr, 0, target.n_bytes, self._stream.ptr)
+
+    def _is_pinned(self, array: npt.NDArray[Any]) -> bool:
+        start = array.ctypes.data
+        return any(first <= start and start + array.nbytes <= end for first, end in self._pinned)
+
+    # ---- kernels
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        self._enter()
+        self.cache.prepare(unit_of(kernel) for kernel in kernels)
+        for kernel in kernels:
+            self._function(kernel)
+
+    def _function(self, kernel: Kernel) -> int:
+        function = self._functions.get(kernel)
+        if function is None:
+            unit = unit_of(kernel)
+            if unit not in self._modules:
+                self._modules[unit] = int(driver.moduleLoadData(self.cache.binary(unit)))
+            function = self._functions[kernel] = int(driver.moduleGetFunction(self._modules[unit], kernel.name))
+        return function
+
+    def launch(self, step: Step) -> None:
+        self._enter()
+        if isinstance(step, Gemm):
+            self._gemm(step)
+            return
+        function = self._function(step.kernel)
+        if step.shared_bytes > self._shared_of.get(function, _SHARED_WITHOUT_ASKING):
+            driver.funcSetAttribute(function, _DYNAMIC_SHARED, step.shared_bytes)
+            self._shared_of[function] = step.shared_bytes
+        self._launcher.launch(function, step, overlap=step.overlap and self.arch >= 90)
+
+    def _gemm(self, gemm: Gemm) -> None:
+        """cuBLAS has columns where we have rows, so it computes out.T = w @ x.T."""
+        if self._blas is None:
+            self._blas = int(cublas.create())
+        one, beta = self._scalars.ctypes.data + 4, self._scalars.ctypes.data + 4 * gemm.accumulate
+        with self._stream:  # gemmEx takes CuPy's current stream
+            cublas.gemmEx(
+                self._blas, _OP_T, _OP_N, gemm.n, gemm.m, gemm.k, one,
+                gemm.w.ptr, _R_16F, gemm.k, gemm.x.ptr, _R_16F, gemm.k, beta,
+                gemm.out.ptr, _R_32F, gemm.out_stride, _COMPUTE_32F, _GEMM_DEFAULT,
+            )  # fmt: skip
+
+    def capture(self, steps: Sequence[Step]) -> Any:
+        self.prepare([step.kernel for step in steps if isinstance(step, Launch)])
+        if self._blas is None and any(isinstance(step, Gemm) for step in steps):
+            self._blas = int(cublas.create())
+        self._stream.begin_capture()
+        try:
+            for step in steps:
+                self.launch(step)
+        finally:
+            graph = self._stream.end_capture()
+        return graph
+
+    def run(self, executable: Any) -> None:
+        self._enter()
+        executable.launch(self._stream)
+
+    def synchronize(self) -> None:
+        self._enter()
+        try:
+            runtime.streamSynchronize(self._stream.ptr)
+        except runtime.CUDARuntimeError as error:
+            raise BackendError(f"GPU {self.index} ({self.name}) failed: {error}") from error
+
+    def close(self) -> None:
+        self._enter()
+        runtime.streamSynchronize(self._stream.ptr)
+        if self._blas is not None:
+            cublas.destroy(self._blas)
+        for module in self._modules.values():
+            driver.moduleUnload(module)
+        for _, event in self._staging:
+            runtime.eventDestroy(event)
+        for ptr in self._allocated:
+            runtime.free(ptr)
+        for ptr, _ in self._pinned:
+            runtime.freeHost(ptr)
+        for held in (self._modules, self._functions, self._staging, self._allocated, self._pinned):
+            held.clear()
+        self._blas, self._chunk_left = None, 0
+
+    def _enter(self) -> None:
+        runtime.setDevice(self.index)
