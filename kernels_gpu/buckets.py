@@ -1,0 +1,24 @@
+"""Sizes that programs are lowered for: a step of n rows runs the program of the next bucket, with padding."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+DECODE_ROWS = 8  # up to here matmuls read int8 rows, one token a column; above, tensor cores
+_SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def token_buckets(max_tokens: int) -> tuple[int, ...]:
+    """Ascending, the last is `max_tokens`: padding costs at most half more, and 256 rows at a time in prompts."""
+    sizes = [*_SMALL, *range(512, max_tokens, 256)]
+    return (*(size for size in sizes if size < max_tokens), max_tokens)
+
+
+def output_buckets(n_tokens: int) -> tuple[int, ...]:
+    """Ascending: how many rows of a step of `n_tokens` may go through the head. 0: a prompt's chunk that is not its last."""
+    return (0, *(size for size in _SMALL if size < n_tokens), n_tokens)
+
+
+def bucket_of(n: int, buckets: tuple[int, ...]) -> int:
+    """The smallest that holds n."""
+    return buckets[bisect_left(buckets, n)]
