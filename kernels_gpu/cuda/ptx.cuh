@@ -34,6 +34,31 @@ DEVICE uint32_t load_stream(const uint32_t* p) {
 #endif
 }
 
+// ---- loads through the L1 of what is never written while a kernel runs: scales, of which neighbours share sectors
+template <class T>
+DEVICE T load_cached(const T* p) {
+#ifdef PYINFER_EMULATE
+  return *p;
+#else
+  return __ldg(p);
+#endif
+}
+
+// Ask for bytes to be brought into the L2, without waiting; both arguments are multiples of 16. Before sm_90 nothing happens.
+DEVICE void prefetch_l2(const void* p, uint32_t n_bytes) {
+#if !defined(PYINFER_EMULATE) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(n_bytes) : "memory");
+#endif
+}
+
+DEVICE float4 load_shared_by_blocks(const float4* p) {
+#ifdef PYINFER_EMULATE
+  return *p;
+#else
+  return __ldcg(p);
+#endif
+}
+
 #ifndef PYINFER_EMULATE
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
@@ -113,6 +138,19 @@ DEVICE void mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2]), "r"(a[3]), "r"(b[1]));
+#endif
+}
+
+// The same over bfloat16; sm_80 and later.
+DEVICE void mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+#ifdef PYINFER_EMULATE
+  emulator_mma_bf16(d, a, b);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  __trap();
 #endif
 }
 

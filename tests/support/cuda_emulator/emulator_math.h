@@ -50,6 +50,7 @@ inline float __powf(float a, float b) { return powf(a, b); }
 inline float __sinf(float v) { return sinf(v); }
 inline float __cosf(float v) { return cosf(v); }
 inline float __tanhf(float v) { return tanhf(v); }
+inline void sincospif(float v, float* s, float* c) { *s = float(sin(M_PI * v)); *c = float(cos(M_PI * v)); }
 inline float __saturatef(float v) { return fminf(fmaxf(v, 0.0f), 1.0f); }
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }

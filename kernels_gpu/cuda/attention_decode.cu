@@ -1,0 +1,328 @@
+// Attention of single tokens over pages: flash-decoding (splits of the sequence side by side, arXiv:2205.14135 and the
+// blog post of October 2023), float32 throughout. A block takes one token, one kv head and one span of positions, for GROUP
+// query heads at once, so that keys and values are read once. Bound by reading them.
+//
+// LANES lanes hold a vector of HEAD columns, eight each; a warp has kTile positions in flight, all of whose loads are issued
+// first. Each warp keeps its own running maximum, sum and weighted values; warps are merged at the end, then splits in
+// ascending order by whichever block of the token and kv head ends last.
+//
+// Defines: HEAD, N_KV, PER_KV (query heads of a kv head), GROUP (at most 8), BLOCK, K_TYPE, V_TYPE, WINDOW (0: none), WARPS,
+// UNROLL, MIN_TILES (of WARPS * kTile positions; less is not split), MAX_TOKENS (a sequence with more tokens in the step is
+// the prompt kernel's; 0: none is), OUT. FUSED: rope and store of the token's k and v happen here (every sequence has one
+// token); then N_DIMS, PAIRING and NORM too.
+#include "kv.cuh"
+#include "row_output.cuh"
+#if FUSED
+#include "rotate.cuh"
+#endif
+
+constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+
+constexpr int kLanes = power_of_two(HEAD / 8);        // lanes of a vector; those past HEAD idle
+constexpr int kAtOnce = 32 / kLanes;                  // positions of one load of a warp
+constexpr int kTile = UNROLL * kAtOnce;               // positions of a warp's turn
+constexpr int kBlockTile = WARPS * kTile;             // positions of a block's turn
+constexpr int kPasses = (PER_KV + GROUP - 1) / GROUP; // blocks that share a kv head
+constexpr int kHeads = power_of_two(GROUP);           // stride of scores; 32 / kHeads lanes work on a head's softmax
+constexpr int kColumns = GROUP * HEAD;
+constexpr float kNothing = -INFINITY;
+
+struct Shared {
+  float scores[WARPS][kTile][kHeads];
+  float outputs[WARPS][kColumns];
+  float maxima[WARPS][kHeads], sums[WARPS][kHeads];
+  int is_last;
+#if FUSED
+  float rotated[GROUP][HEAD];
+#endif
+};
+
+// Sum n values over the kLanes lanes of a vector, halving their number at each step instead of giving all sums to all.
+// Afterwards this lane has `count` sums, those of values index..index + count - 1, in values[0..].
+template <int kLeft, int kOffset, int kSize>
+struct Fold {
+  static DEVICE void run(float (&values)[kSize], int& index, int& count) {
+    constexpr int kHalf = (kLeft + 1) / 2;
+    const bool upper = lane_id() & kOffset;
+#pragma unroll
+    for (int i = 0; i < kHalf; i++) {
+      const float high = i + kHalf < kLeft ? values[i + kHalf] : 0.0f;
+      const float sent = upper ? values[i] : high;
+      values[i] = (upper ? high : values[i]) + __shfl_xor_sync(FULL_WARP, sent, kOffset);
+    }
+    index += upper ? kHalf : 0;
+    count = upper ? max(count - kHalf, 0) : min(count, kHalf);
+    Fold<kHalf, kOffset / 2, kSize>::run(values, index, count);
+  }
+};
+
+template <int kLeft, int kSize>
+struct Fold<kLeft, 0, kSize> {
+  static DEVICE void run(float (&)[kSize], int&, int&) {}
+};
+
+constexpr int folded(int n, int lanes) { return lanes == 1 ? n : folded((n + 1) / 2, lanes / 2); }
+constexpr int kFolded = folded(UNROLL * GROUP, kLanes);  // sums that a lane is left with
+
+// The block's result: columns [GROUP * HEAD] (fewer in a last pass), a thread a column, in the asked form.
+template <class ValueAt>
+DEVICE void write_output(int row, int n_heads, ValueAt value_at, void* out, float* scales, float* sums) {
+  const int y = blockIdx.y, n_columns = n_heads * HEAD;
+  constexpr int kWidth = N_KV * PER_KV * HEAD;
+  const int start = (y / kPasses * PER_KV + y % kPasses * GROUP) * HEAD;
+  const long long first = static_cast<long long>(row) * kWidth + start;
+  for (int base = 0; base < n_columns; base += 32 * WARPS) {
+    const int column = base + threadIdx.x;
+    const float v = column < n_columns ? value_at(column) : 0.0f;
+#if OUT == OUT_A8
+    const A8Block block = a8_block(warp_max(fabsf(v)));
+    const int code = __float2int_rn(v * block.inverse);
+    const int sum = warp_sum(code);
+    if (column < n_columns) {
+      static_cast<int8_t*>(out)[first + column] = static_cast<int8_t>(code);
+      if (lane_id() == 0) {
+        scales[(first + column) / 32] = block.scale;
+        sums[(first + column) / 32] = block.scale * static_cast<float>(sum);
+      }
+    }
+#else
+    if (column < n_columns) {
+      if (OUT == OUT_H16) static_cast<__half*>(out)[first + column] = __float2half_rn(v);
+      else static_cast<float*>(out)[first + column] = v;
+    }
+#endif
+  }
+  // a mean of float16 values fits float16 as it is
+  if (OUT == OUT_H16 && y == 0 && threadIdx.x == 0) scales[row] = 1.0f;
+}
+
+// exp2(a - b) where a <= b; nothing is seen yet when b is -infinity.
+DEVICE float weight_of(float a, float b) { return b == kNothing ? 0.0f : exp2f(a - b); }
+
+// q: float32 rows, already rotated unless FUSED; scale_log2: the scale of scores times log2(e). Grid (splits, N_KV * passes,
+// tokens). slots[m] < 0: padding, a row of zeros. partial: [tokens][N_KV * passes][splits][GROUP * HEAD + 2 * GROUP];
+// tickets: [tokens][N_KV * passes], zero before and after. FUSED: k and v are this step's rows, angles [tokens][N_DIMS/2].
+extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
+    const float* q, float scale_log2, void* k_pages, __half* k_scales, void* v_pages, __half* v_scales,
+    const int* positions, const int* slots, const int* sequence_of_token, const int* sequence_starts, const int* page_tables,
+    int table_stride, float* partial, int* tickets, void* out, float* scales, float* sums, const float* k,
+    const float* v, const float2* angles, const float* q_weight, const float* k_weight, float eps) {
+  __shared__ __align__(16) Shared shared;
+  const int split = blockIdx.x, n_splits = gridDim.x, y = blockIdx.y, row = blockIdx.z;
+  const int warp = threadIdx.x >> 5, lane = lane_id(), part = lane % kLanes, group = lane / kLanes;
+  const int kv_head = y / kPasses, n_heads = min(GROUP, PER_KV - y % kPasses * GROUP);
+  const int q_head = kv_head * PER_KV + y % kPasses * GROUP;
+  let_next_start();
+  wait_for_previous();
+  const int slot = slots[row];
+  const int length = slot < 0 ? 0 : positions[row] + 1;
+  const int sequence = slot < 0 ? 0 : sequence_of_token[row];
+  if (MAX_TOKENS && slot >= 0 && sequence_starts[sequence + 1] - sequence_starts[sequence] > MAX_TOKENS) return;
+  const int first = WINDOW ? max(0, length - WINDOW) : 0;
+  const int start = first / kBlockTile * kBlockTile;
+  const int n_tiles = ceil_div(length - start, kBlockTile);
+  const int tiles = max(MIN_TILES, ceil_div(n_tiles, n_splits));  // of each split
+  const int n_used = max(1, ceil_div(n_tiles, tiles));
+  if (split >= n_used) return;
+  if (length == 0) {
+    write_output(row, n_heads, [](int) { return 0.0f; }, out, scales, sums);
+    return;
+  }
+
+  const float* q_row = q + (static_cast<long long>(row) * (N_KV * PER_KV) + q_head) * HEAD;
+#if FUSED
+  const float2* turns = angles + static_cast<long long>(row) * (N_DIMS / 2);
+  // the newest position lies in the last split: only it reads what it stores here
+  if (split == n_used - 1) {
+    const long long vector = kv_vector(slot / BLOCK, kv_head, slot % BLOCK);
+    const long long at = (static_cast<long long>(row) * N_KV + kv_head) * HEAD;
+    float* scratch = shared.outputs[warp];
+    if (warp == 0) {
+      rotate_head<NORM, true>(k + at, k_weight, eps, turns, scratch);
+      store_vector<K_TYPE>(scratch, k_pages, k_scales, vector);
+    }
+    if (warp == WARPS - 1) {
+      rotate_head<false, false>(v + at, nullptr, 0.0f, turns, scratch);
+      store_vector<V_TYPE>(scratch, v_pages, v_scales, vector);
+    }
+  }
+  for (int h = warp; h < n_heads; h += WARPS) rotate_head<NORM, true>(q_row + h * HEAD, q_weight, eps, turns, shared.rotated[h]);
+  __syncthreads();
+  q_row = shared.rotated[0];
+#endif
+  float query[GROUP][8];
+#pragma unroll
+  for (int h = 0; h < GROUP; h++) {
+    const bool there = h < n_heads && 8 * part < HEAD;
+    const float4* source = reinterpret_cast<const float4*>(q_row + h * HEAD + 8 * part);
+    const float4 low = there ? source[0] : make_float4(0, 0, 0, 0), high = there ? source[1] : make_float4(0, 0, 0, 0);
+    query[h][0] = low.x * scale_log2; query[h][1] = low.y * scale_log2;
+    query[h][2] = low.z * scale_log2; query[h][3] = low.w * scale_log2;
+    query[h][4] = high.x * scale_log2; query[h][5] = high.y * scale_log2;
+    query[h][6] = high.z * scale_log2; query[h][7] = high.w * scale_log2;
+  }
+
+  float acc[GROUP][8] = {};
+  float running = kNothing, sum = 0.0f;  // of head lane % kHeads, over the positions this lane has weighed
+  const int* table = page_tables + static_cast<long long>(sequence) * table_stride;
+  const int column = 8 * part < HEAD ? 8 * part : 0;
+  const int tile_end = min((split + 1) * tiles, n_tiles);
+  float(*scores)[kHeads] = shared.scores[warp];
+  for (int tile = split * tiles; tile < tile_end; tile++) {
+    const int base = start + tile * kBlockTile + warp * kTile;
+    if (base >= length) break;
+    if (base + kTile <= first) continue;
+    Raw8<K_TYPE> keys[UNROLL];
+    Raw8<V_TYPE> values[UNROLL];
+    long long vectors[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      // what is masked reads a position that exists: pages behind the window are others' by now
+      const int position = max(first, min(base + u * kAtOnce + group, length - 1));
+      vectors[u] = kv_vector(table[position / BLOCK], kv_head, position % BLOCK);
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) keys[u].load(k_pages, k_scales, vectors[u], column);
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) values[u].load(v_pages, v_scales, vectors[u], column);
+
+    float dots[UNROLL * GROUP];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      float key[8];
+      keys[u].widen(key);
+#pragma unroll
+      for (int h = 0; h < GROUP; h++) {
+        float dot = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; i++) dot += query[h][i] * key[i];
+        dots[u * GROUP + h] = dot;
+      }
+    }
+    int index = 0, count = UNROLL * GROUP;
+    Fold<UNROLL * GROUP, kLanes / 2, UNROLL * GROUP>::run(dots, index, count);
+#pragma unroll
+    for (int i = 0; i < kFolded; i++)
+      if (i < count) scores[(index + i) / GROUP * kAtOnce + group][(index + i) % GROUP] = dots[i];
+    __syncwarp();
+
+    // softmax: lane l works on head l % kHeads, positions l / kHeads, + 32 / kHeads, ...
+    constexpr int kStep = 32 / kHeads, kMine = (kTile + kStep - 1) / kStep;
+    const int head = lane % kHeads;
+    float mine[kMine], highest = running;
+#pragma unroll
+    for (int i = 0; i < kMine; i++) {
+      const int at = lane / kHeads + i * kStep, position = base + at;
+      const bool seen = at < kTile && position >= first && position < length && head < GROUP;
+      mine[i] = seen ? scores[at][head] : kNothing;
+      highest = fmaxf(highest, mine[i]);
+    }
+#pragma unroll
+    for (int o = kHeads; o < 32; o *= 2) highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, o));
+    const float correction = weight_of(running, highest);
+    sum *= correction;
+#pragma unroll
+    for (int i = 0; i < kMine; i++) {
+      const int at = lane / kHeads + i * kStep;
+      const float weight = weight_of(mine[i], highest);
+      sum += weight;
+      if (at < kTile) scores[at][head] = weight;
+    }
+    if (__any_sync(FULL_WARP, highest > running)) {
+#pragma unroll
+      for (int h = 0; h < GROUP; h++) {
+        const float factor = __shfl_sync(FULL_WARP, correction, h);
+#pragma unroll
+        for (int i = 0; i < 8; i++) acc[h][i] *= factor;
+      }
+    }
+    running = highest;
+    __syncwarp();
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      float value[8];
+      values[u].widen(value);
+#pragma unroll
+      for (int h = 0; h < GROUP; h++) {
+        const float weight = scores[u * kAtOnce + group][h];
+#pragma unroll
+        for (int i = 0; i < 8; i++) acc[h][i] += weight * value[i];
+      }
+    }
+    __syncwarp();
+  }
+
+  // positions of a warp that lie in other lanes, then the warps of the block
+#pragma unroll
+  for (int o = kHeads; o < 32; o *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, o);
+#pragma unroll
+  for (int h = 0; h < GROUP; h++)
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+      for (int o = kLanes; o < 32; o *= 2) acc[h][i] += __shfl_xor_sync(FULL_WARP, acc[h][i], o);
+  if (lane < kHeads) shared.maxima[warp][lane] = running, shared.sums[warp][lane] = sum;
+  if (group == 0 && 8 * part < HEAD) {
+#pragma unroll
+    for (int h = 0; h < GROUP; h++) {
+      float4* target = reinterpret_cast<float4*>(&shared.outputs[warp][h * HEAD + 8 * part]);
+      target[0] = make_float4(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
+      target[1] = make_float4(acc[h][4], acc[h][5], acc[h][6], acc[h][7]);
+    }
+  }
+  __syncthreads();
+  const auto highest_of = [&](int h) {
+    float highest = kNothing;
+    for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, shared.maxima[w][h]);
+    return highest;
+  };
+  const auto sum_of = [&](int h, float highest) {
+    float total = 0.0f;
+    for (int w = 0; w < WARPS; w++) total += shared.sums[w][h] * weight_of(shared.maxima[w][h], highest);
+    return total;
+  };
+  const auto weighted = [&](int c, float highest) {
+    float total = 0.0f;
+    for (int w = 0; w < WARPS; w++) total += shared.outputs[w][c] * weight_of(shared.maxima[w][c / HEAD], highest);
+    return total;
+  };
+  if (n_used == 1) {
+    write_output(row, n_heads, [&](int c) {
+      const float highest = highest_of(c / HEAD);
+      return weighted(c, highest) / sum_of(c / HEAD, highest);
+    }, out, scales, sums);
+    return;
+  }
+
+  constexpr int kRecord = kColumns + 2 * GROUP;
+  const int pair = row * gridDim.y + y;
+  float* records = partial + static_cast<long long>(pair) * n_splits * kRecord;
+  float* record = records + split * kRecord;
+  for (int c = threadIdx.x; c < kColumns; c += 32 * WARPS) record[c] = weighted(c, highest_of(c / HEAD));
+  if (threadIdx.x < GROUP) {
+    const float highest = highest_of(threadIdx.x);
+    record[kColumns + threadIdx.x] = highest;
+    record[kColumns + GROUP + threadIdx.x] = sum_of(threadIdx.x, highest);
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) shared.is_last = atomicAdd(&tickets[pair], 1) == n_used - 1;
+  __syncthreads();
+  if (!shared.is_last) return;
+  __threadfence();
+  if (threadIdx.x == 0) tickets[pair] = 0;
+  // past the L1, which does not know what other blocks have written
+  write_output(row, n_heads, [&](int c) {
+    const int h = c / HEAD;
+    float highest = kNothing, total = 0.0f, value = 0.0f;
+    for (int s = 0; s < n_used; s++) highest = fmaxf(highest, __ldcg(&records[s * kRecord + kColumns + h]));
+#pragma unroll 4
+    for (int s = 0; s < n_used; s++) {
+      const float* other = records + s * kRecord;
+      const float weight = weight_of(__ldcg(&other[kColumns + h]), highest);
+      total += weight * __ldcg(&other[kColumns + GROUP + h]);
+      value += weight * __ldcg(&other[c]);
+    }
+    return value / total;
+  }, out, scales, sums);
+}

@@ -1,0 +1,320 @@
+// Attention of many tokens of a sequence over pages: tiles on the tensor cores with a running softmax in float32
+// (FlashAttention-2, arXiv:2307.08691). A block takes TOKENS tokens times GROUP query heads of one kv head as the rows of its
+// tile, so that grouped heads read keys and values once. Bound by the tensor cores and by shared memory that feeds them.
+//
+// Keys and values are float16 or bfloat16 in shared memory; Q8_0 is widened to float16 on the way. float16 queries and
+// weights are rounded once; bfloat16 ones, too coarse for that, are sums of two (high + low).
+//
+// Defines: HEAD (a multiple of 16), N_KV, PER_KV (query heads of a kv head), GROUP, TOKENS, BLOCK, K_TYPE, V_TYPE (not f32),
+// WINDOW (0: none), WARPS, ROW_TILES (of 16 rows, for each warp), COLUMNS (positions at once, a multiple of 16), STAGES (of
+// shared memory: 2 loads ahead), MIN_TOKENS (a sequence with fewer in the step is the decode kernel's), OUT (f32, h16).
+#include "kv.cuh"
+
+#define OUT_F32 0
+#define OUT_H16 2
+
+constexpr int kThreads = 32 * WARPS;
+constexpr int kRows = 16 * ROW_TILES * WARPS;
+constexpr int kPasses = (PER_KV + GROUP - 1) / GROUP;
+constexpr int kStride = HEAD + 8;  // halves of a row in shared memory: ldmatrix then meets no bank twice
+constexpr int kDimTiles = HEAD / 8, kColumnTiles = COLUMNS / 8;
+constexpr bool kWideK = K_TYPE == KV_BF16, kWideV = V_TYPE == KV_BF16;
+constexpr int kQueryParts = kWideK ? 2 : 1;  // high, low
+constexpr bool kKeepQuery = ROW_TILES * kQueryParts == 1 && HEAD <= 128;  // in registers
+constexpr float kNothing = -INFINITY;
+static_assert(TOKENS * GROUP <= kRows && COLUMNS % 16 == 0 && HEAD % 16 == 0, "sizes");
+
+// Two floats as the 16-bit elements of one operand, the first in the low half.
+template <bool kWide>
+DEVICE uint32_t pack(float a, float b) {
+  if (kWide) return bits_as<uint32_t>(__floats2bfloat162_rn(a, b));
+  return bits_as<uint32_t>(__floats2half2_rn(a, b));
+}
+
+// What `pack` loses of a and b, packed.
+template <bool kWide>
+DEVICE uint32_t pack_rest(float a, float b, uint32_t packed) {
+  return pack<kWide>(a - bits_as<float>(packed << 16), b - bits_as<float>(packed & 0xffff0000u));
+}
+
+template <bool kWide>
+DEVICE void multiply(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+  if (kWide) mma_bf16(d, a, b);
+  else mma_f16(d, a, b);
+}
+
+// COLUMNS vectors from position `begin` on into rows of shared memory; positions outside first..end - 1 become zeros.
+template <int kType>
+DEVICE void load_tile(uint16_t* target, const void* pool, const __half* scales, const int* table, int kv_head, int begin,
+                      int first, int end) {
+  constexpr int kElements = kType == KV_Q8_0 ? 16 : 8;  // of 16 bytes
+  constexpr int kChunks = HEAD / kElements;
+  for (int i = threadIdx.x; i < COLUMNS * kChunks; i += kThreads) {
+    const int row = i / kChunks, column = i % kChunks * kElements, position = begin + row;
+    const bool there = position >= first && position < end;
+    const int known = there ? position : end - 1;
+    const long long vector = kv_vector(table[known / BLOCK], kv_head, known % BLOCK);
+    uint16_t* place = target + row * kStride + column;
+    if (kType != KV_Q8_0) {
+      cp_async16(place, static_cast<const uint16_t*>(pool) + vector * HEAD + column, there);
+      continue;
+    }
+    const uint4 codes = *reinterpret_cast<const uint4*>(static_cast<const int8_t*>(pool) + vector * HEAD + column);
+    const __half2 d = __half2half2(there ? scales[vector * (HEAD / 32) + column / 32] : __float2half_rn(0.0f));
+    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+    uint32_t halves[8];
+#pragma unroll
+    for (int w = 0; w < 8; w++) {
+      const uint32_t pair = words[w / 2] >> 16 * (w % 2);
+      const __half2 value = __floats2half2_rn(static_cast<int8_t>(pair), static_cast<int8_t>(pair >> 8));
+      halves[w] = bits_as<uint32_t>(__hmul2(value, d));
+    }
+    uint4* wide = reinterpret_cast<uint4*>(place);
+    wide[0] = make_uint4(halves[0], halves[1], halves[2], halves[3]);
+    wide[1] = make_uint4(halves[4], halves[5], halves[6], halves[7]);
+  }
+}
+
+struct Tile {
+  int token, n_tokens, sequence;  // n_tokens 0: there is no such tile, `token` counts on from the last
+};
+
+// The tile of this block: sequences are cut into tiles of TOKENS, in order. All lanes of a warp take part.
+DEVICE Tile find_tile(int index, const int* sequence_starts, int n_sequences) {
+  int before = 0;
+  for (int s = 0; s < n_sequences; s += 32) {
+    const int mine = s + lane_id();
+    const int from = mine < n_sequences ? sequence_starts[mine] : 0;
+    const int count = mine < n_sequences ? sequence_starts[mine + 1] - from : 0;
+    const int tiles = count >= MIN_TOKENS ? ceil_div(count, TOKENS) : 0;
+    int through = tiles;
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+      const int other = __shfl_up_sync(FULL_WARP, through, o);
+      if (lane_id() >= o) through += other;
+    }
+    const uint32_t past = __ballot_sync(FULL_WARP, before + through > index);
+    if (past) {
+      const int owner = __ffs(past) - 1;
+      const int local = index - before - __shfl_sync(FULL_WARP, through - tiles, owner);
+      const int left = __shfl_sync(FULL_WARP, count, owner) - local * TOKENS;
+      return {__shfl_sync(FULL_WARP, from, owner) + local * TOKENS, min(left, TOKENS), s + owner};
+    }
+    before += __shfl_sync(FULL_WARP, through, 31);
+  }
+  return {index - before, 0, 0};
+}
+
+// q: float32 rows, already rotated; scale_log2: the scale of scores times log2(e). Grid (tiles, N_KV * passes) with tiles
+// >= n_tokens / TOKENS + n_sequences. sequence_starts [n_sequences + 1], its last entries repeated for sequences that are
+// not there; tokens from the last start on are padding and get zeros. Dynamic shared memory: queries, then STAGES times
+// (keys, values), each row of kStride halves.
+extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
+    const float* q, float scale_log2, const void* k_pages, const __half* k_scales, const void* v_pages,
+    const __half* v_scales, const int* positions, const int* sequence_starts, int n_sequences, const int* page_tables,
+    int table_stride, int n_tokens, void* out, float* scales) {
+  DYNAMIC_SHARED(uint16_t, shared);
+  constexpr int kWidth = N_KV * PER_KV * HEAD, kTile = COLUMNS * kStride;
+  uint16_t* queries = shared;
+  uint16_t* tiles = shared + kQueryParts * kRows * kStride;
+  const int warp = threadIdx.x >> 5, lane = lane_id(), g = lane / 4, t = lane % 4, y = blockIdx.y;
+  const int kv_head = y / kPasses, n_heads = min(GROUP, PER_KV - y % kPasses * GROUP);
+  const int first_column = (kv_head * PER_KV + y % kPasses * GROUP) * HEAD;
+  let_next_start();
+  wait_for_previous();
+
+  // the last tiles of a sequence reach back furthest: they start first
+  const Tile tile = find_tile(gridDim.x - 1 - blockIdx.x, sequence_starts, n_sequences);
+  if (tile.n_tokens == 0) {
+    const int padding = sequence_starts[n_sequences] + tile.token * TOKENS;
+    if (MIN_TOKENS > 1) return;  // the decode kernel writes the rows of zeros
+    for (int row = padding; row < min(padding + TOKENS, n_tokens); row++)
+      for (int c = threadIdx.x; c < n_heads * HEAD; c += kThreads) {
+        const long long at = static_cast<long long>(row) * kWidth + first_column + c;
+        if (OUT == OUT_H16) static_cast<__half*>(out)[at] = __float2half_rn(0.0f);
+        else static_cast<float*>(out)[at] = 0.0f;
+        if (OUT == OUT_H16 && y == 0 && c == 0) scales[row] = 1.0f;
+      }
+    return;
+  }
+  const int from = positions[tile.token], end = from + tile.n_tokens;
+  const int first = WINDOW ? max(0, from - WINDOW + 1) : 0;
+  const int* table = page_tables + static_cast<long long>(tile.sequence) * table_stride;
+
+  // row r of the tile is token r / GROUP, head r % GROUP; rows past the end are zeros
+  for (int i = threadIdx.x; i < kRows * (HEAD / 2); i += kThreads) {
+    const int r = i / (HEAD / 2), column = i % (HEAD / 2) * 2, token = r / GROUP;
+    float2 v = make_float2(0.0f, 0.0f);
+    if (token < tile.n_tokens && r % GROUP < n_heads)
+      v = *reinterpret_cast<const float2*>(q + static_cast<long long>(tile.token + token) * kWidth + first_column +
+                                           r % GROUP * HEAD + column);
+    const float a = v.x * scale_log2, b = v.y * scale_log2;
+    const uint32_t packed = pack<kWideK>(a, b);
+    *reinterpret_cast<uint32_t*>(queries + r * kStride + column) = packed;
+    if (kWideK) *reinterpret_cast<uint32_t*>(queries + (kRows + r) * kStride + column) = pack_rest<kWideK>(a, b, packed);
+  }
+
+  const auto load = [&](int begin, int stage) {
+    uint16_t* target = tiles + stage * 2 * kTile;
+    load_tile<K_TYPE>(target, k_pages, k_scales, table, kv_head, begin, first, end);
+    load_tile<V_TYPE>(target + kTile, v_pages, v_scales, table, kv_head, begin, first, end);
+    cp_async_commit();
+  };
+
+  float acc[ROW_TILES][kDimTiles][4] = {};
+  float highest[ROW_TILES][2], sum[ROW_TILES][2];  // of rows g and g + 8
+  int limit[ROW_TILES][2];                         // last position that the row sees
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      highest[m][i] = kNothing;
+      sum[m][i] = 0.0f;
+      limit[m][i] = from + ((warp * ROW_TILES + m) * 16 + g + 8 * i) / GROUP;
+    }
+
+  uint32_t kept[kKeepQuery ? HEAD / 16 : 1][4];
+  const uint16_t* query_row = queries + (warp * ROW_TILES * 16 + lane % 16) * kStride + lane / 16 * 8;
+  const int begin = first / COLUMNS * COLUMNS;
+  if (STAGES == 2) load(begin, 0);
+  if (kKeepQuery) {
+    __syncthreads();
+#pragma unroll
+    for (int d = 0; d < HEAD / 16; d++) ldmatrix_x4(kept[d], query_row + d * 16);
+  }
+  for (int at = begin, stage = 0; at < end; at += COLUMNS) {
+    if (STAGES == 1) {
+      load(at, 0);
+      cp_async_wait<0>();
+    } else if (at + COLUMNS < end) {
+      load(at + COLUMNS, stage ^ 1);
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncthreads();
+    const uint16_t* keys = tiles + stage * 2 * kTile;
+    const uint16_t* values = keys + kTile;
+
+    float scores[ROW_TILES][kColumnTiles][4] = {};
+#pragma unroll
+    for (int d = 0; d < HEAD / 16; d++) {
+      uint32_t a[ROW_TILES][kQueryParts][4];
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int part = 0; part < kQueryParts; part++) {
+          if (kKeepQuery) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[m][part][i] = kept[d][i];
+          } else {
+            ldmatrix_x4(a[m][part], query_row + (part * kRows + m * 16) * kStride + d * 16);
+          }
+        }
+#pragma unroll
+      for (int n = 0; n < COLUMNS / 16; n++) {
+        uint32_t b[4];  // positions n*16.. and n*16 + 8.., each of two halves of 16 columns
+        ldmatrix_x4(b, keys + (n * 16 + lane / 16 * 8 + lane % 8) * kStride + d * 16 + lane / 8 % 2 * 8);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+          for (int part = 0; part < kQueryParts; part++) {
+            multiply<kWideK>(scores[m][2 * n], a[m][part], b);
+            multiply<kWideK>(scores[m][2 * n + 1], a[m][part], b + 2);
+          }
+      }
+    }
+
+    // the mask, where a row may see less than all of these positions
+    if (at + COLUMNS - 1 > from || (WINDOW && at <= end - 1 - WINDOW)) {
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const int position = at + n * 8 + 2 * t + i % 2, last = limit[m][i / 2];
+            if (position > last || (WINDOW && position <= last - WINDOW)) scores[m][n][i] = kNothing;
+          }
+    }
+
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float top = highest[m][i];
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; n++) top = fmaxf(top, fmaxf(scores[m][n][2 * i], scores[m][n][2 * i + 1]));
+        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
+        const float base = top == kNothing ? 0.0f : top;  // a row that has seen nothing yet
+        const float correction = exp2f(highest[m][i] - base);
+        highest[m][i] = top;
+        float total = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; n++)
+#pragma unroll
+          for (int j = 2 * i; j < 2 * i + 2; j++) {
+            scores[m][n][j] = exp2f(scores[m][n][j] - base);
+            total += scores[m][n][j];
+          }
+        sum[m][i] = sum[m][i] * correction + total;
+#pragma unroll
+        for (int n = 0; n < kDimTiles; n++) {
+          acc[m][n][2 * i] *= correction;
+          acc[m][n][2 * i + 1] *= correction;
+        }
+      }
+
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 16; n++) {
+      uint32_t weights[ROW_TILES][4], rest[ROW_TILES][4];
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float* pair = &scores[m][2 * n + i / 2][i % 2 * 2];
+          weights[m][i] = pack<kWideV>(pair[0], pair[1]);
+          if (kWideV) rest[m][i] = pack_rest<kWideV>(pair[0], pair[1], weights[m][i]);
+        }
+#pragma unroll
+      for (int d = 0; d < HEAD / 16; d++) {
+        uint32_t b[4];  // columns d*16.. and d*16 + 8.., each of two halves of 16 positions
+        ldmatrix_x4<true>(b, values + (n * 16 + lane / 8 % 2 * 8 + lane % 8) * kStride + d * 16 + lane / 16 * 8);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) {
+          multiply<kWideV>(acc[m][2 * d], weights[m], b);
+          multiply<kWideV>(acc[m][2 * d + 1], weights[m], b + 2);
+          if (kWideV) {
+            multiply<kWideV>(acc[m][2 * d], rest[m], b);
+            multiply<kWideV>(acc[m][2 * d + 1], rest[m], b + 2);
+          }
+        }
+      }
+    }
+    __syncthreads();
+    if (STAGES == 2) stage ^= 1;
+  }
+
+#pragma unroll
+  for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float total = sum[m][i];
+      total += __shfl_xor_sync(FULL_WARP, total, 1);
+      total += __shfl_xor_sync(FULL_WARP, total, 2);
+      const float inverse = 1.0f / total;
+      const int r = (warp * ROW_TILES + m) * 16 + g + 8 * i, token = r / GROUP;
+      if (token >= tile.n_tokens || r % GROUP >= n_heads) continue;
+      const long long place = static_cast<long long>(tile.token + token) * kWidth + first_column + r % GROUP * HEAD + 2 * t;
+#pragma unroll
+      for (int n = 0; n < kDimTiles; n++) {
+        const float a = acc[m][n][2 * i] * inverse, b = acc[m][n][2 * i + 1] * inverse;
+        if (OUT == OUT_H16) *reinterpret_cast<uint32_t*>(static_cast<__half*>(out) + place + 8 * n) = pack<false>(a, b);
+        else *reinterpret_cast<float2*>(static_cast<float*>(out) + place + 8 * n) = make_float2(a, b);
+      }
+    }
+  // a mean of float16 values fits float16 as it is
+  if (OUT == OUT_H16 && y == 0)
+    for (int token = threadIdx.x; token < tile.n_tokens; token += kThreads) scales[tile.token + token] = 1.0f;
+}
