@@ -1,7 +1,8 @@
 """The forms in which rows lie on the device.
 
-A `Value` of the graph that a matmul reads takes the form that suits the number of rows: float32, int8 blocks (`A8Rows`) or
-float16 with a factor (`H16Rows`). Rows follow each other without gaps; `n_rows` is the bucket's.
+A `Value` of the graph that a matmul reads takes the form that suits the number of rows: "f32" is float32; "a8" int8 in blocks
+of 32 columns (`graph.activation`); "h16" float16 with a power of two for each row, value = data * scale. Rows follow one
+another without gaps.
 """
 
 from __future__ import annotations
@@ -12,37 +13,42 @@ from typing import Literal
 from pyinfer.kernels_gpu.launch import Buffer
 
 Form = Literal["f32", "a8", "h16"]
+FORMS: tuple[Form, ...] = ("f32", "a8", "h16")  # by number, as the kernels' OUT counts them
+_A8_BLOCK = 32
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
-class F32Rows:
-    data: Buffer  # float32 [n_rows, width]
-    n_rows: int
+class Operand:
+    """Rows in one form."""
+
+    form: Form
     width: int
-    form: Form = "f32"
+    data: Buffer  # float32, int8 or float16 [n, width]
+    scales: Buffer | None = None  # float32: a8 [n, width / 32], h16 [n]
+    sums: Buffer | None = None  # float32, a8 only [n, width / 32]: scale * sum of the block's codes
 
 
-@dataclass(frozen=True, slots=True)
-class A8Rows:
-    """Rows as `graph.activation` specifies them, with what minimums are multiplied with."""
-
-    codes: Buffer  # int8 [n_rows, width]
-    scales: Buffer  # float32 [n_rows, width / 32]
-    sums: Buffer  # float32 [n_rows, width / 32]: scale * sum of the block's codes
-    n_rows: int
-    width: int
-    form: Form = "a8"
+def operand_bytes(form: Form, n_rows: int, width: int) -> int:
+    """Memory that `operand_at` divides up."""
+    return sum(_part_bytes(form, n_rows, width))
 
 
-@dataclass(frozen=True, slots=True)
-class H16Rows:
-    """value = data * scale; the scale is a power of two."""
-
-    data: Buffer  # float16 [n_rows, width]
-    scales: Buffer  # float32 [n_rows]
-    n_rows: int
-    width: int
-    form: Form = "h16"
+def operand_at(form: Form, n_rows: int, width: int, memory: Buffer) -> Operand:
+    """An operand in this memory; its parts are multiples of 256 bytes apart."""
+    parts, start = [], 0
+    for n_bytes in _part_bytes(form, n_rows, width):
+        parts.append(memory.at(start, n_bytes))
+        start += n_bytes
+    return Operand(form, width, *parts)
 
 
-Operand = F32Rows | A8Rows | H16Rows
+def _part_bytes(form: Form, n_rows: int, width: int) -> list[int]:
+    if form == "f32":
+        sizes = [4 * n_rows * width]
+    elif form == "a8":
+        assert width % _A8_BLOCK == 0, f"{width} columns are not whole blocks of {_A8_BLOCK}"
+        sizes = [n_rows * width, *[4 * n_rows * (width // _A8_BLOCK)] * 2]
+    else:
+        sizes = [2 * n_rows * width, 4 * n_rows]
+    return [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
