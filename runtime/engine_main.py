@@ -104,7 +104,7 @@ class _Process:
                 opened = open_engine(file, load_options(load.options), self._vocabulary, progress)
                 engine = opened.engine
                 try:
-                    self._wire.reports.send(Loaded(engine.limits, engine.config, opened.kv_bytes))
+                    self._wire.reports.send(Loaded(engine.limits, engine.config, opened.kv_bytes, opened.placement))
                     self._serve(engine)
                 finally:
                     engine.close()

@@ -67,6 +67,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     limits: RequestLimits
     config: StageConfig  # sizes as they were chosen
     kv_bytes: int  # of the KV pool
+    placement: list[str] = []  # where everything is, a line a stage; empty if all is on the CPU
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):

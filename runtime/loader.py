@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pyinfer.graph.backend import Progress, StageConfig
+from pyinfer.graph.backend import Progress, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime.chat_template import ChatTemplate
@@ -108,17 +109,19 @@ def open_engine(
 ) -> OpenedEngine:
     """Weights, kernels and pages. `vocabulary` is asked last, so that it can be read meanwhile."""
     from pyinfer.runtime.models.registry import build_graph
-    from pyinfer.runtime.placement import place
+    from pyinfer.runtime.placement import place, size_pool
 
-    placed = place(build_graph(file), file.size, options, progress)
-    stage, graph, config, page_bytes = placed.stage, placed.graph, placed.config, placed.page_bytes
-    n_swap_pages = config.n_pages // 4 if options.swap_space is None else options.swap_space // page_bytes
+    built = build_graph(file)
+    placed = place(built, options, partial(size_pool, built, file.size, options), progress)
+    stage, graph, config = placed.stage, placed.graph, placed.config
+    n_swap_pages = config.n_pages // 4 if options.swap_space is None else options.swap_space // placed.plan.page_bytes
     try:
         engine = Engine(
             stage,
             config,
             vocabulary(),
             n_vocab=graph.n_vocab,
+            kv_groups=graph.kv_groups,
             seed=options.seed,
             prefix_caching=options.enable_prefix_caching,
             policy=options.scheduling_policy,
@@ -130,4 +133,5 @@ def open_engine(
     except BaseException:
         stage.close()
         raise
-    return OpenedEngine(engine, graph, config.n_pages * page_bytes, placed.n_gpu_layers, placed.lines)
+    kv_bytes = config.n_pages * kv_page_bytes(graph, config.block_size, config.kv_dtype)
+    return OpenedEngine(engine, graph, kv_bytes, placed.n_gpu_layers, placed.lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pyinfer.errors import BackendError, DeviceMemoryError
@@ -31,10 +31,6 @@ class Placed:
     plan: OffloadPlan
 
     @property
-    def page_bytes(self) -> int:
-        return self.plan.page_bytes
-
-    @property
     def n_gpu_layers(self) -> int:
         return self.plan.offload.n_layers
 
@@ -44,23 +40,26 @@ class Placed:
         return self.plan.lines(self.config.n_pages) if self.n_gpu_layers else []
 
 
-def place(graph: Graph, file_bytes: int, options: LoadOptions, progress: Progress | None) -> Placed:
+# the sizes with this on GPUs; None if a GPU lacks room for it
+Sizes = Callable[[Offload, Sequence[DeviceInfo]], StageConfig | None]
+
+
+def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress | None) -> Placed:
     """Plan, then load; what does not fit after all is planned anew with fewer layers on the GPU, and a warning.
 
     `graph` is as the model's builder made it.
     """
     devices = find_devices(options)
-    asked = wanted(options.n_gpu_layers, len(graph.kv_layers)) if devices else Offload(0)
+    layers = options.n_gpu_layers if devices else 0
+    asked = wanted(layers, len(graph.kv_layers))
     most = asked.n_blocks
-    for offload in candidates(options.n_gpu_layers if devices else 0, len(graph.kv_layers)):
-        if offload.n_blocks > most:
-            continue
-        config = size_pool(graph, file_bytes, devices, offload, options)
+    for offload in candidates(layers, len(graph.kv_layers)):
+        config = sizes(offload, devices) if offload.n_blocks <= most else None
         if config is None:
             continue
         whole = optimize(for_context(graph, config.n_ctx))
         plan = make_plan(whole, config, devices, offload, options.gpu_memory_utilization)
-        if options.n_gpu_layers != "auto" and offload != asked:
+        if layers != "auto" and offload != asked and most == asked.n_blocks:
             _log.warning("there is no room for %s on the GPU; %s", _layers(asked), _instead(offload))
         try:
             stage = open_stages(plan, config, options.backend, progress)
@@ -68,7 +67,7 @@ def place(graph: Graph, file_bytes: int, options: LoadOptions, progress: Progres
             if not offload.n_layers:
                 raise
             most = offload.n_blocks - max(1, offload.n_blocks // 8)
-            _log.warning("%s does not fit on the GPU after all, with less on it now: %s", _layers(offload), error)
+            _log.warning("%s did not fit on the GPU after all (%s); fewer are tried", _layers(offload), error)
             continue
         placed = Placed(stage, whole, config, plan)
         _report(placed, devices)
@@ -93,7 +92,7 @@ def find_devices(options: LoadOptions) -> list[DeviceInfo]:
 
 
 def size_pool(
-    graph: Graph, file_bytes: int, devices: Sequence[DeviceInfo], offload: Offload, options: LoadOptions
+    graph: Graph, file_bytes: int, options: LoadOptions, offload: Offload, devices: Sequence[DeviceInfo]
 ) -> StageConfig | None:
     """Sizes for this offload; None if a GPU lacks room for its weights and the least context.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +17,10 @@ from pyinfer.errors import ConfigError
 
 if TYPE_CHECKING:
     from pyinfer.cli.bench_output import Printer
-    from pyinfer.graph.backend import StageConfig
-    from pyinfer.graph.graph import Graph
+    from pyinfer.graph.backend import DeviceInfo, StageConfig
     from pyinfer.quant.gguf import GGUFFile
     from pyinfer.runtime.bench import BenchTest
+    from pyinfer.runtime.offload import Offload, OffloadPlan
 
 _OUTPUTS = ("md", "json", "csv")
 _MAX_PARALLEL = 4096
@@ -54,7 +56,15 @@ def parse_output(text: str) -> str:
 _NUMBERS = checked(parse_numbers)
 
 
-@with_some_engine_options("threads", "n_gpu_layers", "kv_cache_dtype", "max_num_batched_tokens", "block_size", "seed")
+@with_some_engine_options(
+    "threads",
+    "n_gpu_layers",
+    "gpu_memory_utilization",
+    "kv_cache_dtype",
+    "max_num_batched_tokens",
+    "block_size",
+    "seed",
+)
 def bench(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A path, a name, pypi:PACKAGE or npm:PACKAGE.")],
     n_prompt: Annotated[
@@ -98,14 +108,15 @@ def _run(
     file: GGUFFile, tests: list[BenchTest], repetitions: int, engine: EngineOptions, printer_kind: type[Printer]
 ) -> None:
     from pyinfer.graph.backend import StageConfig
-    from pyinfer.graph.passes import optimize
-    from pyinfer.runtime.backends import open_backend
     from pyinfer.runtime.bench import BenchRunner, pages_needed
+    from pyinfer.runtime.load_options import LoadOptions
     from pyinfer.runtime.model_info import model_info
     from pyinfer.runtime.models.registry import build_graph
+    from pyinfer.runtime.offload import make_plan
+    from pyinfer.runtime.placement import place
     from pyinfer.runtime.threads import default_threads
 
-    graph = optimize(build_graph(file))
+    graph = build_graph(file)
     n_threads = engine.n_threads or default_threads()
     config = StageConfig(
         n_pages=max(pages_needed(test, engine.block_size, len(graph.kv_groups)) for test in tests),
@@ -116,9 +127,17 @@ def _run(
         n_ctx=max(test.n_ctx for test in tests),
         n_threads=n_threads,
     )
-    _check_memory(graph, config)
+
+    def sizes(offload: Offload, devices: Sequence[DeviceInfo]) -> StageConfig | None:
+        plan = make_plan(graph, config, devices, offload, engine.gpu_memory_utilization)
+        if plan.max_pages() < config.n_pages:
+            return None
+        _check_memory(plan, config)
+        return config
+
     line = LoadingLine()
-    stage = open_backend("cpu").open_stage(graph, config, line)
+    placed = place(graph, LoadOptions(**engine.as_kwargs()), sizes, line)
+    stage = placed.stage
     try:
         runner = BenchRunner(
             stage,
@@ -129,7 +148,10 @@ def _run(
             seed=engine.seed,
         )
         line.clear()
-        printer = printer_kind(model_info(file), engine, n_threads)
+        for text in placed.lines:
+            print(text, file=sys.stderr)
+        shown = dataclasses.replace(engine, n_gpu_layers=placed.n_gpu_layers)
+        printer = printer_kind(model_info(file), shown, n_threads)
         watched = sys.stderr.isatty()
         for test in tests:
             result = runner.run(test, repetitions, partial(_show_sample, line, test, repetitions) if watched else None)
@@ -141,12 +163,11 @@ def _run(
         stage.close()
 
 
-def _check_memory(graph: Graph, config: StageConfig) -> None:
-    from pyinfer.graph.backend import kv_page_bytes
+def _check_memory(plan: OffloadPlan, config: StageConfig) -> None:
     from pyinfer.runtime.memory import memory
     from pyinfer.runtime.sizes import format_binary
 
-    needed = config.n_pages * kv_page_bytes(graph, config.block_size, config.kv_dtype)
+    needed = config.n_pages * sum(stage.page_bytes for stage in plan.stages if stage.device is None)
     available = memory().available
     if needed > available:
         raise ConfigError(

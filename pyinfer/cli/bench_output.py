@@ -39,7 +39,7 @@ class Printer(ABC):
         return {
             "pyinfer_version": pyinfer.__version__,
             "cpu_info": cpu_name(),
-            "backends": "CPU",
+            "backends": "CUDA" if self.engine.n_gpu_layers else "CPU",
             "model_filename": str(info.path),
             "model_type": info.model_type,
             "model_size": info.tensor_bytes,
@@ -83,7 +83,7 @@ class MarkdownPrinter(Printer):
                 safe(self.info.model_type),
                 format_binary(self.info.tensor_bytes),
                 params,
-                "CPU",
+                f"CUDA {self.engine.n_gpu_layers}" if self.engine.n_gpu_layers else "CPU",
                 str(self.n_threads),
                 str(result.test.n_parallel),
                 result.test.name,

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from pyinfer.cli.common import checked, with_signature
-from pyinfer.errors import BackendError, ConfigError
+from pyinfer.errors import ConfigError
 from pyinfer.runtime.sizes import parse_size
 
 _ENGINE_PANEL = "Engine"
@@ -33,6 +33,7 @@ ONE_USER = (
     "threads",
     "ctx_size",
     "n_gpu_layers",
+    "gpu_memory_utilization",
     "kv_cache_dtype",
     "kv_cache_memory",
     "max_num_seqs",
@@ -44,11 +45,12 @@ ONE_USER = (
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What a user can choose about the engine, checked; defaults are those of `LLM`."""
+    """What a user can choose about the engine, checked; defaults are those of `LLM`, but for `n_gpu_layers`."""
 
     n_threads: int | None = None  # None: physical cores this process may use
     n_ctx: int = 0  # 0: the model's, or what the KV pool holds
-    n_gpu_layers: int = 0
+    n_gpu_layers: int | str = "auto"  # blocks, "auto" or "all"
+    gpu_memory_utilization: float = 0.9
     kv_cache_dtype: str = "f16"
     kv_cache_memory: int | None = None  # bytes; None: chosen from the free memory
     max_num_seqs: int = 256
@@ -84,17 +86,25 @@ def _one_of(known: tuple[str, ...]) -> Callable[[str], str]:
     return parse
 
 
-def parse_gpu_layers(text: str) -> int:
-    """`0` and `auto` are 0 here: no GPU backend exists; `all` or a number is refused in the open."""
+def parse_gpu_layers(text: str) -> int | str:
+    """A number of blocks, `auto` or `all`."""
     word = text.strip().lower()
-    if word in ("auto", "0"):
-        return 0
-    if word == "all" or word.isdecimal():
-        raise BackendError(
-            f"-ngl {text} asks for layers on a GPU, and this version has no GPU backend; use -ngl 0 or auto",
-            param="n_gpu_layers",
-        )
+    if word in ("auto", "all"):
+        return word
+    if word.isdecimal():
+        return int(word)
     raise ConfigError(f"{text!r} is not a number of layers, 'auto' or 'all'", param="n_gpu_layers")
+
+
+def parse_share(text: str) -> float:
+    """A share of something, above 0 and at most 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigError(f"{text!r} is not a share above 0 and of at most 1, like 0.9")
+    return share
 
 
 def _engine_options(
@@ -128,10 +138,19 @@ def _engine_options(
             "--n-gpu-layers",
             metavar="N|auto|all",
             callback=checked(parse_gpu_layers),
-            help="Layers on the GPU.",
+            help="Blocks on the GPU; all: with the head; auto: what fits, 0 without a GPU.",
             rich_help_panel=_ENGINE_PANEL,
         ),
     ] = "auto",
+    gpu_memory_utilization: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE",
+            callback=checked(parse_share),
+            help="Share of a GPU's memory that may be in use.",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = "0.9",
     kv_cache_dtype: Annotated[
         str,
         typer.Option(
@@ -220,6 +239,7 @@ def _engine_options(
         n_threads=threads,
         n_ctx=ctx_size,
         n_gpu_layers=parse_gpu_layers(n_gpu_layers),
+        gpu_memory_utilization=parse_share(gpu_memory_utilization),
         kv_cache_dtype=parse_kv_dtype(kv_cache_dtype),
         kv_cache_memory=None if kv_cache_memory is None else parse_size(kv_cache_memory),
         max_num_seqs=max_num_seqs,

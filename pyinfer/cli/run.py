@@ -82,6 +82,8 @@ def run(
         loaded.chat_template.require()
         params = loaded.chat_params.replace(**{name: value for name, value in fields.items() if value is not None})
         session = ChatSession(loaded, params, system)
+        if verbose:
+            print(*loaded.placement, sep="\n", file=sys.stderr, end="\n" if loaded.placement else "")
         if question is not None:
             _answer_once(session, question, verbose)
         else:

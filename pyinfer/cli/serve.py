@@ -200,7 +200,7 @@ class _Runner:
             path, progress=line, chat_template=self._chat_template, **self._engine.as_kwargs()
         )
         edge = ModelEdge(it.tokenizer, it.chat_template, it.info, it.chat_params)
-        return EngineClient.in_process(it.engine), edge, Loaded(it.engine.limits, it.config, it.kv_bytes)
+        return EngineClient.in_process(it.engine), edge, Loaded(it.engine.limits, it.config, it.kv_bytes, it.placement)
 
     def _load_there(self, path: Path, line: LoadingLine, child: EngineChild) -> tuple[EngineClient, ModelEdge, Loaded]:
         from pyinfer.runtime.engine_process import EngineProcess
@@ -235,6 +235,7 @@ class _Runner:
                 ("context", f"{loaded.limits.n_ctx} tokens of {edge.info.n_ctx_train}"),
                 ("KV cache", f"{format_binary(loaded.kv_bytes)}, {tokens} tokens, {config.kv_dtype}"),
                 ("threads", config.n_threads),
+                *((device, what) for device, _, what in (line.partition(": ") for line in loaded.placement)),
                 ("chat template", None if edge.chat_template else "none; give one with --chat-template FILE"),
                 ("API", f"{self._url}/v1"),
             ],

@@ -16,7 +16,7 @@ import pytest
 from pyinfer.cli import app, options
 from pyinfer.cli.app import COMMANDS, CommandSpec, env_name, load_command
 from pyinfer.cli.options import EngineOptions, parse_gpu_layers
-from pyinfer.errors import BackendError, ConfigError
+from pyinfer.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 
@@ -233,16 +233,16 @@ class TestOptions:
             assert "PYINFER_HOME" not in names
         assert env_name(["-c", "--ctx-size"]) == "PYINFER_CTX_SIZE" and env_name(["-x"]) is None
 
-    @pytest.mark.parametrize(("text", "value"), [("0", 0), ("auto", 0), ("AUTO", 0)])
-    def test_gpu_layers(self, text: str, value: int) -> None:
-        assert parse_gpu_layers(text) == value
+    @pytest.mark.parametrize(("text", "value"), [("0", 0), ("99", 99), ("auto", "auto"), ("ALL", "all")])
+    def test_gpu_layers(self, text: str, value: int | str, seen: list[EngineOptions], cli: Cli) -> None:
+        assert cli("probe", "-ngl", text)[0] == 0
+        assert seen[0].n_gpu_layers == value
 
-    @pytest.mark.parametrize("text", ["1", "99", "all"])
-    def test_gpu_layers_without_a_gpu(self, text: str, seen: list[EngineOptions], cli: Cli) -> None:
-        with pytest.raises(BackendError):
-            parse_gpu_layers(text)
-        code, _, err = cli("probe", "-ngl", text)
-        assert code == 1 and "no GPU backend" in err
+    def test_gpu_memory_utilization(self, seen: list[EngineOptions], cli: Cli) -> None:
+        assert cli("probe", "--gpu-memory-utilization", "0.5")[0] == 0
+        assert seen[0].gpu_memory_utilization == 0.5 and seen[0].n_gpu_layers == "auto"
+        for text in ("0", "1.5", "nan", "much"):
+            assert cli("probe", "--gpu-memory-utilization", text)[0] == 2
 
     def test_gpu_layers_nonsense(self) -> None:
         with pytest.raises(ConfigError):

@@ -144,6 +144,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
     def install(*devices: DeviceInfo, capacity: int = 99) -> list[str]:
         opened: list[str] = []
+
         def open_backend(name: str, device: int = 0) -> Backend:
             return FakeGPU(capacity, opened) if name == "gpu" else backends.open_backend(name)
 
@@ -193,7 +194,7 @@ def test_a_device_that_is_smaller_than_planned_gets_fewer_layers(
     with caplog.at_level(logging.WARNING, "pyinfer"):
         tokens, _ = answer(path, n_gpu_layers=layers)
     assert tokens == expected and opened == ["gpu:3"]
-    assert any("does not fit" in message and "room for 3" in message for message in caplog.messages)
+    assert any("did not fit" in message and "room for 3" in message for message in caplog.messages)
 
 
 def test_what_cannot_fit_is_said_before_loading(
@@ -214,15 +215,15 @@ def test_the_pool_takes_what_the_gpus_have_when_all_is_there(path: Path, fake: C
     graph = build_graph(GGUFFile.open(path))
     fake(with_room(GIB))
     options = LoadOptions(n_gpu_layers="all", max_num_seqs=2)
-    sized = placement.size_pool(graph, 0, [with_room(GIB)], Offload(N, True, True), options)
+    sized = placement.size_pool(graph, 0, options, Offload(N, True, True), [with_room(GIB)])
     assert sized is not None and sized.n_pages == 2 * 512 // 16  # no more than can ever be used
     many = replace(options, max_num_seqs=100_000, gpu_memory_utilization=0.5)
-    sized = placement.size_pool(graph, 0, [with_room(GIB)], Offload(N, True, True), many)
+    sized = placement.size_pool(graph, 0, many, Offload(N, True, True), [with_room(GIB)])
     assert sized is not None
     plan = make_plan(graph, sized, [with_room(GIB)], Offload(N, True, True), 0.5)
     assert 0 <= GIB // 2 - plan.stages[0].n_bytes(sized.n_pages) < plan.page_bytes
     fixed = replace(options, kv_cache_memory=40 * plan.page_bytes)
-    sized = placement.size_pool(graph, 0, [with_room(GIB)], Offload(3), fixed)
+    sized = placement.size_pool(graph, 0, fixed, Offload(3), [with_room(GIB)])
     assert sized is not None and sized.n_pages == 40
 
 
