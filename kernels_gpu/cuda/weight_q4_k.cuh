@@ -1,0 +1,27 @@
+// Q4_K: weight = d * scale * q - dmin * minimum, 6-bit scales and minimums of 32 columns.
+#pragma once
+#include "weight_common.cuh"
+
+struct Q4_K {
+  static constexpr int kColumns = 32, kWords = 8, kHalves = 1, kShift = 0;
+  static constexpr bool kHasMinimum = true;
+  struct Parts {
+    const uint4 *codes, *heads;
+    int stride;
+    DEVICE Parts(const void* base, int n_rows, int columns) : stride(units_of_row(columns)) {
+      codes = part_at<uint4>(base, 0);
+      heads = part_at<uint4>(base, part_bytes(n_rows, stride * 16));
+    }
+  };
+  struct Tile {
+    uint4 codes, head;
+  };
+  static DEVICE void load(Tile& t, const Parts& p, int row, int unit) {
+    const int at = row * p.stride + unit;
+    t.codes = load_stream(p.codes + at);
+    t.head = load_stream(p.heads + (at >> 3));
+  }
+  static DEVICE void clear(Tile& t) { t.codes = t.head = make_uint4(0, 0, 0, 0); }
+  static DEVICE void unpack(const Tile& t, int* q) { nibbles_at<0>(t.codes, q); }
+  static DEVICE Factors factors(const Tile& t, int unit) { return head_factors(t.head, unit); }
+};

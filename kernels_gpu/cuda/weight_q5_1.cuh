@@ -1,0 +1,38 @@
+// Q5_1: weight = d * q + m.
+#pragma once
+#include "weight_common.cuh"
+
+struct Q5_1 {
+  static constexpr int kColumns = 32, kWords = 8, kHalves = 1, kShift = 0;
+  static constexpr bool kHasMinimum = true;
+  struct Parts {
+    const uint4* codes;
+    const uint32_t *high, *scales;
+    int stride;
+    DEVICE Parts(const void* base, int n_rows, int columns) : stride(units_of_row(columns)) {
+      const long long high_at = part_bytes(n_rows, stride * 16);
+      codes = part_at<uint4>(base, 0);
+      high = part_at<uint32_t>(base, high_at);
+      scales = part_at<uint32_t>(base, high_at + part_bytes(n_rows, stride * 4));
+    }
+  };
+  struct Tile {
+    uint4 codes;
+    uint32_t high, dm;
+  };
+  static DEVICE void load(Tile& t, const Parts& p, int row, int unit) {
+    const int at = row * p.stride + unit;
+    t.codes = load_stream(p.codes + at);
+    t.high = load_stream(p.high + at);
+    t.dm = load_cached(p.scales + at);
+  }
+  static DEVICE void clear(Tile& t) {
+    t.codes = make_uint4(0, 0, 0, 0);
+    t.high = t.dm = 0;
+  }
+  static DEVICE void unpack(const Tile& t, int* q) {
+    nibbles_at<0>(t.codes, q);
+    bits_at<4>(t.high, q);
+  }
+  static DEVICE Factors factors(const Tile& t, int) { return {half_value(t.dm), half_value(t.dm >> 16), {1, 1}, {1, 1}}; }
+};

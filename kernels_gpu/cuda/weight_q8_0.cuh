@@ -1,0 +1,35 @@
+// Q8_0: weight = d * q. A step is half a unit, so that neighbouring lanes read neighbouring 16 bytes.
+#pragma once
+#include "weight_common.cuh"
+
+struct Q8_0 {
+  static constexpr int kColumns = 16, kWords = 4, kHalves = 1, kShift = 0;
+  static constexpr bool kHasMinimum = false;
+  struct Parts {
+    const uint4* codes;
+    const uint16_t* scales;
+    int stride;
+    DEVICE Parts(const void* base, int n_rows, int columns) : stride(2 * units_of_row(columns)) {
+      codes = part_at<uint4>(base, 0);
+      scales = part_at<uint16_t>(base, part_bytes(n_rows, stride * 16));
+    }
+  };
+  struct Tile {
+    uint4 codes;
+    uint16_t d;
+  };
+  static DEVICE void load(Tile& t, const Parts& p, int row, int step) {
+    const int at = row * p.stride + step;
+    t.codes = load_stream(p.codes + at);
+    t.d = load_cached(p.scales + (at >> 1));
+  }
+  static DEVICE void clear(Tile& t) {
+    t.codes = make_uint4(0, 0, 0, 0);
+    t.d = 0;
+  }
+  static DEVICE void unpack(const Tile& t, int* q) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) q[j] = word_of(t.codes, j);
+  }
+  static DEVICE Factors factors(const Tile& t, int) { return {half_value(t.d), 0, {1, 1}, {0, 0}}; }
+};

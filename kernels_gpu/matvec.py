@@ -1,0 +1,88 @@
+"""Products with 1 to 8 rows of activations, read straight from packed weights: launches of `cuda/gemv.cu`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
+from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, STEP_COLUMNS, Problem, Tuning, tuning_of
+from pyinfer.kernels_gpu.operand import Operand
+from pyinfer.kernels_gpu.weights import DeviceWeight
+from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
+
+MAX_MATRICES = 3  # of one launch
+_NO_MATRIX = (None, None, None, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One matrix of a product: out = x @ weight.T + bias."""
+
+    weight: DeviceWeight
+    out: Buffer  # float32 [n_rows, rows of the weight]
+    bias: Buffer | None = None  # float32 [rows of the weight]
+
+
+def build_matvec(
+    x: Operand,
+    products: Sequence[Product],
+    n_rows: int,
+    *,
+    n_sms: int,
+    arch: int,
+    residual: Buffer | None = None,
+    tuning: Tuning | None = None,
+) -> list[Launch]:
+    """Launches for matrices that read the same x, "a8" for block types and "f32" for float types, of 1 to 8 rows.
+
+    `residual`, float32 like the only out, is added; it may be that out. A row's result does not depend on n_rows. `tuning`
+    stands in for what `matvec_tuning` would choose.
+    """
+    assert 1 <= n_rows <= MAX_TOKENS, n_rows
+    assert residual is None or len(products) == 1
+    launches = []
+    for first in range(0, len(products), MAX_MATRICES):
+        part = products[first : first + MAX_MATRICES]
+        problem = problem_of(part, n_rows)
+        cut = tuning or tuning_of(problem, n_sms, arch)
+        launches.append(_launch(x, part, problem, cut, residual))
+    return launches
+
+
+def problem_of(products: Sequence[Product], n_rows: int) -> Problem:
+    """What a tuning is chosen for."""
+    layouts = [product.weight.layout for product in products]
+    kinds = tuple(layout.kind for layout in layouts)
+    return Problem(kinds, sum(layout.n_rows for layout in layouts), layouts[0].n_columns, n_rows)
+
+
+def _launch(x: Operand, products: Sequence[Product], problem: Problem, cut: Tuning, residual: Buffer | None) -> Launch:
+    layouts = [product.weight.layout for product in products]
+    assert all(layout.n_columns == x.width for layout in layouts), problem
+    assert all((layout.kind in FLOAT_BYTES) == (x.form == "f32") for layout in layouts), (x.form, problem)
+    matrices = [(p.weight.buffer, p.out, p.bias, p.weight.layout.n_rows) for p in products]
+    matrices += [_NO_MATRIX] * (MAX_MATRICES - len(products))
+    return Launch(
+        gemv_kernel(problem, cut),
+        grid=(sum(-(-layout.n_rows // cut.block_rows) for layout in layouts), 1, 1),
+        block=(32 * cut.warps, 1, 1),
+        args=(x.data, x.scales, x.sums, x.width, residual, *(value for matrix in matrices for value in matrix)),
+        overlap=True,
+    )
+
+
+def gemv_kernel(problem: Problem, cut: Tuning) -> Kernel:
+    """The variant of the kernel; sizes are arguments, so that few variants serve a model."""
+    kinds = (*problem.kinds, *[problem.kinds[0]] * (MAX_MATRICES - len(problem.kinds)))
+    ragged = any(problem.n_columns % STEP_COLUMNS.get(kind, 32) for kind in kinds)
+    return Kernel(
+        "gemv.cu",
+        "gemv",
+        (
+            *((f"TYPE{i}", kind) for i, kind in enumerate(kinds)),
+            ("SEGMENTS", len(problem.kinds)), ("TOKENS", problem.n_tokens), ("ROWS", cut.rows), ("LANES", cut.lanes),
+            ("SPLIT", cut.split), ("WARPS", cut.warps), ("UNROLL", cut.unroll), ("MIN_BLOCKS", cut.min_blocks),
+            ("RAGGED", int(ragged)),
+        ),
+    )  # fmt: skip
