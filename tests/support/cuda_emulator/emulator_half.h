@@ -1,12 +1,13 @@
 // float16 and bfloat16 with the names of cuda_fp16.h and cuda_bf16.h. Sums and products are rounded after each operation.
 #pragma once
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
+#if defined(__F16C__)  // g++'s own names: immintrin.h takes longer to read than all else
+typedef float EmulatorFloats __attribute__((vector_size(16)));
+typedef short EmulatorHalves __attribute__((vector_size(16)));
+#endif
 inline unsigned short emulator_half_bits(float v) {  // to nearest even
 #if defined(__F16C__)
-  return (unsigned short)_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT);
+  return (unsigned short)__builtin_ia32_vcvtps2ph(EmulatorFloats{v, 0.0f, 0.0f, 0.0f}, 0)[0];
 #else
   unsigned u;
   memcpy(&u, &v, 4);
@@ -23,7 +24,7 @@ inline unsigned short emulator_half_bits(float v) {  // to nearest even
 }
 inline float emulator_half_value(unsigned short h) {
 #if defined(__F16C__)
-  return _cvtsh_ss(h);
+  return __builtin_ia32_vcvtph2ps(EmulatorHalves{short(h), 0, 0, 0, 0, 0, 0, 0})[0];
 #else
   const unsigned sign = (h & 0x8000u) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3ff;
   unsigned u;
@@ -98,6 +99,8 @@ inline half2 make_half2(half a, half b) { return half2(a, b); }
 inline half2 __half2half2(half v) { return half2(v, v); }
 inline half __low2half(half2 v) { return v.x; }
 inline half __high2half(half2 v) { return v.y; }
+inline half2 __low2half2(half2 v) { return half2(v.x, v.x); }
+inline half2 __high2half2(half2 v) { return half2(v.y, v.y); }
 inline float __low2float(half2 v) { return float(v.x); }
 inline float __high2float(half2 v) { return float(v.y); }
 

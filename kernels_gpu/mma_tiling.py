@@ -1,0 +1,178 @@
+"""How `cuda/matmul_mma.cu` cuts a product: tiles, stages in shared memory, and shares of the work.
+
+The default comes from a model of one multiprocessor in clock cycles. A block's stay is bounded by the slowest of
+- memory: a chunk's bytes at the multiprocessor's share of the read bandwidth (H200: 4.65 TB/s / 132 / 1.7 GHz = 21 bytes),
+- the tensor cores: `mma.sync` reaches about 2,500 FLOP a cycle on sm_90 (60 % of what wgmma could), 2,048 on sm_80,
+- the L2: weights and rows of x at about 40 bytes a cycle, which is why tiles of 256 weight rows are wanted,
+- decoding: about three instructions a weight, once for all rows of a tile, four warps' worth a cycle.
+For Llama-3.1-8B in Q4_K_M (8.0e9 weights, 4.6 GB) that bounds a step of 8 to 32 rows by memory (1.0 ms) and decoding (0.8 ms), of
+64 by the tensor cores (1.9 ms) and of 128 by them alone (3.7 ms): 31,000 tokens/s there before attention and everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from pyinfer.kernels_gpu.weights_layout import layout_of
+
+MAX_TILE_ROWS = 128  # rows of activations of a tile: 128 float32 sums a thread
+# bytes of a unit of 32 columns in each part, as the kernel stages them: codes, high, scales
+_UNIT_PARTS = {
+    "Q4_0": (16, 2), "Q4_1": (16, 4), "Q5_0": (16, 4, 2), "Q5_1": (16, 4, 4), "Q8_0": (32, 2),
+    "Q2_K": (8, 2), "Q3_K": (8, 4, 2), "Q4_K": (16, 2), "Q5_K": (16, 4, 2), "Q6_K": (16, 8, 2),
+}  # fmt: skip
+_WITH_D = ("Q2_K", "Q3_K", "Q6_K")  # 16 bytes more of a row and chunk
+_CHUNK_UNITS = {"Q2_K": (8,), "Q3_K": (8,), "Q4_K": (8,), "Q5_K": (8,), "Q6_K": (8,), "Q8_0": (4, 2)}
+FLOAT_KINDS = ("F16", "BF16")
+MMA_KINDS = (*FLOAT_KINDS, *_UNIT_PARTS)
+_FLOPS_A_CYCLE = {75: 512, 80: 2048, 86: 1024, 89: 1024, 90: 2500}  # of a multiprocessor, float32 sums
+_L2_BYTES, _MEMORY_BYTES = 40.0, 21.0  # a cycle and multiprocessor
+_CYCLES_A_WEIGHT = 3 / 128  # decoding
+_START_CYCLES, _SPLIT_CYCLES = 3000, 2000  # filling the ring; meeting in the workspace
+
+
+@dataclass(frozen=True, slots=True)
+class GPU:
+    """What the choice depends on."""
+
+    arch: int
+    n_sms: int
+    shared_bytes: int  # largest of a block
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The defines of the kernel and the shares of its blocks."""
+
+    rows: int  # BM: activation rows of a tile, a multiple of 8
+    fragments: int  # MT: times 16 weight rows a warp
+    warps: int
+    chunk_units: int  # of 32 columns, in a stage of weights
+    x_columns: int  # KX: in a stage of activations
+    w_stages: int
+    x_stages: int
+    blocks: int  # on a multiprocessor
+    units_per_block: int  # chunks of tiles that one block works through
+
+    @property
+    def tile(self) -> int:
+        """Weight rows of a tile."""
+        return self.warps * self.fragments * 16
+
+    @property
+    def chunk_columns(self) -> int:
+        return self.chunk_units * 32
+
+    def shared_bytes(self, kind: str) -> int:
+        weights = self.w_stages * self.tile * chunk_row_bytes(kind, self.chunk_units)
+        return weights + self.x_stages * self.rows * self.x_columns * 2
+
+    def n_tiles(self, m: int, widths: tuple[int, ...]) -> int:
+        return ceil(m / self.rows) * sum(ceil(n / self.tile) for n in widths)
+
+    def n_units(self, m: int, widths: tuple[int, ...], columns: int) -> int:
+        return self.n_tiles(m, widths) * ceil(columns / self.chunk_columns)
+
+    def n_blocks(self, m: int, widths: tuple[int, ...], columns: int) -> int:
+        return ceil(self.n_units(m, widths, columns) / self.units_per_block)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Workspace of one block: its two partial tiles of float32 sums."""
+        return 2 * self.tile * self.rows * 4
+
+
+def chunk_row_bytes(kind: str, units: int) -> int:
+    """Shared memory of a row of a chunk; every part takes at least the 16 bytes that one copy moves."""
+    if kind in FLOAT_KINDS:
+        return units * 64
+    return sum(max(16, units * size) for size in _UNIT_PARTS[kind]) + (16 if kind in _WITH_D else 0)
+
+
+def chunk_units(kind: str, columns: int) -> int:
+    """Units of a chunk: 2 of floats, 8 of K types, else the most that wastes little behind the end of a row."""
+    if kind in FLOAT_KINDS:
+        return 2
+    options = _CHUNK_UNITS.get(kind, (8, 4, 2))
+    waste = {units: ceil(columns / (32 * units)) * 32 * units / columns for units in options}
+    return next((units for units in options if waste[units] <= 1.06), min(options, key=lambda units: waste[units]))
+
+
+def tilings(kind: str, m: int, widths: tuple[int, ...], columns: int, gpu: GPU) -> list[Tiling]:
+    """Every sensible way, best first by the model."""
+    found: dict[Tiling, float] = {}
+    units = chunk_units(kind, columns)
+    for rows in _tile_rows(m, gpu):
+        for warps, fragments in ((8, 2), (8, 1), (4, 2), (4, 1)):
+            cut = _staged(kind, rows, warps, fragments, units, gpu)
+            if cut is None:
+                continue
+            whole = ceil(columns / cut.chunk_columns)
+            n_units, slots = cut.n_units(m, widths, columns), gpu.n_sms * cut.blocks
+            even = ceil(n_units / slots)
+            for share in {even, ceil(n_units / gpu.n_sms), ceil(even / whole) * whole}:
+                shared_out = _with_share(cut, share)
+                found[shared_out] = model_cycles(shared_out, kind, m, widths, columns, gpu)
+    return sorted(found, key=found.__getitem__)
+
+
+def model_cycles(cut: Tiling, kind: str, m: int, widths: tuple[int, ...], columns: int, gpu: GPU) -> float:
+    """Clock cycles of the whole product by the model above."""
+    weights = cut.tile * cut.chunk_columns
+    w_bytes = layout_of(kind, cut.tile, cut.chunk_columns).n_bytes if kind not in FLOAT_KINDS else weights * 2
+    x_bytes = cut.rows * cut.chunk_columns * 2
+    m_tiles = ceil(m / cut.rows)
+    chunk = max(
+        w_bytes / m_tiles / _MEMORY_BYTES,
+        (w_bytes + x_bytes) / _L2_BYTES,
+        2 * weights * cut.rows / _FLOPS_A_CYCLE.get(gpu.arch, 2048),
+        weights * _CYCLES_A_WEIGHT + weights * cut.rows / 16 / 8 / 16 / 4,
+    )
+    n_blocks = cut.n_blocks(m, widths, columns)
+    blocks_a_sm = ceil(n_blocks / gpu.n_sms)
+    splits = cut.units_per_block % ceil(columns / cut.chunk_columns) != 0
+    hidden = min(cut.blocks * cut.warps, 8) / 8  # a lone small block leaves a multiprocessor idle while it waits
+    return (
+        cut.units_per_block * blocks_a_sm * chunk / hidden
+        + _START_CYCLES
+        + splits * (_SPLIT_CYCLES + 3 * cut.tile * cut.rows * 4 / _L2_BYTES)
+    )
+
+
+def _tile_rows(m: int, gpu: GPU) -> list[int]:
+    """Rows of a tile: the fewest tiles of at most 128 rows (64 where shared memory is small), and half as many rows."""
+    most = MAX_TILE_ROWS if gpu.shared_bytes > 100 << 10 else 64
+    n_tiles = ceil(m / most)
+    rows = ceil(m / n_tiles / 8) * 8
+    return [rows] if rows <= 32 else [rows, ceil(rows / 16) * 8]
+
+
+def _staged(kind: str, rows: int, warps: int, fragments: int, units: int, gpu: GPU) -> Tiling | None:
+    """The deepest rings that fit, with as many blocks on a multiprocessor as registers and shared memory hold."""
+    few_sums = fragments * rows // 2 <= 32  # float32 sums a thread; then 128 registers do
+    resident = 16 if few_sums else 8  # warps
+    for blocks in dict.fromkeys((resident // warps, 1)):
+        for x_columns in (128, 64) if rows <= 16 and units >= 4 else (64,):
+            steps = units * 32 // x_columns
+            for w_stages, x_stages in ((4, 4), (3, 4), (3, 3), (2, 4), (2, 3), (2, 2)):
+                if x_stages - 1 > (w_stages - 1) * steps or (w_stages > 2 and steps > 2):
+                    continue
+                cut = Tiling(rows, fragments, warps, units, x_columns, w_stages, x_stages, blocks, 1)
+                if blocks * (cut.shared_bytes(kind) + 1024) <= gpu.shared_bytes + 1024:
+                    return cut
+    return None
+
+
+def _with_share(cut: Tiling, share: int) -> Tiling:
+    fields = (
+        cut.rows,
+        cut.fragments,
+        cut.warps,
+        cut.chunk_units,
+        cut.x_columns,
+        cut.w_stages,
+        cut.x_stages,
+        cut.blocks,
+    )
+    return Tiling(*fields, units_per_block=share)
