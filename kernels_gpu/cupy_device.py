@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from cupy.cuda import cublas, driver, runtime
 
-from pyinfer.errors import BackendError
+from pyinfer.errors import BackendError, DeviceMemoryError
 from pyinfer.kernels_gpu.cuda_launch import Launcher
 from pyinfer.kernels_gpu.device import Bytes
 from pyinfer.kernels_gpu.kernel_cache import KernelCache, Unit, unit_of
@@ -78,7 +78,7 @@ class CuPyDevice:
             ptr = int(runtime.malloc(n_bytes))
         except runtime.CUDARuntimeError as error:
             free, total = runtime.memGetInfo()
-            raise BackendError(
+            raise DeviceMemoryError(
                 f"GPU {self.index} ({self.name}) has {free >> 20} MiB free of {total >> 20} and {n_bytes >> 20} MiB more "
                 f"are needed; use fewer layers (-ngl), a smaller context or --gpu-memory-utilization",
                 param="n_gpu_layers",

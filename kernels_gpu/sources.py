@@ -27,9 +27,10 @@ def with_includes(name: str) -> str:
                 return "\n"
             return expand(included) if (SOURCES / included).is_file() else match.group(0)
 
-        text = (SOURCES / file).read_text("utf-8").replace("#pragma once\n", "")
-        return f'#line 1 "{file}"\n' + _INCLUDE.sub(
-            lambda match: replace(match) + f'#line {_line_after(match)} "{file}"\n', text
+        text = (SOURCES / file).read_text("utf-8").replace("#pragma once\n", "\n")
+        label = Path(file).name
+        return f'#line 1 "{label}"\n' + _INCLUDE.sub(
+            lambda match: replace(match) + f'#line {_line_after(match)} "{label}"\n', text
         )
 
     return expand(name)

@@ -51,7 +51,7 @@ def _base_hash() -> str:
 
 def _compile(name: str, text: str, options: Sequence[str]) -> Path:
     """The shared object of a source text, compiled unless it is in the cache."""
-    path = CACHE / f"{hashlib.sha256(f'{_base_hash()}{name}{text}{options}'.encode()).hexdigest()[:24]}.so"
+    path = CACHE / f"{hashlib.sha256(f'{_base_hash()}{text}{options}'.encode()).hexdigest()[:24]}.so"
     if path.exists():
         return path
     CACHE.mkdir(parents=True, exist_ok=True)

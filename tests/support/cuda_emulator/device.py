@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cuda_emulator.build import EmulatorError, compile_all, compiled, runtime
-from pyinfer.errors import BackendError
+from pyinfer.errors import DeviceMemoryError
 from pyinfer.kernels_gpu.cuda_launch import as_word, kind_of
 from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Step
 
@@ -43,7 +43,9 @@ class EmulatedDevice:
 
     def alloc(self, n_bytes: int) -> Buffer:
         if self._used + n_bytes > self._total:
-            raise BackendError(f"{n_bytes} bytes of GPU memory are asked for and {self._total - self._used} are free")
+            raise DeviceMemoryError(
+                f"{n_bytes} bytes of GPU memory are asked for and {self._total - self._used} are free"
+            )
         address = runtime().emulator_alloc(n_bytes)
         assert address, "no memory"
         self._used += n_bytes

@@ -1,0 +1,72 @@
+"""A graph's matrices and vectors in device memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pyinfer.graph.backend import Progress
+from pyinfer.graph.graph import Graph
+from pyinfer.graph.split import weights_of
+from pyinfer.kernels_gpu.device import Device
+from pyinfer.kernels_gpu.launch import Buffer
+from pyinfer.kernels_gpu.weights_layout import WeightLayout, layout_of, pack
+from pyinfer.quant.tensor import QuantTensor
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWeight:
+    """A matrix in the layout of `weights_layout`."""
+
+    layout: WeightLayout
+    buffer: Buffer
+
+    def part(self, name: str) -> Buffer | None:
+        """The part of this name; None if the type has none."""
+        for part in self.layout.parts:
+            if part.name == name:
+                return self.buffer.at(part.offset, part.row_bytes * self.layout.n_rows)
+        return None
+
+
+class DeviceWeights:
+    """Every matrix of a graph, each once: a tied output matrix is the embedding's table."""
+
+    def __init__(self, device: Device, graph: Graph) -> None:
+        self._device = device
+        self._tensors = list(weights_of(graph))
+        self._weights = {
+            id(tensor.data): DeviceWeight(layout, device.alloc(layout.n_bytes))
+            for tensor in self._tensors
+            for layout in (layout_of(tensor.codec.name, tensor.data.shape[0], tensor.shape[-1]),)
+        }
+        self._vectors: dict[int, tuple[npt.NDArray[np.float32], Buffer]] = {}
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Pack and upload; the file's pages are let go of behind it."""
+        total, done = sum(tensor.n_bytes for tensor in self._tensors), 0
+        for tensor in self._tensors:
+            if progress is not None:
+                progress("loading weights", done / total)
+            target = self._weights[id(tensor.data)].buffer
+            for offset, data in pack(tensor):
+                self._device.upload(target, np.ascontiguousarray(data), offset)
+            tensor.release()
+            done += tensor.n_bytes
+        self._device.synchronize()
+        if progress is not None:
+            progress("loading weights", 1.0)
+
+    def __getitem__(self, tensor: QuantTensor) -> DeviceWeight:
+        return self._weights[id(tensor.data)]
+
+    def vector(self, values: npt.NDArray[np.float32]) -> Buffer:
+        """A norm's weight or a bias; uploaded when it is first asked for."""
+        held = self._vectors.get(id(values))
+        if held is None:
+            buffer = self._device.alloc(values.nbytes)
+            self._device.upload(buffer, np.ascontiguousarray(values))
+            held = self._vectors[id(values)] = (values, buffer)  # the array is kept so that its id stays its own
+        return held[1]
