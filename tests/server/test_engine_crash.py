@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from dying_engine import Death, deadly
 from serve_process import serving
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
@@ -37,38 +38,26 @@ def body_of(number: int, max_tokens: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Streams:
-    """Sixteen at once; how far they are, and their texts by choice."""
+Answer = tuple[str, list[str], list[str]]  # id, texts, finish reasons
 
-    def __init__(self, url: str, max_tokens: int) -> None:
-        self.n_events = 0
-        self.ids: list[str] = []
-        self._url = url
-        self._max_tokens = max_tokens
-        self._lock = threading.Lock()
 
-    def run(self, number: int) -> tuple[list[str], list[str]]:
-        body = body_of(number, self._max_tokens)
-        texts, reasons, last = [""] * body["n"], [""] * body["n"], ""
-        with httpx.stream("POST", f"{self._url}/v1/chat/completions", json=body, timeout=90) as stream:
-            assert stream.status_code == 200
-            for line in stream.iter_lines():
-                last = line or last
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                assert "choices" in event, line
-                for choice in event["choices"]:
-                    texts[choice["index"]] += choice["delta"].get("content") or ""
-                    reasons[choice["index"]] = choice["finish_reason"] or reasons[choice["index"]]
-                with self._lock:
-                    self.n_events += 1
-                    self.ids.append(event["id"])
-        assert last == "data: [DONE]"
-        return texts, reasons
-
-    def run_all(self, pool: ThreadPoolExecutor) -> list[Any]:
-        return [pool.submit(self.run, number) for number in range(N_STREAMS)]
+def stream(url: str, number: int, max_tokens: int) -> Answer:
+    body = body_of(number, max_tokens)
+    texts, reasons, last, request_id = [""] * body["n"], [""] * body["n"], "", ""
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=90) as reply:
+        assert reply.status_code == 200
+        for line in reply.iter_lines():
+            last = line or last
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            assert "choices" in event, line
+            request_id = event["id"]
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["delta"].get("content") or ""
+                reasons[choice["index"]] = choice["finish_reason"] or reasons[choice["index"]]
+    assert last == "data: [DONE]"
+    return request_id, texts, reasons
 
 
 def engine_of(server: int) -> psutil.Process:
@@ -76,44 +65,45 @@ def engine_of(server: int) -> psutil.Process:
     return engine
 
 
-def crash(model: Path, n_kills: int, max_tokens: int) -> None:
-    with serving(model) as (process, url), ThreadPoolExecutor(N_STREAMS) as pool:
-        quiet = Streams(url, max_tokens)
-        expected = [each.result() for each in quiet.run_all(pool)]
-        assert all(reason == "length" for _, reasons in expected for reason in reasons)
-        streams = Streams(url, max_tokens)
-        results = streams.run_all(pool)
+def crash(model: Path, program: list[str], n_kills: int, max_tokens: int) -> None:
+    with serving(model, program=program) as (process, url), ThreadPoolExecutor(N_STREAMS) as pool:
+        streams = [pool.submit(stream, url, number, max_tokens) for number in range(N_STREAMS)]
         states = set()
-        for kill in range(1, n_kills + 1):
-            target = streams.n_events + quiet.n_events // (8 * n_kills)
-            while streams.n_events < target:
-                assert not all(each.done() for each in results), f"the streams ended before kill {kill}"
-                time.sleep(0.002)
-            engine_of(process.pid).kill()
-            deadline = time.monotonic() + 30
-            is_noticed, state = False, (0, None)
-            while not is_noticed or state != (200, None):
-                reply = httpx.get(f"{url}/health")
-                states.add(state := (reply.status_code, reply.json().get("error", {}).get("code")))
-                restarts = f'engine_restarts_total{{model_name="tiny"}} {kill}.0'
-                is_noticed = is_noticed or restarts in httpx.get(f"{url}/metrics").text
-                assert time.monotonic() < deadline
-        assert [each.result() for each in results] == expected
+        restarts = f'engine_restarts_total{{model_name="tiny"}} {n_kills}.0'
+        deadline = time.monotonic() + 60 + 10 * n_kills
+        while restarts not in httpx.get(f"{url}/metrics").text or (200, None) not in states:
+            reply = httpx.get(f"{url}/health")
+            states.add((reply.status_code, reply.json().get("error", {}).get("code")))
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        answers = [each.result() for each in streams]
         assert states <= {(200, None), (503, "engine_restarting")}
-        timelines = [httpx.get(f"{url}/v1/requests/{each}/timeline").json() for each in set(streams.ids)]
-        deaths = [[event["event"] for event in each["events"]].count("engine_died") for each in timelines]
-        assert 0 < max(deaths) <= n_kills  # some streams end before a kill or come after it
+        for request_id, _, reasons in answers:
+            assert set(reasons) == {"length"}
+            timeline = httpx.get(f"{url}/v1/requests/{request_id}/timeline").json()
+            assert [event["event"] for event in timeline["events"]].count("engine_died") == n_kills
+        quiet = [pool.submit(stream, url, number, max_tokens) for number in range(N_STREAMS)]
+        assert [each.result()[1:] for each in quiet] == [answer[1:] for answer in answers]
+        assert restarts in httpx.get(f"{url}/metrics").text
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 0
 
 
-def test_streams_go_on_in_a_new_engine(model_file: Path) -> None:
-    crash(model_file, 1, 150)
+def kills(n: int) -> list[Death]:
+    """Each when all samples have some tokens and want more, at any moment of a step."""
+    rng = random.Random(n)
+    return [Death(n_tokens=5 * N_STREAMS * 3 // 2, delay=rng.uniform(0, 0.005)) for _ in range(n)]
+
+
+def test_streams_go_on_in_a_new_engine(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = deadly(monkeypatch, tmp_path / "lives", kills(2), N_STREAMS)
+    crash(model_file, program, 2, 150)
 
 
 @pytest.mark.large
-def test_streams_go_on_after_ten_kills(model_file: Path) -> None:
-    crash(model_file, 10, 1500)
+def test_streams_go_on_after_ten_kills(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = deadly(monkeypatch, tmp_path / "lives", kills(10), N_STREAMS)
+    crash(model_file, program, 10, 300)
 
 
 def test_server_ends_when_there_can_be_no_engine(model_file: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from dying_engine import HANG, Death, deadly
 
 from pyinfer.errors import ConfigError, EngineError, GGUFError, RequestError, UnavailableError
 from pyinfer.runtime import engine_process, engine_wire
@@ -111,14 +113,6 @@ def undisturbed(path: Path, work: Jobs) -> list[Result]:
             client.close()
 
 
-async def n_tokens(client: EngineProcess, n: int, streams: asyncio.Task[Any]) -> None:
-    """Until the engine has made so many more, while the streams still want some."""
-    target = client.stats().generation_tokens + n
-    while client.stats().generation_tokens < target:
-        assert not streams.done(), "the streams ended before the engine was killed"
-        await asyncio.sleep(0.002)
-
-
 def test_same_as_on_a_thread(shared: EngineProcess, model_file: Path) -> None:
     work = jobs(12, 60)
     assert asyncio.run(collect_all(shared, work)) == undisturbed(model_file, work)
@@ -162,18 +156,13 @@ def test_client_never_imports_numba(model_file: Path) -> None:
 
 
 def kill_under(path: Path, n_kills: int, n_streams: int, max_tokens: int) -> None:
+    """`deadly` has planned the kills."""
     work = jobs(n_streams, max_tokens)
     expected = undisturbed(path, work)
     client = start(path)
 
     async def test() -> None:
-        streams = asyncio.create_task(collect_all(client, work))
-        for _ in range(n_kills):
-            await n_tokens(client, n_streams * max_tokens // (8 * n_kills), streams)
-            os.kill(client.pid, signal.SIGKILL)
-            while client.is_ready:
-                await asyncio.sleep(0.002)
-        assert await streams == expected
+        assert await collect_all(client, work) == expected
 
     try:
         run(test, 60 + 20 * n_kills)
@@ -184,69 +173,61 @@ def kill_under(path: Path, n_kills: int, n_streams: int, max_tokens: int) -> Non
         client.close()
 
 
-def test_killed_engine_leaves_16_streams_whole(model_file: Path) -> None:
+def kills(n: int) -> list[Death]:
+    rng = random.Random(n)
+    return [Death(rng.randrange(1, 200), delay=rng.uniform(0, 0.005)) for _ in range(n)]
+
+
+def test_killed_engine_leaves_16_streams_whole(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly(monkeypatch, tmp_path / "lives", kills(2), 16)
     kill_under(model_file, 2, 16, 300)
 
 
 @pytest.mark.large
-def test_engine_killed_ten_times_under_16_streams(model_file: Path) -> None:
+def test_engine_killed_ten_times_under_16_streams(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly(monkeypatch, tmp_path / "lives", kills(10), 16)
     kill_under(model_file, 10, 16, 300)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
-def test_hung_engine_is_replaced(model_file: Path) -> None:
+def test_hung_engine_is_replaced(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = jobs(4, 200)
     expected = undisturbed(model_file, work)
-    client = start(model_file, hang_seconds=1.0)
+    deadly(monkeypatch, tmp_path / "lives", [Death(40, HANG)], len(work))
+    client = start(model_file, hang_seconds=2.0)
 
     async def test() -> None:
-        streams = asyncio.create_task(collect_all(client, work))
-        await n_tokens(client, 40, streams)
-        os.kill(client.pid, signal.SIGSTOP)
-        assert await streams == expected
+        assert await collect_all(client, work) == expected
 
     try:
         run(test)
         assert client.n_restarts == 1
-        time.sleep(1.5)  # an engine that has nothing to do may be silent
+        time.sleep(2.5)  # an engine that has nothing to do may be silent
         assert client.is_ready and client.n_restarts == 1
     finally:
         client.close()
 
 
-@pytest.mark.large  # it stops a new engine before its first step, and now and then the engine is quicker
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_request_that_kills_engines_is_given_up_and_no_other(
-    model_file: Path, monkeypatch: pytest.MonkeyPatch
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Deaths before a request's first token count against it; what arrives later is served."""
-    monkeypatch.setattr(engine_process, "_BACKOFF", (0.0,) * 5)
+    deadly(monkeypatch, tmp_path / "lives", [Death(0, signal.SIGSEGV)] * 3)
     client = start(model_file)
 
     async def test() -> None:
-        os.kill(client.pid, signal.SIGSTOP)
-        stream = client.generate([1], SamplingParams())
-        for _ in range(3):
-            pid = client.pid
-            os.kill(pid, signal.SIGSEGV)
-            os.kill(pid, signal.SIGCONT)
-            while client.pid == pid and client.n_restarts < 3:
-                await asyncio.sleep(0)
-            os.kill(client.pid, signal.SIGSTOP)  # while it imports: it never gets to work on the request
-            if client.n_restarts == 3:
-                break
-            os.kill(client.pid, signal.SIGCONT)
-            while not client.is_ready:
-                await asyncio.sleep(0)
-            os.kill(client.pid, signal.SIGSTOP)
         with pytest.raises(EngineError, match="3 times"):
-            async for _ in stream:
-                pass
-        os.kill(client.pid, signal.SIGCONT)
+            await collect(client, ([1], SamplingParams()))
         tokens, _, reasons = await collect(client, ([1], SamplingParams(ignore_eos=True)))
         assert (len(tokens[0]), reasons) == (16, ["length"])
 
     try:
         run(test)
+        assert client.n_restarts == 3
     finally:
         client.close()
 
