@@ -22,6 +22,7 @@ from machine_state import describe_machine
 from pyinfer.kernels_cpu.activation_a8 import row_bytes
 from pyinfer.kernels_cpu.compiler import compiler_for
 from pyinfer.kernels_cpu.isa import current_isa
+from pyinfer.kernels_cpu.matmul_bfloat import BFLOAT_PAIRS
 from pyinfer.kernels_cpu.matmul_block import MatMulArg
 from pyinfer.kernels_cpu.matmul_float import FLOAT_BYTES
 from pyinfer.kernels_cpu.matmul_types import BLOCK_SOURCES
@@ -58,8 +59,9 @@ class MatMulBench:
         data = np.tile(some, (-(-shape.rows // 16), 1))[: shape.rows]
         n_copies = min(MAX_OPS, max(1, -(-COLD_BYTES // data.nbytes)))
         self.copies = [QuantTensor(str(i), codec, (shape.rows, shape.columns), data) for i in range(n_copies)]
-        self.arena = WeightArena(self.copies)
+        self.arena = WeightArena(self.copies, bench.compiler.isa)
         self.arena.load(bench.pool, bench.compiler)
+        self.kernels = self.arena[self.copies[0]].kind
         self.out_stride = -(-shape.rows // 16) * 64
         self.out = allocate(self.out_stride * n_rows)
         self.x, self.x_stride = self._activations(rng)
@@ -68,6 +70,9 @@ class MatMulBench:
         columns = self.shape.columns
         floats = allocate(4 * columns * self.n_rows)
         floats.view(np.float32)[:] = rng.normal(0, 1, columns * self.n_rows)
+        if self.kernels == BFLOAT_PAIRS:
+            floats.view(np.uint32)[:] >>= 16  # two bfloat16 in each, one of them zero
+            return floats, 2 * columns
         if self.kind in FLOAT_BYTES:
             return floats, 4 * columns
         return allocate(row_bytes(columns) * self.n_rows), row_bytes(columns)
@@ -84,11 +89,11 @@ class MatMulBench:
             RowArg.OUT_STRIDE: self.x_stride, RowArg.WIDTH: columns, RowArg.N_PARTS: 1,
             RowArg.ROWS_FIELD: StepField.N_TOKENS,
         }  # fmt: skip
-        kernel = self.bench.compiler.kernel("quantize", quantize_body())
+        kernel = self.bench.compiler.kernel("quantize", quantize_body("a8"))
         self.bench.pool.run(Program(self.bench.record(kernel, n_rows, arguments)[None], self.bench.step))
 
     def _records(self, copies: list[QuantTensor]) -> npt.NDArray[np.int64]:
-        kernel = matmul_kernel(self.bench.compiler, self.kind)
+        kernel = matmul_kernel(self.bench.compiler, self.kernels)
         records = []
         for copy in copies:
             packed = self.arena[copy]

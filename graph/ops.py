@@ -17,19 +17,21 @@ from pyinfer.quant.tensor import QuantTensor
 
 F32Array = npt.NDArray[np.float32]
 Activation = Literal["silu", "gelu_tanh"]
+Dtype = Literal["f32", "a8", "bf16"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
     """A matrix [rows, width] that one op writes; identity is the object itself.
 
-    dtype "a8" is the quantized activation: int8 with one float32 scale for each 32 columns (`graph.activation`).
+    dtype "a8" is the quantized activation: int8 with one float32 scale for each 32 columns (`graph.activation`);
+    "bf16" is x rounded to bfloat16, where a device multiplies those.
     """
 
     name: str
     width: int
     rows: Literal["tokens", "outputs"] = "tokens"
-    dtype: Literal["f32", "a8"] = "f32"
+    dtype: Dtype = "f32"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +83,7 @@ class Hidden(Op):
 class RMSNorm(Op):
     """out = x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467), over groups of `weight.size` columns.
 
-    A weight shorter than the row normalizes each head by itself (qwen3, gemma3). `out` may be "a8".
+    A weight shorter than the row normalizes each head by itself (qwen3, gemma3). `out` may be "a8" or "bf16".
     """
 
     out: Value
@@ -100,7 +102,7 @@ class RMSNorm(Op):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantize(Op):
-    """out ("a8") = x rounded to int8 in blocks of 32 columns."""
+    """out = x rounded to the dtype of out, "a8" or "bf16"."""
 
     out: Value
     x: Value
@@ -172,7 +174,7 @@ class StoreKV(Op):
 class Attention(Op):
     """out[m, h] = softmax(scale * q[m, h] . K) V over the pages of the token's sequence, causal, grouped heads.
 
-    A layer with a window attends to positions p with 0 <= pos - p < window. `out` may be "a8".
+    A layer with a window attends to positions p with 0 <= pos - p < window. `out` may be "a8" or "bf16".
     """
 
     out: Value
@@ -192,7 +194,7 @@ class Attention(Op):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GatedActivation(Op):
-    """out = activation(gate) * up (arXiv:2002.05202). `out` may be "a8"."""
+    """out = activation(gate) * up (arXiv:2002.05202). `out` may be "a8" or "bf16"."""
 
     out: Value
     gate: Value

@@ -5,10 +5,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Add, ApplyRope, Attention, GatedActivation, MatMul, Op, Quantize, RMSNorm, Value
+from pyinfer.graph.ops import (
+    Add,
+    ApplyRope,
+    Attention,
+    Dtype,
+    GatedActivation,
+    MatMul,
+    Op,
+    Quantize,
+    RMSNorm,
+    Value,
+)
 from pyinfer.graph.rope import Rope
 from pyinfer.quant.tensor import QuantTensor
 
@@ -38,15 +50,20 @@ def is_quantized(weight: QuantTensor) -> bool:
     return weight.codec.block_size > 1
 
 
+def is_bfloat(weight: QuantTensor) -> bool:
+    """BF16 in rows of whole 32 columns."""
+    return weight.codec.name == "BF16" and weight.shape[-1] % 32 == 0
+
+
 def fuse_projections(graph: Graph) -> Graph:
     """MatMuls of the same x (q/k/v; gate/up) become one with several outs, at the place of the first.
 
-    Float and quantized weights stay apart, because they read x in different forms.
+    Quantized, BF16 and other float weights stay apart, because they may read x in different forms.
     """
-    groups: dict[tuple[int, bool], list[MatMul]] = {}
+    groups: dict[tuple[int, bool, bool], list[MatMul]] = {}
     for op in graph.ops:
         if isinstance(op, MatMul) and op.residual is None:
-            groups.setdefault((id(op.x), _takes_int8(op)), []).append(op)
+            groups.setdefault((id(op.x), _all(op, is_quantized), _all(op, is_bfloat)), []).append(op)
     fused: dict[int, MatMul | None] = {}  # id of an old op -> what stands in its place
     for group in groups.values():
         if len(group) > 1:
@@ -79,36 +96,46 @@ def fuse_residuals(graph: Graph) -> Graph:
 
 
 def quantize_activations(graph: Graph) -> Graph:
-    """Every MatMul with quantized weights reads an "a8" value.
+    """Every MatMul with quantized weights reads an "a8" value."""
+    return _round_activations(graph, "a8", is_quantized)
 
-    The op that makes x writes "a8" by itself where it can and nothing else reads x; otherwise one Quantize follows it.
+
+def narrow_activations(graph: Graph) -> Graph:
+    """Every MatMul with BF16 weights reads a "bf16" value: for devices that multiply those faster than float32."""
+    return _round_activations(graph, "bf16", is_bfloat)
+
+
+def _round_activations(graph: Graph, dtype: Dtype, takes: Callable[[QuantTensor], bool]) -> Graph:
+    """Every MatMul with weights for which `takes` holds reads a value of `dtype`.
+
+    The op that makes x writes `dtype` by itself where it can and nothing else reads x; otherwise one Quantize follows it.
     """
-    int8_of: dict[int, Value] = {}  # id of x -> its "a8" form
+    rounded: dict[int, Value] = {}  # id of x -> its rounded form
     for op in graph.ops:
-        if isinstance(op, MatMul) and _takes_int8(op) and op.x.dtype == "f32":
-            int8_of.setdefault(id(op.x), Value(f"{op.x.name}.a8", op.x.width, op.x.rows, "a8"))
+        if isinstance(op, MatMul) and _all(op, takes) and op.x.dtype == "f32":
+            rounded.setdefault(id(op.x), Value(f"{op.x.name}.{dtype}", op.x.width, op.x.rows, dtype))
     ops: list[Op] = []
     for op in graph.ops:
-        if isinstance(op, MatMul) and id(op.x) in int8_of and _takes_int8(op):
-            op = replace(op, x=int8_of[id(op.x)])
+        if isinstance(op, MatMul) and id(op.x) in rounded and _all(op, takes):
+            op = replace(op, x=rounded[id(op.x)])
         if (
             isinstance(op, RMSNorm | GatedActivation | Attention)
-            and id(op.out) in int8_of
-            and _only_int8_readers(graph, op.out)
+            and id(op.out) in rounded
+            and _only_rounded_readers(graph, op.out, takes)
         ):
-            ops.append(replace(op, out=int8_of[id(op.out)]))
+            ops.append(replace(op, out=rounded[id(op.out)]))
             continue
         ops.append(op)
-        ops.extend(Quantize(int8_of[id(out)], out) for out in op.outputs if id(out) in int8_of)
+        ops.extend(Quantize(rounded[id(out)], out) for out in op.outputs if id(out) in rounded)
     return replace(graph, ops=tuple(ops))
 
 
-def _takes_int8(op: MatMul) -> bool:
-    return all(is_quantized(weight) for weight in op.weights)
+def _all(op: MatMul, holds: Callable[[QuantTensor], bool]) -> bool:
+    return all(holds(weight) for weight in op.weights)
 
 
-def _only_int8_readers(graph: Graph, value: Value) -> bool:
+def _only_rounded_readers(graph: Graph, value: Value, takes: Callable[[QuantTensor], bool]) -> bool:
     readers = graph.consumers(value)
     return bool(readers) and all(
-        isinstance(op, MatMul) and op.x is value and op.residual is not value and _takes_int8(op) for op in readers
+        isinstance(op, MatMul) and op.x is value and op.residual is not value and _all(op, takes) for op in readers
     )

@@ -180,7 +180,7 @@ class ReferenceStage:
 
 
 class _Rows:
-    """The values of one run; an "a8" value is held as the float32 that its codes stand for."""
+    """The values of one run; a rounded value is held as the float32 that it stands for."""
 
     def __init__(self, graph: Graph) -> None:
         self._arrays: dict[int, F32Array] = {}
@@ -195,7 +195,9 @@ class _Rows:
 
     def __setitem__(self, value: Value, array: F32Array) -> None:
         assert array.shape[1] == value.width and array.dtype == np.float32, value.name
-        self._arrays[id(value)] = array if value.dtype == "f32" else quantize_activation(array).dequantize()
+        if value.dtype == "a8":
+            array = quantize_activation(array).dequantize()
+        self._arrays[id(value)] = kept_as("bf16", array) if value.dtype == "bf16" else array
 
     def forget(self, index: int) -> None:
         for value_id in self._last_use.get(index, ()):
@@ -203,7 +205,7 @@ class _Rows:
 
 
 def kept_as(dtype: str, x: F32Array) -> F32Array:
-    """What a KV cache of this type gives back for x, float32; float16 is rounded by the pool itself."""
+    """What memory of this type gives back for x, float32; the pool of pages rounds float16 by itself."""
     if dtype in ("f16", "f32"):
         return x
     codec = codec_by_name(dtype.upper())

@@ -27,7 +27,9 @@ class Buffer:
 
 
 def stride_of(value: Value) -> int:
-    return row_bytes(value.width) if value.dtype == "a8" else -(-value.width // 16) * 64
+    if value.dtype == "a8":
+        return row_bytes(value.width)
+    return -(-value.width // 32) * 64 if value.dtype == "bf16" else -(-value.width // 16) * 64
 
 
 class BufferPlan:

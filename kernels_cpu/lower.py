@@ -36,6 +36,7 @@ from pyinfer.kernels_cpu.attention_merge import Partials, merge_body
 from pyinfer.kernels_cpu.buffers import Buffer, BufferPlan
 from pyinfer.kernels_cpu.compiler import Compiler
 from pyinfer.kernels_cpu.kv_store import StoreArg, store_kv_body
+from pyinfer.kernels_cpu.matmul_bfloat import BFLOAT_PAIRS
 from pyinfer.kernels_cpu.matmul_block import MatMulArg
 from pyinfer.kernels_cpu.matmul_float import FLOAT_BYTES
 from pyinfer.kernels_cpu.matmul_types import BLOCK_SOURCES
@@ -218,7 +219,8 @@ class _Lowering:
 
     def _quantize_into(self, x: Buffer, value: Value) -> None:
         out = self.buffers.write(value)
-        self._row_op("quantize", quantize_body(), x, out, value, parts=self._parts_of(value.width))
+        name = "quantize" if value.dtype == "a8" else f"quantize_{value.dtype}"
+        self._row_op(name, quantize_body(value.dtype), x, out, value, parts=self._parts_of(value.width))
 
     def _gated(self, op: GatedActivation) -> None:
         gate, up, out = self.buffers[op.gate], self.buffers[op.up], self.buffers.write(op.out)
@@ -240,11 +242,11 @@ class _Lowering:
     def _matmul(self, op: MatMul) -> None:
         x, rows = self.buffers[op.x], self._rows(op.outs[0])
         for weight, bias, value in zip(op.weights, op.biases, op.outs, strict=True):
-            kind = weight.codec.name
-            assert (kind in FLOAT_BYTES) == (op.x.dtype == "f32"), (kind, op.x.dtype)
+            kind, packed = weight.codec.name, self.weights[weight]
+            assert (kind not in FLOAT_BYTES) == (op.x.dtype == "a8"), (kind, op.x.dtype)
+            assert (packed.kind == BFLOAT_PAIRS) == (op.x.dtype == "bf16"), (packed.kind, op.x.dtype)
             residual = None if op.residual is None else self.buffers[op.residual]
             out = self.buffers.write(value) if op.residual is None else self.buffers.write_over(value, op.residual)
-            packed = self.weights[weight]
             arguments: dict[IntEnum, int] = {
                 MatMulArg.WEIGHTS: self.weights.address(weight), MatMulArg.GROUP_BYTES: packed.group_bytes,
                 MatMulArg.N_RECORDS: packed.n_records, MatMulArg.X: x.address, MatMulArg.X_ROW_BYTES: x.stride,
@@ -255,7 +257,7 @@ class _Lowering:
                 MatMulArg.ROWS_FIELD: rows, MatMulArg.ROW_BLOCK: max(8, _ROW_BLOCK_BYTES // x.stride // 8 * 8),
             }  # fmt: skip
             self._emit(
-                matmul_kernel(self.compiler, kind), packed.n_groups, StepField.ONE, arguments,
+                matmul_kernel(self.compiler, packed.kind), packed.n_groups, StepField.ONE, arguments,
                 reads={x.address} | ({residual.address} if residual else set()), writes={out.address},
             )  # fmt: skip
             assert out.stride >= packed.n_groups * ROWS * 4

@@ -1,6 +1,6 @@
 """Ops that work on each row by itself: RMSNorm, quantize, gated activations, add, select rows.
 
-Where `out` can be an "a8" value, the same emitter writes either form from 32 columns held in registers.
+Where `out` can be an "a8" or "bf16" value, the same emitter writes each form from 32 columns held in registers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _RowWriter:
     def __init__(self, e: Emitter, op: Reg, step: Reg, row: Reg, dtype: str) -> None:
         self.e, self.dtype = e, dtype
         out, stride = e.ptr(e.field(op, RowArg.OUT)), e.field(op, RowArg.OUT_STRIDE)
-        if dtype == "f32":
+        if dtype != "a8":
             self.base = e.at(out, e.mul(row, stride))
             return
         n_rows = e.load(e.at(step, e.mul(e.field(op, RowArg.ROWS_FIELD), 8)), i64, 8)
@@ -57,6 +57,10 @@ class _RowWriter:
         e = self.e
         if self.dtype == "f32":
             _store_columns(e, values, e.at(self.base, e.mul(block, 128)))
+        elif self.dtype == "bf16":
+            target = e.at(self.base, e.mul(block, 64))
+            for v, value in enumerate(values):
+                e.store(e.float_to_bfloat(value), e.at(target, 2 * e.L * v), 2)
         else:
             record = e.at(self.base, e.mul(e.mul(block, self.tile_rows), RECORD))
             store_block(e, values, record, self.tile_rows, self.lane)
@@ -85,12 +89,12 @@ def _row_of(e: Emitter, op: Reg, base: int, stride: int, row: Reg) -> Reg:
     return e.at(e.ptr(e.field(op, base)), e.mul(row, e.field(op, stride)))
 
 
-def quantize_body() -> Body:
+def quantize_body(dtype: str) -> Body:
     def columns(e: Emitter, op: Reg, row: Reg) -> Columns32:
         x = _row_of(e, op, RowArg.X, RowArg.X_STRIDE, row)
         return lambda at: load_columns(e, e.at(x, at))
 
-    return _parts("a8", columns)
+    return _parts(dtype, columns)
 
 
 def gated_body(activation: str, dtype: str) -> Body:
@@ -182,7 +186,7 @@ def rms_norm_body(dtype: str) -> Body:
                     target = e.at(writer.base, at_group)
                     with e.loop(n_bytes, 0, 64) as at:
                         _store_columns(e, scaled(at, 16), e.at(target, at))
-                else:  # a quantized row is one group: heads are never quantized before they are rotated
+                else:  # a rounded row is one group: heads are never rounded before they are rotated
                     with e.loop(b.sdiv(width, e.c(32))) as block:
                         writer.write(block, scaled(e.mul(block, 128), 32))
 

@@ -17,6 +17,16 @@ from pyinfer.kernels_cpu.isa import ISA
 
 i1, i8, i16, i32, i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 f16, f32 = ir.HalfType(), ir.FloatType()
+
+
+class _BFloatType(ir.types.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+bf16 = _BFloatType()
 void = ir.VoidType()
 Reg = Any  # an llvmlite value; llvmlite has no types to offer
 
@@ -239,6 +249,12 @@ class Emitter:
         total = self.b.add(self.b.sext(products[0], wide), self.b.sext(products[1], wide))
         pairs32 = self.b.add(self.shuffle(total, range(0, n // 2, 2)), self.shuffle(total, range(1, n // 2, 2)))
         return self.b.add(acc, pairs32)
+
+    def dot_bfloat(self, acc: Reg, a: Reg, b: Reg) -> Reg:
+        """acc += the products of two bfloat16 pairs in each lane, operands as i32 lanes; subnormal ones count as zero."""
+        pairs = vector(bf16, 2 * self.L)
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.L}"
+        return self.call(name, self.vf, [acc, self.b.bitcast(a, pairs), self.b.bitcast(b, pairs)])
 
     def signed_offset(self, offset: int) -> int:
         """What is left to subtract from `dot4`'s codes: where it works on signed weights Q8_0's 128 is off already."""

@@ -11,6 +11,7 @@ from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import PageData, Progress, StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.passes import narrow_activations
 from pyinfer.kernels_cpu.attention import scratch_bytes
 from pyinfer.kernels_cpu.attention_args import PARTITION
 from pyinfer.kernels_cpu.attention_merge import MAX_SPLIT_TOKENS
@@ -42,10 +43,12 @@ class CPUStage:
         isa = current_isa()
         compiler = compiler_for(isa)
         compiler.on_compile = (lambda name: progress(f"compiling kernel {name}", 0.0)) if progress else None
+        if isa.bfloat:
+            graph = narrow_activations(graph)
         self._graph, self._config = graph, config
         self._pages = KVPages(graph, config)
         self._ropes = RopeTables(config.n_ctx)
-        self._weights = WeightArena(matrices(graph.ops))
+        self._weights = WeightArena(matrices(graph.ops), isa)
         self._lowered = lower(graph, config, compiler, self._weights, self._pages, self._ropes)
         ops = self._lowered.records
         self._step = np.zeros(STEP_WORDS, np.int64)

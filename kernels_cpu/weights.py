@@ -9,7 +9,10 @@ import numpy as np
 
 from pyinfer.errors import ModelError
 from pyinfer.graph.backend import Progress
+from pyinfer.graph.passes import is_bfloat
 from pyinfer.kernels_cpu.compiler import Body, Compiler
+from pyinfer.kernels_cpu.isa import ISA
+from pyinfer.kernels_cpu.matmul_bfloat import BFLOAT_PAIRS, emit_bfloat_tile, repack_bfloat_body
 from pyinfer.kernels_cpu.matmul_block import emit_block_tile, matmul_body
 from pyinfer.kernels_cpu.matmul_float import FLOAT_BYTES, embed_float_body, emit_float_tile, repack_float_body
 from pyinfer.kernels_cpu.matmul_types import BLOCK_SOURCES
@@ -29,6 +32,7 @@ class PackedWeight:
     n_groups: int
     n_records: int
     group_bytes: int
+    kind: str  # of its kernels: the codec's name, or BFLOAT_PAIRS
 
 
 def check_supported(weight: QuantTensor) -> None:
@@ -42,6 +46,8 @@ def check_supported(weight: QuantTensor) -> None:
 
 
 def matmul_kernel(compiler: Compiler, kind: str) -> int:
+    if kind == BFLOAT_PAIRS:
+        return compiler.kernel("matmul_bf16_pairs", matmul_body(emit_bfloat_tile, "bf16_pairs"))
     tile = emit_float_tile(kind) if kind in FLOAT_BYTES else emit_block_tile(BLOCK_SOURCES[kind])
     return compiler.kernel(f"matmul_{kind.lower()}", matmul_body(tile, kind.lower()))
 
@@ -52,6 +58,8 @@ def embed_kernel(compiler: Compiler, kind: str) -> int:
 
 
 def repack_kernel(compiler: Compiler, kind: str) -> int:
+    if kind == BFLOAT_PAIRS:
+        return compiler.kernel("repack_bf16_pairs", repack_bfloat_body())
     body: Body = repack_float_body(kind) if kind in FLOAT_BYTES else repack_body(BLOCK_SOURCES[kind])
     return compiler.kernel(f"repack_{kind.lower()}", body)
 
@@ -59,14 +67,14 @@ def repack_kernel(compiler: Compiler, kind: str) -> int:
 class WeightArena:
     """One mapping for all matrices of a stage. `place` them all, then `load` fills it."""
 
-    def __init__(self, weights: Iterable[QuantTensor]) -> None:
+    def __init__(self, weights: Iterable[QuantTensor], isa: ISA) -> None:
         self._placed: dict[int, PackedWeight] = {}
         self._tensors: list[QuantTensor] = []
         end = 0
         for weight in weights:
             if id(weight) not in self._placed:
                 check_supported(weight)
-                packed = _layout(weight, end)
+                packed = _layout(weight, end, isa)
                 self._placed[id(weight)] = packed
                 self._tensors.append(weight)
                 end = -(-(packed.offset + packed.n_groups * packed.group_bytes) // 64) * 64
@@ -87,7 +95,7 @@ class WeightArena:
         for weight in self._tensors:
             packed = self[weight]
             op = np.zeros((1, OP_WORDS), np.int64)
-            op[0, OpField.KERNEL] = repack_kernel(compiler, weight.codec.name)
+            op[0, OpField.KERNEL] = repack_kernel(compiler, packed.kind)
             op[0, OpField.TASKS], op[0, OpField.TASKS_PER] = packed.n_groups, StepField.ONE
             op[0, RepackArg.SOURCE] = address(weight.data)
             op[0, RepackArg.ROW_BYTES] = weight.data.shape[-1]
@@ -101,12 +109,13 @@ class WeightArena:
                 progress("loading weights", done / total)
 
 
-def _layout(weight: QuantTensor, offset: int) -> PackedWeight:
+def _layout(weight: QuantTensor, offset: int, isa: ISA) -> PackedWeight:
     rows, columns = weight.shape
-    kind = weight.codec.name
-    if kind in FLOAT_BYTES:
-        n_records, record_bytes = columns, ROWS * FLOAT_BYTES[kind]
+    codec = weight.codec.name
+    kind = BFLOAT_PAIRS if isa.bfloat and is_bfloat(weight) else codec
+    if codec in FLOAT_BYTES:
+        n_records, record_bytes = columns, ROWS * FLOAT_BYTES[codec]
     else:
-        fmt = BLOCK_SOURCES[kind].format
+        fmt = BLOCK_SOURCES[codec].format
         n_records, record_bytes = columns // fmt.columns, fmt.record_bytes
-    return PackedWeight(offset, -(-rows // ROWS), n_records, n_records * record_bytes)
+    return PackedWeight(offset, -(-rows // ROWS), n_records, n_records * record_bytes, kind)

@@ -45,7 +45,7 @@ F64 = npt.NDArray[np.float64]
 EPS = float(np.float32(1e-5))
 BY_ISA = pytest.mark.parametrize("isa", ISAS)
 BODIES = {
-    "quantize": quantize_body(),
+    "quantize": quantize_body("a8"),
     "rms_norm_f32": rms_norm_body("f32"),
     "rms_norm_a8": rms_norm_body("a8"),
     "silu_f32": gated_body("silu", "f32"),
