@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
-from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, STEP_COLUMNS, Problem, Tuning, tuning_of
+from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, step_columns, tuning_of
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
@@ -75,7 +75,7 @@ def _launch(x: Operand, products: Sequence[Product], problem: Problem, cut: Tuni
 def gemv_kernel(problem: Problem, cut: Tuning) -> Kernel:
     """The variant of the kernel; sizes are arguments, so that few variants serve a model."""
     kinds = (*problem.kinds, *[problem.kinds[0]] * (MAX_MATRICES - len(problem.kinds)))
-    ragged = any(problem.n_columns % STEP_COLUMNS.get(kind, 32) for kind in kinds)
+    ragged = any(problem.n_columns % step_columns(kind) for kind in kinds)
     return Kernel(
         "gemv.cu",
         "gemv",

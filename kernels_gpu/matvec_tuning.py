@@ -11,8 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 MAX_TOKENS = 8
-STEP_COLUMNS = {"F32": 4, "F16": 8, "BF16": 8, "Q8_0": 16}  # that a lane takes at a time; 32 for other types
 _RESIDENT_WARPS = 32  # on a multiprocessor, with 64 registers a thread
+_STEP_COLUMNS = {"F32": 4, "F16": 8, "BF16": 8, "Q8_0": 16}
+
+
+def step_columns(kind: str) -> int:
+    """Columns that a lane takes at a time: `kColumns` in weight_*.cuh."""
+    return _STEP_COLUMNS.get(kind, 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ def candidates(problem: Problem, n_sms: int, fixed: Tuning | None = None) -> Ite
 
 def _steps(problem: Problem) -> int:
     """Of a row, for the type with the smallest."""
-    return max(-(-problem.n_columns // STEP_COLUMNS.get(kind, 32)) for kind in problem.kinds)
+    return max(-(-problem.n_columns // step_columns(kind)) for kind in problem.kinds)
 
 
 def _lanes_and_split(problem: Problem, n_sms: int) -> tuple[int, int]:

@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from cpu_kernels import F32, dequantized, random_blocks, rng_of
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
+from gpu_matrices import operand, rows_of_x, upload
 
-from pyinfer.graph.activation import quantize_activation
-from pyinfer.kernels_gpu.launch import Buffer
 from pyinfer.kernels_gpu.matvec import Product, build_matvec
 from pyinfer.kernels_gpu.matvec_tuning import Tuning
-from pyinfer.kernels_gpu.operand import Operand
-from pyinfer.kernels_gpu.weights import DeviceWeight
-from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES, KINDS, layout_of, pack
+from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES, KINDS
 from pyinfer.quant.codecs import codec_by_name
-from pyinfer.quant.tensor import QuantTensor
 
 pytestmark = [pytest.mark.backend, pytest.mark.skipif(not has_compiler, reason="the emulator needs g++")]
 
-F64 = npt.NDArray[np.float64]
 ARCH = 90
-
-
-def upload(device: EmulatedDevice, kind: str, data: npt.NDArray[np.uint8], columns: int) -> DeviceWeight:
-    layout = layout_of(kind, len(data), columns)
-    weight = DeviceWeight(layout, device.alloc(layout.n_bytes))
-    for offset, piece in pack(QuantTensor("w", codec_by_name(kind), (len(data), columns), data)):
-        device.upload(weight.buffer, piece, offset)
-    return weight
-
-
-def operand(device: EmulatedDevice, x: F32, form: str) -> tuple[Operand, F64]:
-    """Rows on the device and the numbers that they stand for."""
-    if form == "f32":
-        return Operand("f32", x.shape[1], device.array(x)), x.astype(np.float64)
-    a = quantize_activation(x)
-    sums = a.scales * a.codes.reshape(*a.scales.shape, 32).sum(2).astype(np.float32)
-    exact = a.codes.astype(np.float64) * np.repeat(a.scales.astype(np.float64), 32, axis=1)
-    return Operand("a8", x.shape[1], device.array(a.codes), device.array(a.scales), device.array(sums)), exact
-
-
-def rows_of_x(n: int, columns: int, rng: np.random.RandomState) -> F32:
-    """Rows whose blocks differ in size by many orders of magnitude."""
-    scale = np.exp(rng.uniform(-8, 8, (n, -(-columns // 32))))
-    return (rng.standard_normal((n, columns)) * np.repeat(scale, 32, axis=1)[:, :columns]).astype(np.float32)
 
 
 def run(

@@ -1,0 +1,47 @@
+"""Matrices and rows of activations on a device, with the numbers that they stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from cuda_emulator.device import EmulatedDevice
+
+from pyinfer.graph.activation import quantize_activation
+from pyinfer.kernels_gpu.operand import Operand
+from pyinfer.kernels_gpu.weights import DeviceWeight
+from pyinfer.kernels_gpu.weights_layout import layout_of, pack
+from pyinfer.quant.codecs import codec_by_name
+from pyinfer.quant.tensor import QuantTensor
+
+F32 = npt.NDArray[np.float32]
+
+
+def upload(device: EmulatedDevice, kind: str, data: npt.NDArray[np.uint8], columns: int) -> DeviceWeight:
+    """Rows of a GGUF tensor, uint8 [rows, row bytes], packed."""
+    layout = layout_of(kind, len(data), columns)
+    weight = DeviceWeight(layout, device.alloc(layout.n_bytes))
+    for offset, piece in pack(QuantTensor("w", codec_by_name(kind), (len(data), columns), data)):
+        device.upload(weight.buffer, piece, offset)
+    return weight
+
+
+def operand(device: EmulatedDevice, x: F32, form: str) -> tuple[Operand, npt.NDArray[np.float64]]:
+    """Rows as "f32" or "a8", and the numbers that they stand for."""
+    if form == "f32":
+        return Operand("f32", x.shape[1], device.array(x)), x.astype(np.float64)
+    a = quantize_activation(x)
+    sums = a.scales * a.codes.reshape(*a.scales.shape, 32).sum(2).astype(np.float32)
+    return Operand("a8", x.shape[1], device.array(a.codes), device.array(a.scales), device.array(sums)), _exact(a)
+
+
+def _exact(a: Any) -> npt.NDArray[np.float64]:
+    numbers: npt.NDArray[np.float64] = a.codes.astype(np.float64) * np.repeat(a.scales.astype(np.float64), 32, axis=1)
+    return numbers
+
+
+def rows_of_x(n: int, columns: int, rng: np.random.RandomState) -> F32:
+    """Rows whose blocks of 32 columns differ in size by many orders of magnitude."""
+    size = np.repeat(np.exp(rng.uniform(-8, 8, (n, -(-columns // 32)))), 32, axis=1)[:, :columns]
+    return (rng.standard_normal((n, columns)) * size).astype(np.float32)
