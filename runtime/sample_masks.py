@@ -18,11 +18,11 @@ _NEVER = np.float32(-np.inf)
 
 class LogitBias:
     def __init__(self, bias: Mapping[int, float]) -> None:
-        self._ids = np.fromiter(bias.keys(), np.int64)
-        self._amounts = np.fromiter(bias.values(), np.float32)
+        self.ids = np.fromiter(bias.keys(), np.int64)
+        self.amounts = np.fromiter(bias.values(), np.float32)
 
     def apply(self, row: F32Array) -> None:
-        row[self._ids] += self._amounts
+        row[self.ids] += self.amounts
 
 
 class EndMask:
@@ -47,9 +47,10 @@ class BadWords:
         self._words = [(list(word[:-1]), word[-1]) for word in words if word]
 
     def apply(self, row: F32Array, output: list[int]) -> None:
-        for start, last in self._words:
-            if not start or output[-len(start) :] == start:
-                row[last] = _NEVER
+        row[self.forbidden(output)] = _NEVER
+
+    def forbidden(self, output: list[int]) -> list[int]:
+        return [last for start, last in self._words if not start or output[-len(start) :] == start]
 
 
 def spell_bad_words(words: Iterable[str], vocabulary: Encoder) -> list[list[int]]:

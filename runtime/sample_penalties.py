@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import numpy.typing as npt
 
 from pyinfer.graph.ops import F32Array
 from pyinfer.runtime.sampling_params import SamplingParams
+
+Ids = npt.NDArray[np.int64]
 
 
 class Penalties:
@@ -34,6 +37,18 @@ class Penalties:
 
     def apply(self, row: F32Array, tokens: list[int]) -> None:
         """Change `row`, float32 [n_vocab], in place; `tokens` is the prompt and the output."""
+        seen, produced, amounts = self.of(tokens)
+        if self._repetition != 1.0:
+            values = row[seen]
+            row[seen] = np.where(values > 0, values / self._repetition, values * self._repetition)
+        row[produced] -= amounts
+
+    @property
+    def repetition(self) -> np.float32:
+        return self._repetition
+
+    def of(self, tokens: list[int]) -> tuple[Ids, Ids, F32Array]:
+        """The ids that repetition looks at, those of the output, and what their logits are lowered by."""
         if self._window > 0:
             first = max(0, len(tokens) - self._window)
             seen = set(tokens[first:])
@@ -43,11 +58,11 @@ class Penalties:
             self._counts.update(tokens[max(self._n_seen, self._n_prompt) :])
             self._n_seen = len(tokens)
             seen, counts = self._seen, self._counts
-        if self._repetition != 1.0:
-            ids = np.fromiter(seen, np.int64, len(seen))
-            values = row[ids]
-            row[ids] = np.where(values > 0, values / self._repetition, values * self._repetition)
-        if counts and (self._presence or self._frequency):
-            ids = np.fromiter(counts.keys(), np.int64, len(counts))
-            amounts = np.fromiter(counts.values(), np.float32, len(counts))
-            row[ids] -= np.float32(self._frequency) * amounts + np.float32(self._presence)
+        if not (self._presence or self._frequency):
+            counts = Counter()
+        amounts = np.fromiter(counts.values(), np.float32, len(counts))
+        return (
+            np.fromiter(seen if self._repetition != 1.0 else (), np.int64),
+            np.fromiter(counts.keys(), np.int64, len(counts)),
+            np.float32(self._frequency) * amounts + np.float32(self._presence),
+        )

@@ -14,6 +14,10 @@ def uniform(seed: int, index: int, position: int) -> float:
 
     `position` is the absolute position in the sequence of the token to be drawn. Seeds are taken modulo 2^64.
     """
-    seed = (seed + 2**63) % 2**64 - 2**63
-    digest = blake2b(_pack(seed, index, position), digest_size=8).digest()
+    digest = blake2b(_pack(signed(seed), index, position), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * _UNIT
+
+
+def signed(seed: int) -> int:
+    """Modulo 2^64, as a signed integer."""
+    return (seed + 2**63) % 2**64 - 2**63

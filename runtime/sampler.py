@@ -11,15 +11,19 @@ import math
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
+import numpy as np
+import numpy.typing as npt
+
 from pyinfer.graph.ops import F32Array
+from pyinfer.graph.sampling import EDIT, NOT_FINITE, RowSampling
 from pyinfer.runtime.sample_filters import draw
 from pyinfer.runtime.sample_masks import BadWords, EndMask, LogitBias
 from pyinfer.runtime.sample_penalties import Penalties
-from pyinfer.runtime.sample_random import uniform
+from pyinfer.runtime.sample_random import signed, uniform
 from pyinfer.runtime.sampling_params import SamplingParams
 
+__all__ = ["NOT_FINITE", "SequenceSampler", "sample"]
 _GREEDY_BELOW = 1e-5
-NOT_FINITE = -1  # instead of a token: the model's logits are NaN or infinite
 
 
 class SequenceSampler:
@@ -62,6 +66,51 @@ class SequenceSampler:
         if self._is_greedy:
             return int(row.argmax())
         return draw(row, self._params, uniform(self._seed, self._index, len(tokens)))
+
+    def on_device(self, row: int, tokens: list[int]) -> RowSampling | None:
+        """The same for a stage that samples; None for what those do not know: typical_p, the whole vocabulary's logprobs."""
+        params = self._params
+        if params.typical_p < 1.0 or params.logprobs == -1:
+            return None
+        counter = (self._seed, self._index, len(tokens))
+        return RowSampling(
+            row=row,
+            temperature=0.0 if self._is_greedy else params.temperature,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            number=0.0 if self._is_greedy else uniform(*counter),
+            counter=(signed(self._seed), self._index, len(tokens)),
+            edits=None if self.is_argmax else self._edits(tokens),
+            n_logprobs=(params.logprobs or 0) if params.needs_logprobs else None,
+        )
+
+    @property
+    def has_history(self) -> bool:
+        """Whether edits change with the tokens that come: those of several steps cannot be told before."""
+        return bool(self._penalties or self._bad_words or (self._end_mask and self._params.min_tokens))
+
+    def _edits(self, tokens: list[int]) -> npt.NDArray[np.void] | None:
+        """What `_changed` does to single logits, as EDIT [n]."""
+        none = np.empty(0, np.int64)
+        biased = self._bias.ids if self._bias else none
+        masked = self._end_mask.masked(len(tokens) - self._n_prompt) if self._end_mask else none
+        bad = np.array(self._bad_words.forbidden(tokens[self._n_prompt :]) if self._bad_words else [], np.int64)
+        seen, produced, amounts = (
+            self._penalties.of(tokens) if self._penalties else (none, none, np.empty(0, np.float32))
+        )
+        ids = np.unique(np.concatenate([biased, masked, bad, seen, produced]))
+        if not ids.size:
+            return None
+        edits = np.zeros(ids.size, EDIT)
+        edits["token"], edits["repetition"] = ids, 1.0
+        if self._bias:
+            edits["bias"][np.searchsorted(ids, biased)] = self._bias.amounts
+        edits["bias"][np.searchsorted(ids, np.concatenate([masked, bad]))] = -np.inf
+        if self._penalties:
+            edits["repetition"][np.searchsorted(ids, seen)] = self._penalties.repetition
+            edits["penalty"][np.searchsorted(ids, produced)] = amounts
+        return edits
 
     def _is_masked(self, token: int, tokens: list[int]) -> bool:
         assert self._end_mask is not None
