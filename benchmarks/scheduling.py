@@ -12,10 +12,10 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from pyinfer.runtime.pages import PagePool
+from pyinfer.runtime.plan import SchedulerConfig
 from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.scheduler import Scheduler, SchedulerConfig
+from pyinfer.runtime.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Simulation:
 
     def __init__(self, config: SchedulerConfig, n_pages: int) -> None:
         self.now = 0
-        self.scheduler = Scheduler(config, PagePool(n_pages), clock=lambda: float(self.now))
+        self.scheduler = Scheduler(config, n_pages, clock=lambda: float(self.now))
 
     def run(self, jobs: list[Job]) -> list[Outcome]:
         """All jobs, which are in order of arrival; outcomes in the same order."""
@@ -116,7 +116,7 @@ def policy_outcomes(policy: str, jobs: list[Job], max_aging: float) -> list[Outc
 def step_cost(n: int = 256, n_steps: int = 2000) -> float:
     """Mean microseconds of processor time of `schedule` and `advance` for a step of n decoding requests."""
     config = SchedulerConfig(max_tokens=8192, max_sequences=n)
-    scheduler = Scheduler(config, PagePool(n * (n_steps // 16 + 4)))
+    scheduler = Scheduler(config, n * (n_steps // 16 + 4))
     for i in range(n):
         request = Request(str(i), [i] * 16, SamplingParams(), i)
         scheduler.add(Sequence(request, 0, limit=n_steps + 32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyinfer.graph.kv_groups import KVGroup, KVLayer, one_group
+from pyinfer.graph.kv_groups import KVGroup, KVLayer, group_layers
 from pyinfer.graph.ops import Op, Value
 
 __all__ = ["Graph", "KVGroup", "KVLayer"]
@@ -27,7 +27,7 @@ class Graph:
 
     def __post_init__(self) -> None:
         if not self.kv_groups:
-            object.__setattr__(self, "kv_groups", one_group(self.kv_layers))
+            object.__setattr__(self, "kv_groups", group_layers(self.kv_layers))
 
     def check(self) -> None:
         """Every value is written once and before it is read; widths agree where an op demands it."""

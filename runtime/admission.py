@@ -54,15 +54,15 @@ class Admission:
     def _play(self, newcomer: Sequence) -> tuple[int, int]:
         """Decode steps until the newcomer has a place, and prompt tokens to be computed before its own."""
         scheduler = self._scheduler
-        block_size = scheduler.config.block_size
-        ends = [(self._remaining(s), len(s.pages)) for s in scheduler.running]
+        pages = scheduler.pages
+        ends = [(self._remaining(s), pages.n_held(s)) for s in scheduler.running]
         n_tokens = sum(len(s.tokens) - s.n_computed - 1 for s in scheduler.running if len(s.tokens) > s.n_computed)
         heapify(ends)
         n_places = scheduler.config.max_sequences - len(ends)
         n_pages = scheduler.pool.n_available
         now = 0
         for sequence in chain(self._ahead_of(newcomer), (newcomer,)):
-            needed = -(-len(sequence.tokens) // block_size)
+            needed = pages.layout.most_pages(len(sequence.tokens))
             while ends and (n_places == 0 or n_pages < needed):
                 now, n_freed = heappop(ends)
                 n_places += 1

@@ -1,7 +1,7 @@
 """`BatchBuilder`: turns the scheduler's plan into the arrays of a `Batch`.
 
 All arrays are allocated once; a batch holds views that are valid until the next one is built. Each running sequence has
-a row (its slot) in one page table, where only newly taken pages are written.
+a row (its slot) in the page table of each KV group, where only newly taken pages are written.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pyinfer.graph.batch import Batch, Int32
+from pyinfer.runtime.page_layout import PageLayout
+from pyinfer.runtime.pages import PagePool
+from pyinfer.runtime.plan import Plan
 from pyinfer.runtime.request import Sequence
-from pyinfer.runtime.scheduler import Plan
 
 
 @dataclass(slots=True)
@@ -28,17 +30,19 @@ class Step:
 
 
 class BatchBuilder:
-    def __init__(self, *, block_size: int, max_tokens: int, max_sequences: int, n_ctx: int) -> None:
+    def __init__(self, layout: PageLayout, pool: PagePool, *, max_sequences: int, n_ctx: int) -> None:
+        block_size, max_tokens, n_groups = layout.block_size, layout.max_tokens, layout.n_groups
         self._block_size = block_size
+        self._layout, self._pool = layout, pool
         self._token_ids = np.zeros(max_tokens, np.int32)
         self._positions = np.zeros(max_tokens, np.int32)
-        self._slots = np.zeros(max_tokens, np.int32)
+        self._slots = np.zeros((n_groups, max_tokens), np.int32)
         self._output_rows = np.zeros(max_tokens, np.int32)
         self._starts = np.zeros(max_sequences + 1, np.int32)
-        self._table = np.zeros((max_sequences, -(-n_ctx // block_size)), np.int32)
-        # the very list whose first pages a row holds: the scheduler makes a new one at each admission
-        self._row_pages: list[list[int]] = [[] for _ in range(max_sequences)]
-        self._n_written = [0] * max_sequences
+        self._table = np.zeros((n_groups, max_sequences, -(-n_ctx // block_size)), np.int32)
+        # the very lists whose first blocks a row holds: the scheduler makes new ones at each admission
+        self._row_tables: list[list[list[int]]] = [[] for _ in range(max_sequences)]
+        self._n_written = [[0] * len(layout.kinds) for _ in range(max_sequences)]
         self._count_up = np.arange(max(n_ctx, max_tokens, max_sequences) + 1, dtype=np.int32)
 
     def build(self, plan: Plan) -> Step:
@@ -55,39 +59,48 @@ class BatchBuilder:
 
     def _write_pages(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
-            slot, pages = sequence.slot, sequence.pages
-            if self._row_pages[slot] is not pages:
-                self._row_pages[slot] = pages
-                self._n_written[slot] = 0
-            done = self._n_written[slot]
-            if done < len(pages):
-                self._table[slot, done : len(pages)] = pages[done:]
-                self._n_written[slot] = len(pages)
+            slot, tables = sequence.slot, sequence.tables
+            written = self._n_written[slot]
+            if self._row_tables[slot] is not tables:
+                self._row_tables[slot] = tables
+                written[:] = sequence.firsts  # what is behind a window is not read
+            for kind, table in enumerate(tables):
+                if written[kind] < len(table):
+                    self._write_row(slot, kind, table, written[kind])
+                    written[kind] = len(table)
 
-    def _page_tables(self, sequences: list[Sequence]) -> Int32:
-        """[n_sequences, most pages of any], zero past each one's end."""
-        widths = [len(sequence.pages) for sequence in sequences]
-        tables = self._table[[sequence.slot for sequence in sequences], : max(widths)]
-        if min(widths) < tables.shape[1]:
-            tables[self._count_up[: tables.shape[1]] >= np.array(widths, np.int32)[:, None]] = 0
+    def _write_row(self, slot: int, kind: int, table: list[int], start: int) -> None:
+        groups, blocks = self._layout.kinds[kind].groups, table[start:]
+        if len(groups) == 1:
+            self._table[groups[0], slot, start : len(table)] = blocks
+        else:
+            pages = [self._pool.pages_of(block) for block in blocks]
+            self._table[groups, slot, start : len(table)] = np.array(pages, np.int32).T
+
+    def _page_tables(self, slots: list[int], ends: Int32) -> Int32:
+        """[n_groups, n_sequences, most blocks of any], zero past each one's end, which is in tokens."""
+        widths = (ends + (self._block_size - 1)) // self._block_size
+        width = int(widths.max())
+        tables = self._table[:, slots, :width]
+        if int(widths.min()) < width:
+            tables[:, self._count_up[:width] >= widths[:, None]] = 0
         return tables
 
     def _decodes(self, sequences: list[Sequence]) -> Step:
         """The common step, every sequence advances by its one new token: no loop over tokens."""
         n, block_size = len(sequences), self._block_size
-        positions = [sequence.n_computed for sequence in sequences]
+        slots = [sequence.slot for sequence in sequences]
+        positions = self._positions[:n]
+        positions[:] = [sequence.n_computed for sequence in sequences]
         self._token_ids[:n] = [sequence.tokens[-1] for sequence in sequences]
-        self._positions[:n] = positions
-        self._slots[:n] = [
-            sequence.pages[position // block_size] * block_size + position % block_size
-            for sequence, position in zip(sequences, positions, strict=True)
-        ]
+        block, offset = np.divmod(positions, block_size)
+        self._slots[:, :n] = self._table[:, slots, block] * block_size + offset
         batch = Batch(
             token_ids=self._token_ids[:n],
             positions=self._positions[:n],
-            slots=self._slots[None, :n],
+            slots=self._slots[:, :n],
             sequence_starts=self._count_up[: n + 1],
-            page_tables=self._page_tables(sequences)[None],
+            page_tables=self._page_tables(slots, positions + 1),
             output_rows=self._count_up[:n],
         )
         return _step(batch, sequences, list(range(n)))
@@ -105,8 +118,8 @@ class BatchBuilder:
             self._token_ids[start:end] = sequence.tokens[first : first + count]
             positions = self._count_up[first : first + count]
             self._positions[start:end] = positions
-            page, offset = np.divmod(positions, block_size)
-            self._slots[start:end] = self._table[sequence.slot, page] * block_size + offset
+            block, offset = np.divmod(positions, block_size)
+            self._slots[:, start:end] = self._table[:, sequence.slot, block] * block_size + offset
             first_scored = max(first, sequence.n_scored)
             n_scored = min(first + count, sequence.n_score_rows) - first_scored
             if n_scored > 0:
@@ -120,12 +133,13 @@ class BatchBuilder:
                 sampled_rows.append(n_rows)
                 n_rows += 1
             start = end
+        starts = self._starts[: len(plan.counts) + 1]
         batch = Batch(
             token_ids=self._token_ids[:start],
             positions=self._positions[:start],
-            slots=self._slots[None, :start],
-            sequence_starts=self._starts[: len(plan.counts) + 1],
-            page_tables=self._page_tables(plan.sequences)[None],
+            slots=self._slots[:, :start],
+            sequence_starts=starts,
+            page_tables=self._page_tables([s.slot for s in plan.sequences], self._positions[starts[1:] - 1] + 1),
             output_rows=self._output_rows[:n_rows],
         )
         step = _step(batch, sampled, sampled_rows)

@@ -13,6 +13,7 @@ import numpy as np
 
 from pyinfer.errors import RequestError
 from pyinfer.graph.backend import Stage, StageConfig
+from pyinfer.graph.kv_groups import KVGroup
 from pyinfer.graph.ops import F32Array
 from pyinfer.runtime.admission import Admission
 from pyinfer.runtime.batch_builder import BatchBuilder, Step
@@ -26,15 +27,16 @@ from pyinfer.runtime.outputs import (
     RequestMetrics,
     RequestOutput,
 )
+from pyinfer.runtime.page_manager import ONE_GROUP
 from pyinfer.runtime.page_moves import make_moves, moved_sequences
-from pyinfer.runtime.pages import PagePool
+from pyinfer.runtime.plan import Plan, SchedulerConfig
 from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.request_events import RequestEvent
 from pyinfer.runtime.request_limits import RequestLimits
 from pyinfer.runtime.request_maker import RequestMaker
 from pyinfer.runtime.sampler import NOT_FINITE, sample
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.scheduler import Plan, Scheduler, SchedulerConfig
+from pyinfer.runtime.scheduler import Scheduler
 from pyinfer.runtime.vocabulary_facts import Vocabulary
 
 _log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class Engine:
         vocabulary: Vocabulary,
         *,
         n_vocab: int | None = None,  # width of the logits, if the vocabulary's size is not it
+        kv_groups: tuple[KVGroup, ...] = ONE_GROUP,  # the graph's
         seed: int = 0,
         prefix_caching: bool = True,
         policy: str = "priority",
@@ -62,7 +65,6 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
-        self.n_ctx = min(config.n_ctx, config.n_pages * config.block_size)
         self._stage = stage
         self._clock = clock
         self.scheduler = Scheduler(
@@ -77,20 +79,18 @@ class Engine:
                 multi_step,
                 max_aging,
             ),
-            PagePool(config.n_pages),
+            config.n_pages,
             clock,
+            groups=kv_groups,
         )
+        layout = self.scheduler.pages.layout
+        self.n_ctx = min(config.n_ctx, layout.longest(config.n_pages))
         self.limits = RequestLimits(
             self.n_ctx, vocabulary.n_vocab if n_vocab is None else n_vocab, self.scheduler.policy.takes_priority
         )
         self._maker = RequestMaker(self.limits, vocabulary, seed=seed, clock=clock)
         self.admission = Admission(self.scheduler, max_queue_wait)
-        self._builder = BatchBuilder(
-            block_size=config.block_size,
-            max_tokens=config.max_tokens,
-            max_sequences=config.max_sequences,
-            n_ctx=self.n_ctx,
-        )
+        self._builder = BatchBuilder(layout, self.scheduler.pool, max_sequences=config.max_sequences, n_ctx=self.n_ctx)
         self._requests: dict[str, Request] = {}
         self._n_finished = 0
         self._n_steps = 0
@@ -323,8 +323,8 @@ class Engine:
             pages_used=held,
             pages_cached=pool.n_kept,
             kv_usage=held / pool.n_pages,
-            prefix_queries=scheduler.n_prefix_queries,
-            prefix_hits=scheduler.n_prefix_hits,
+            prefix_queries=scheduler.pages.n_prefix_queries,
+            prefix_hits=scheduler.pages.n_prefix_hits,
             preemptions=scheduler.n_preemptions,
             prompt_tokens=self._n_prompt_tokens,
             generation_tokens=self._n_generated,

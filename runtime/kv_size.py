@@ -7,6 +7,7 @@ from pyinfer.graph.backend import StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
 from pyinfer.runtime.load_options import LoadOptions
 from pyinfer.runtime.memory import memory
+from pyinfer.runtime.page_layout import PageLayout
 from pyinfer.runtime.sizes import format_binary
 from pyinfer.runtime.threads import default_threads
 
@@ -21,20 +22,21 @@ def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, availab
         available = memory().available if available is None else available
         kv_memory = min(MAX_KV_MEMORY, max(0, available - weight_bytes) // 2)
     n_pages = kv_memory // page_bytes
-    if n_pages < 1:
+    layout = PageLayout(graph.kv_groups, options.block_size, options.max_num_batched_tokens)
+    held = layout.longest(n_pages)
+    if held < 1:
         raise ConfigError(
             f"{format_binary(kv_memory)} of memory for keys and values holds no page of {options.block_size} tokens, "
-            f"which takes {format_binary(page_bytes)}; free some memory or set kv_cache_memory",
+            f"which takes {format_binary(layout.n_groups * page_bytes)}; free some memory or set kv_cache_memory",
             param="kv_cache_memory",
         )
-    held = n_pages * options.block_size
     if options.n_ctx > graph.n_ctx_train:
         raise ConfigError(
             f"n_ctx is {options.n_ctx}, but the model was made for {graph.n_ctx_train} tokens; use at most that",
             param="n_ctx",
         )
     if options.n_ctx > held:
-        needed = -(-options.n_ctx // options.block_size) * page_bytes
+        needed = layout.most_pages(options.n_ctx) * page_bytes
         raise ConfigError(
             f"n_ctx is {options.n_ctx}, which takes {format_binary(needed)} of keys and values, but there is room for "
             f"{held} tokens in {format_binary(kv_memory)}; use a smaller n_ctx or set kv_cache_memory",

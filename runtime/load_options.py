@@ -48,8 +48,8 @@ class LoadOptions:
         for name, low in (("n_ctx", 0), *((name, 1) for name in at_least_1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}", param=name)
-        if self.block_size % 16:
-            raise ConfigError(f"block_size is {self.block_size}; it must be a multiple of 16", param="block_size")
+        if self.block_size > 64:
+            raise ConfigError(f"block_size is {self.block_size}; it must be at most 64", param="block_size")
         if self.n_threads is not None and self.n_threads < 1:
             raise ConfigError(f"n_threads is {self.n_threads}; it must be at least 1", param="n_threads")
         split_kv_dtype(self.kv_cache_dtype)

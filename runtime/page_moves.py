@@ -15,9 +15,10 @@ from pyinfer.runtime.request import Sequence
 
 @dataclass(slots=True, eq=False)
 class SwappedPages:
-    """A sequence's first pages in host memory."""
+    """What a sequence had computed, in host memory: the pages of each kind's blocks, in order, kind after kind."""
 
-    n_computed: int  # tokens in them
+    n_computed: int  # tokens
+    firsts: list[int]  # for each kind, its first block
     n_pages: int
     data: PageData | None = None  # None until the move is made
 
@@ -39,12 +40,12 @@ class SwapOut:
 
 @dataclass(frozen=True, slots=True)
 class SwapIn:
-    """The pages after the first `n_found`, which the prefix cache still had."""
+    """What the prefix cache did not have any more: page i comes from row rows[i]."""
 
     sequence: Sequence
     pages: list[int]
     swapped: SwappedPages
-    n_found: int
+    rows: list[int]
 
 
 Move = CopyPage | SwapOut | SwapIn
@@ -60,7 +61,7 @@ def make_moves(moves: Iterable[Move], stage: Stage, cost: PreemptionCost, clock:
             move.swapped.data = stage.read_pages(move.pages)
         else:
             assert move.swapped.data is not None
-            stage.write_pages(move.pages, move.swapped.data[move.n_found :])
+            stage.write_pages(move.pages, move.swapped.data[move.rows])
         cost.note_copied(len(move.pages), clock() - start)
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pyinfer.runtime.page_moves import SwappedPages
     from pyinfer.runtime.sampler import SequenceSampler
 
+NO_BLOCK = -1  # in a table: given back, as no window reaches it any more
+
 Key = tuple[float, int, int]  # less is served first: rank, arrival, index
 
 
@@ -28,12 +30,13 @@ class State(Enum):
 class Sequence:
     """One sample of a request: its tokens, how many of them are computed, and where.
 
-    The scheduler owns `state`, `n_computed`, `pages`, `slot` and what belongs to them; the engine owns the rest.
+    The scheduler owns `state`, `n_computed`, `tables`, `slot` and what belongs to them; the engine owns the rest.
     """
 
     __slots__ = (
         "cached_tokens",
         "digests",
+        "firsts",
         "index",
         "is_paused",
         "key",
@@ -48,7 +51,6 @@ class Sequence:
         "n_score_rows",
         "n_scored",
         "n_writable",
-        "pages",
         "prompt_logprobs",
         "prompt_was_computed",
         "reads_cache",
@@ -58,6 +60,7 @@ class Sequence:
         "state",
         "stop_ids",
         "swapped",
+        "tables",
         "tokens",
         "wants_next",
     )
@@ -73,14 +76,16 @@ class Sequence:
 
         self.state = State.WAITING
         self.n_computed = 0  # tokens whose keys and values are in the pages
-        self.pages: list[int] = []
-        self.n_writable = 0  # tokens that its pages take; after a fork fewer, as others may hold the last page too
+        # for each kind of layers: its blocks in the pool, NO_BLOCK before the first that is held
+        self.tables: list[list[int]] = []
+        self.firsts: list[int] = []  # for each kind, that first block
+        self.n_writable = 0  # tokens that its blocks take; after a fork fewer, as others may hold the last one too
         self.n_due: float = 0  # computed tokens from which on there is more to do than to count them
         self.is_paused = False  # all is computed; waits for the other beams to choose its next token
         self.swapped: SwappedPages | None = None  # what it had computed when it gave way; while waiting
         self.slot = -1  # row in the engine's tables while running
-        self.digests = [root_digest(request.salt)]  # digests[i + 1] is page i's
-        self.n_remembered = 0  # pages offered for reuse
+        self.digests = [root_digest(request.salt)]  # digests[i + 1] is block i's
+        self.n_remembered = 0  # blocks offered for reuse
         self.prompt_was_computed = False
         self.cached_tokens = 0  # of the prompt, when it first ran
         self.reads_cache = True
@@ -99,7 +104,7 @@ class Sequence:
         return len(self.tokens) - self.n_prompt
 
     def page_digests(self, n: int, block_size: int) -> list[bytes]:
-        """Digests of the first n pages, which must be full of known tokens."""
+        """Digests of the first n blocks, which must be full of known tokens."""
         digests = self.digests
         for page in range(len(digests) - 1, n):
             digests.append(page_digest(digests[-1], self.tokens[page * block_size : (page + 1) * block_size]))

@@ -3,8 +3,9 @@
 There are no modes: decode is 1, a piece of a prompt is many. Continuous batching (Orca, OSDI 2022) with chunked prompts
 (Sarathi-Serve, arXiv:2403.02310): sequences that decode go first, what is left of the budget goes to prompts. The order
 is a `Policy`'s, first come, first served among equals. A sequence gets the pages of all its known tokens when it is
-admitted, so that only decoding can run out of pages; then the one that is served last gives up its own and waits to be
-computed again, or to get them back from host memory, whichever is measured to be cheaper.
+admitted (`PageManager`), so that decoding runs out of pages, and hardly a prompt; then the one that is served last
+gives up its own and waits to be computed again, or to get them back from host memory, whichever is measured to be
+cheaper.
 
 Plain Python over ints, no arrays. Nobody starves: the first in order is never the victim of another, and what is
 refused a place keeps its place in the queue, where only those that the policy prefers overtake it, and from `max_aging`
@@ -17,14 +18,14 @@ import math
 import time
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from operator import attrgetter
 
+from pyinfer.graph.kv_groups import KVGroup
 from pyinfer.runtime.length_predictor import LengthPredictor
-from pyinfer.runtime.page_moves import CopyPage, Move
-from pyinfer.runtime.pages import PagePool
+from pyinfer.runtime.page_manager import ONE_GROUP, PageManager
+from pyinfer.runtime.plan import Plan, SchedulerConfig
 from pyinfer.runtime.policy import make_policy
 from pyinfer.runtime.preemption_cost import PreemptionCost
 from pyinfer.runtime.request import Request, Sequence, State
@@ -34,44 +35,24 @@ from pyinfer.runtime.swap_space import SwapSpace
 _by_key = attrgetter("key")
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    block_size: int = 16
-    max_tokens: int = 512  # per step, over all sequences
-    max_sequences: int = 256
-    prefix_caching: bool = True
-    policy: str = "priority"
-    preemption_mode: str = "auto"
-    n_swap_pages: int = 0  # room in host memory for the pages of those that gave way
-    multi_step: int = 1  # most steps that one decision is good for; 1: each step is decided anew
-    max_aging: float = 60.0  # seconds after its arrival, a request goes before all that are younger than that
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step: sequence i advances by counts[i] tokens. Those that decode come first."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    moves: list[Move] = field(default_factory=list)  # of pages, to be made first, in this order
-
-
 class Scheduler:
-    """Owns the queue, the running sequences and their pages."""
+    """Owns the queue and the running sequences. `groups` are the model's KV groups, which share `n_pages`."""
 
     def __init__(
         self,
         config: SchedulerConfig,
-        pool: PagePool,
+        n_pages: int,
         clock: Callable[[], float] = time.monotonic,
         predictor: LengthPredictor | None = None,
+        groups: Iterable[KVGroup] = ONE_GROUP,
     ) -> None:
         self.config = config
-        self.pool = pool
         self.predictor = LengthPredictor() if predictor is None else predictor
         self.policy = make_policy(config.policy, self.predictor, config.max_tokens)
         self.cost = PreemptionCost(config.preemption_mode)
         self.swap = SwapSpace(config.n_swap_pages, self.cost)
+        self.pages = PageManager(config, n_pages, groups, self.swap)
+        self.pool = self.pages.pool
         self._young: OrderedDict[Request, list[Sequence]] = OrderedDict()  # those that age, in order of arrival
         self.events: list[RequestEvent] = []  # of this step
         self._clock = clock
@@ -81,8 +62,6 @@ class Scheduler:
         self._repeated = Plan()
         self._n_repeats = 0  # how often it is still right if nobody comes or goes
         self.n_preemptions = 0
-        self.n_prefix_queries = 0
-        self.n_prefix_hits = 0
 
     @property
     def has_work(self) -> bool:
@@ -90,7 +69,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has checked that it fits into the pool when it is alone."""
-        assert sequence.state is State.WAITING and -(-sequence.limit // self.config.block_size) <= self.pool.n_pages
+        assert sequence.state is State.WAITING
+        assert self.pages.layout.most_pages(sequence.limit) <= self.pool.n_pages
         request = sequence.request
         rank = -math.inf
         if request.arrival_time > self._clock() - self.config.max_aging:
@@ -124,8 +104,7 @@ class Scheduler:
         for sequence in prompts:
             if budget == 0:
                 break
-            if sequence.state is State.RUNNING:
-                budget = self._plan(plan, sequence, budget)
+            budget = self._plan(plan, sequence, budget)
         if self.n_preemptions == n_preemptions:
             self._admit_waiting(plan, budget)
         while not plan.sequences and self.waiting:  # all that run wait for one that does not: they give way
@@ -144,56 +123,44 @@ class Scheduler:
                 return
             n_more = min(n_steps, sequence.limit - n_tokens)
             if sequence.n_writable - n_tokens < n_more and self.pool.n_free > self.pool.n_pages // 4:
-                sequence.pages.append(self.pool.allocate())
-                sequence.n_writable = len(sequence.pages) * self.config.block_size
+                self.pages.take(sequence, sequence.n_writable + 1, plan.moves)
             n_repeats = min(n_repeats, sequence.n_writable - n_tokens)
         self._n_repeats = n_repeats
         self._repeated = Plan(plan.sequences, plan.counts)
 
     def _plan_decodes(self, plan: Plan) -> tuple[int, list[Sequence]]:
-        """Plan everyone with one token to go; returns the budget left and those with more to go."""
-        budget, n_chosen = self.config.max_tokens, 0
+        """Plan everyone with one token to go; returns the budget left and those with more to go.
+
+        Those get the pages of the largest piece of their prompt that may come next, in the order of all.
+        """
+        max_tokens = self.config.max_tokens
+        n_chosen = 0
         prompts: list[Sequence] = []
         chosen = plan.sequences
         for sequence in self.running:  # preemption shortens it from the end
             n_tokens = len(sequence.tokens)
-            if n_tokens - sequence.n_computed != 1:
-                if n_tokens > sequence.n_computed:
+            n_computed = sequence.n_computed
+            if n_tokens - n_computed != 1:
+                end = min(n_tokens, n_computed + max_tokens)
+                if end > n_computed and (end <= sequence.n_writable or self._take_pages(plan, sequence, end)):
                     prompts.append(sequence)
-            elif n_chosen < budget and (n_tokens <= sequence.n_writable or self._take_page(plan, sequence)):
+            elif n_chosen < max_tokens and (
+                n_tokens <= sequence.n_writable or self._take_pages(plan, sequence, n_tokens)
+            ):
                 chosen.append(sequence)
                 n_chosen += 1
         plan.counts = [1] * n_chosen
-        return budget - n_chosen, prompts
+        return max_tokens - n_chosen, prompts
 
-    def _take_page(self, plan: Plan, sequence: Sequence) -> bool:
-        """A page of its own for the next token: a new one, or a copy of one that others hold too.
+    def _take_pages(self, plan: Plan, sequence: Sequence, end: int) -> bool:
+        """Pages of its own for the tokens up to `end`.
 
         Those that are served last give way for it; False if that was the sequence itself.
         """
-        pool, pages = self.pool, sequence.pages
-        index = sequence.n_computed // self.config.block_size
-        while True:
-            if index < len(pages) and pool.references[pages[index]] == 1:
-                sequence.n_writable = len(pages) * self.config.block_size
-                return True
-            if pool.n_available:
-                break
+        while not self.pages.take(sequence, end, plan.moves):
             self._preempt(plan, self.running[-1], sequence)
             if sequence.state is not State.RUNNING:
                 return False
-        page = pool.allocate()
-        if index < len(pages):
-            plan.moves.append(CopyPage(pages[index], page))
-            pool.release([pages[index]])
-            sequence.pages = [
-                *pages[:index],
-                page,
-                *pages[index + 1 :],
-            ]  # a new list: its row in the page tables is written again
-        else:
-            pages.append(page)
-        sequence.n_writable = len(pages) * self.config.block_size
         return True
 
     def _plan(self, plan: Plan, sequence: Sequence, budget: int) -> int:
@@ -216,37 +183,18 @@ class Scheduler:
         self.waiting[:n_seen] = passed
 
     def _admit(self, plan: Plan, sequence: Sequence) -> bool:
-        """Give a waiting sequence the pages of all its tokens, shared where the prefix is known; False if they lack."""
-        block_size, pool = self.config.block_size, self.pool
-        n_tokens = len(sequence.tokens)
-        found: list[int] = []
-        reads_cache = self.config.prefix_caching and sequence.reads_cache
-        if reads_cache:  # at least one token is left to compute, for its logits
-            found = pool.find(sequence.page_digests((n_tokens - 1) // block_size, block_size))
-        n_new = -(-n_tokens // block_size) - len(found)
-        # room for each running sequence to grow by a page, so that it does not at once throw out the new one
-        reserve = min(len(self.running), pool.n_pages // 8)
-        if n_new + pool.n_kept_among(found) + reserve > pool.n_available:
+        if not self.pages.admit(sequence, len(self.running), plan.moves):
             return False
-        for page in found:
-            pool.share(page)
-        sequence.pages = found + [pool.allocate() for _ in range(n_new)]
-        sequence.n_computed = sequence.n_remembered = 0
-        if found:
-            sequence.n_remembered = len(found)
-            sequence.n_computed = len(found) * block_size
-        sequence.n_writable = len(sequence.pages) * block_size
-        self.swap.give(sequence, len(found), plan.moves)
-        if reads_cache:
-            self.n_prefix_queries += n_tokens
-            self.n_prefix_hits += len(found) * block_size
         if sequence.metrics.preemptions == 0:
             sequence.cached_tokens = sequence.n_computed
         self._note("scheduled", sequence, sequence.n_computed)
+        self._run(sequence)
+        return True
+
+    def _run(self, sequence: Sequence) -> None:
         sequence.slot = self._free_slots.pop()
         sequence.state = State.RUNNING
         insort(self.running, sequence, key=_by_key)
-        return True
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Let a waiting child whose tokens are the parent's run on its pages; False if it has to wait for its turn.
@@ -256,18 +204,11 @@ class Scheduler:
         if parent.state is not State.RUNNING or not self._free_slots:
             return False
         self.waiting.remove(child)
-        child.pages = parent.pages[: -(-parent.n_computed // self.config.block_size)]  # none that were taken ahead
-        for page in child.pages:
-            self.pool.share(page)
+        self.pages.fork(parent, child)
         self._n_repeats = 0
-        child.n_computed, child.n_remembered = parent.n_computed, parent.n_remembered
-        child.digests = list(parent.digests)
         child.prompt_was_computed = True
         child.n_due = parent.n_due
-        child.n_writable = parent.n_writable = parent.n_computed
-        child.slot = self._free_slots.pop()
-        child.state = State.RUNNING
-        insort(self.running, child, key=_by_key)
+        self._run(child)
         return True
 
     def advance(self, sequence: Sequence, count: int) -> None:
@@ -283,14 +224,7 @@ class Scheduler:
         sequence.prompt_was_computed |= sequence.n_computed >= sequence.n_prompt
         n_next: float = math.inf
         if self.config.prefix_caching:
-            block_size = self.config.block_size
-            n_full = sequence.n_computed // block_size
-            if n_full > sequence.n_remembered:
-                digests = sequence.page_digests(n_full, block_size)
-                for i in range(sequence.n_remembered, n_full):
-                    self.pool.remember(sequence.pages[i], digests[i])
-                sequence.n_remembered = n_full
-            n_next = (n_full + 1) * block_size
+            n_next = self.pages.remember(sequence)
         sequence.n_due = n_next if sequence.prompt_was_computed else 0
 
     def _note(self, kind: EventKind, sequence: Sequence, n_tokens: int, by: str | None = None) -> None:
@@ -316,7 +250,7 @@ class Scheduler:
     def _preempt(self, plan: Plan, sequence: Sequence, by: Sequence | None = None) -> None:
         assert sequence is self.running[-1]
         self.running.pop()
-        n_lost = 0 if self.swap.take(sequence, self.config.block_size, plan.moves) else sequence.n_computed
+        n_lost = 0 if self.pages.keep_in_host(sequence, plan.moves) else sequence.n_computed
         self._note("preempted", sequence, n_lost, by.request.id if by else None)
         self._give_back(sequence)
         sequence.state = State.WAITING
@@ -325,35 +259,23 @@ class Scheduler:
         insort(self.waiting, sequence, key=_by_key)
 
     def _give_back(self, sequence: Sequence) -> None:
-        self.pool.release(reversed(sequence.pages))
+        self.pages.give_back(sequence)
         self._free_slots.append(sequence.slot)
-        sequence.pages = []
-        sequence.n_writable = sequence.n_due = 0
+        sequence.n_due = 0
         sequence.slot = -1
-        sequence.n_computed = sequence.n_remembered = 0
 
     def check(self) -> None:
         """Assert that every sequence is in one place and that the pool knows of exactly the pages they hold."""
-        block_size = self.config.block_size
         for queue, state in ((self.waiting, State.WAITING), (self.running, State.RUNNING)):
             assert all(sequence.state is state for sequence in queue)
             assert all(a.key < b.key for a, b in pairwise(queue)), "a queue is out of order"
         for sequence in self.waiting:
-            assert not sequence.pages and sequence.slot == -1 and sequence.n_computed == 0
+            assert not sequence.tables and sequence.slot == -1 and sequence.n_computed == 0
         self.swap.check(self.waiting)
         for sequence in self.running:
             assert sequence.swapped is None
             assert sequence.n_computed < len(sequence.tokens) + sequence.is_paused <= sequence.limit + 1
             assert len(sequence.tokens) <= sequence.limit
-            assert sequence.n_computed <= len(sequence.pages) * block_size
-            assert len(set(sequence.pages)) == len(sequence.pages), "a sequence holds a page twice"
-            assert sequence.n_remembered * block_size <= sequence.n_computed
-            last = sequence.n_computed // block_size
-            assert sequence.n_writable <= len(sequence.pages) * block_size
-            if sequence.n_writable > sequence.n_computed:
-                assert all(self.pool.references[page] == 1 for page in sequence.pages[last:]), (
-                    "a page to write is shared"
-                )
         slots = [sequence.slot for sequence in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_sequences)), "slots leak"
-        self.pool.check(page for sequence in self.running for page in sequence.pages)
+        self.pages.check(self.running)

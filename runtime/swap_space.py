@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pyinfer.runtime.page_moves import Move, SwapIn, SwapOut, SwappedPages
+from pyinfer.runtime.page_moves import Move, SwapOut, SwappedPages
 from pyinfer.runtime.preemption_cost import PreemptionCost
 from pyinfer.runtime.request import Sequence
 
@@ -18,27 +18,19 @@ class SwapSpace:
         self._cost = cost
         self.n_swaps = 0
 
-    def take(self, sequence: Sequence, block_size: int, moves: list[Move]) -> bool:
-        """Plan to keep what a sequence has computed, if there is room and that is worth it."""
-        n_pages = -(-sequence.n_computed // block_size)
-        is_room = 0 < n_pages <= self._n_pages - self._n_used
-        if not is_room or not self._cost.prefers_swap(sequence.n_computed, n_pages):
+    def take(self, sequence: Sequence, pages: list[int], moves: list[Move]) -> bool:
+        """Plan to keep what a sequence has computed, which is in these pages, if there is room and that is worth it."""
+        is_room = 0 < len(pages) <= self._n_pages - self._n_used
+        if not is_room or not self._cost.prefers_swap(sequence.n_computed, len(pages)):
             return False
-        sequence.swapped = SwappedPages(sequence.n_computed, n_pages)
-        moves.append(SwapOut(sequence, sequence.pages[:n_pages], sequence.swapped))
-        self._n_used += n_pages
+        sequence.swapped = SwappedPages(sequence.n_computed, list(sequence.firsts), len(pages))
+        moves.append(SwapOut(sequence, pages, sequence.swapped))
+        self._n_used += len(pages)
         self.n_swaps += 1
         return True
 
-    def give(self, sequence: Sequence, n_found: int, moves: list[Move]) -> None:
-        """Plan to bring back what the first `n_found` pages, which came from the prefix cache, do not have."""
-        swapped = sequence.swapped
-        if swapped is not None and swapped.n_computed > sequence.n_computed:
-            moves.append(SwapIn(sequence, sequence.pages[n_found : swapped.n_pages], swapped, n_found))
-            sequence.n_computed = swapped.n_computed
-        self.drop(sequence)
-
     def drop(self, sequence: Sequence) -> None:
+        """A sequence has it back, or needs it no more."""
         if sequence.swapped is not None:
             self._n_used -= sequence.swapped.n_pages
             sequence.swapped = None

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from batches import Piece, make_batch, run_prompt
+from batches import Piece, make_batch, one_table, run_prompt
 from tiny_models import random_weights
 
-from pyinfer.graph.backend import StageConfig
+from pyinfer.graph.backend import Stage, StageConfig
 from pyinfer.graph.graph import Graph, KVLayer
+from pyinfer.graph.kv_groups import MAX_GROUPS
 from pyinfer.graph.ops import (
     Add,
     ApplyRope,
@@ -136,13 +137,14 @@ class RandomGraph:
 
 
 def config(n_threads: int) -> StageConfig:
-    return StageConfig(n_pages=3, kv_dtype="f32", n_ctx=32, max_tokens=32, n_threads=n_threads)
+    return StageConfig(n_pages=3 * MAX_GROUPS, kv_dtype="f32", n_ctx=32, max_tokens=32, n_threads=n_threads)
 
 
-def run(stage: CPUStage) -> F32:
+def run(stage: Stage, graph: Graph) -> F32:
     """Half of the prompt, and from there the rest but for two rows' logits."""
-    stage.run(make_batch([Piece(IDS[:11], PAGES)], 16, outputs=[]))
-    return stage.run(make_batch([Piece(IDS[11:], PAGES, 11)], 16, outputs=[0, 2, 3, 5, 6, 7, 8, 9])).copy()
+    pages = [[3 * group + page for page in PAGES] for group in range(len(graph.kv_groups))]
+    stage.run(make_batch([Piece(IDS[:11], pages)], 16, outputs=[]))
+    return stage.run(make_batch([Piece(IDS[11:], pages, 11)], 16, outputs=[0, 2, 3, 5, 6, 7, 8, 9])).copy()
 
 
 def shuffle_between_barriers(stage: CPUStage, rng: np.random.RandomState) -> int:
@@ -164,10 +166,10 @@ def test_random_graphs_equal_the_reference(seed: int) -> None:
     graph = RandomGraph(seed, "F32").graph()
     if seed % 2:
         graph = optimize(graph)
-    expected = run(ReferenceBackend().open_stage(graph, config(1)))  # type: ignore[arg-type]
+    expected = run(ReferenceBackend().open_stage(graph, config(1)), graph)
     stage = CPUBackend().open_stage(graph, config(1 + seed % 3))
     try:
-        logits = run(stage)
+        logits = run(stage, graph)
     finally:
         stage.close()
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
@@ -179,17 +181,17 @@ def test_ops_between_barriers_may_run_in_any_order(seed: int, kind: str) -> None
     graph = optimize(RandomGraph(seed, kind).graph())
     stage = CPUBackend().open_stage(graph, config(1))
     try:
-        expected = run(stage)
+        expected = run(stage, graph)
         for i in range(4):
             shuffle_between_barriers(stage, np.random.RandomState(i))
-            np.testing.assert_array_equal(run(stage), expected)
+            np.testing.assert_array_equal(run(stage, graph), expected)
     finally:
         stage.close()
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
 def test_models_may_run_in_any_order_between_barriers(arch: str, tiny_model: TinyModel) -> None:
-    graph = optimize(build_graph(GGUFFile.open(tiny_model(arch, "Q8_0"))))
+    graph = one_table(optimize(build_graph(GGUFFile.open(tiny_model(arch, "Q8_0")))))
     ids = np.random.RandomState(1).randint(0, 300, 40).tolist()
     stage = CPUBackend().open_stage(graph, StageConfig(n_pages=3, n_ctx=48, max_tokens=48))
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from batches import Piece, make_batch, run_prompt
+from batches import Piece, make_batch, one_table, run_prompt
 from tiny_models import TinyShape
 
 from pyinfer.graph.backend import Stage, StageConfig
@@ -33,7 +33,7 @@ CONFIG = StageConfig(n_pages=8, n_ctx=128, max_tokens=64, n_threads=2)
 
 
 def graph_of(path: Path) -> Graph:
-    return optimize(build_graph(GGUFFile.open(path)))
+    return one_table(optimize(build_graph(GGUFFile.open(path))))
 
 
 def parts_of(graph: Graph, *blocks: int) -> list[Graph]:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from batches import Piece, make_batch, run_prompt
+from batches import Piece, make_batch, one_table, run_prompt
 from cpu_kernels import BLOCK_TYPES, FLOAT_TYPES, ISAS
 from tiny_models import TinyShape
 
 from pyinfer.errors import ConfigError, ModelError
 from pyinfer.graph.backend import Backend, Stage, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.kv_groups import group_layers, one_group
+from pyinfer.graph.kv_groups import group_layers
 from pyinfer.graph.passes import narrow_activations, optimize
 from pyinfer.graph.reference import ReferenceBackend
 from pyinfer.kernels_cpu.backend import CPUBackend
@@ -49,7 +49,7 @@ def mixed(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def graph_of(path: Path) -> Graph:
-    return optimize(build_graph(GGUFFile.open(path)))
+    return one_table(optimize(build_graph(GGUFFile.open(path))))
 
 
 def config(kv_dtype: str = "f16", n_threads: int = 1, **sizes: int) -> StageConfig:
@@ -263,8 +263,7 @@ def test_groups_of_layers_change_no_bit(chunk: int, n_threads: int, tiny_model: 
     grouped = replace(graph, kv_groups=group_layers(graph.kv_layers))
     full, sliding = grouped.kv_groups
     assert full.window is None and sliding.window == 8
-    merged = replace(graph, kv_groups=one_group(graph.kv_layers))
-    stage = CPUBackend().open_stage(merged, config(n_threads=n_threads))
+    stage = CPUBackend().open_stage(graph, config(n_threads=n_threads))
     expected = run_prompt(stage, PROMPT, PAGES, 16)
     stage.close()
     n = len(PAGES)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from pyinfer.graph.backend import Stage
 from pyinfer.graph.batch import Batch
+from pyinfer.graph.graph import Graph
+from pyinfer.graph.kv_groups import one_group
+
+
+def one_table(graph: Graph) -> Graph:
+    """All layers in one KV group, so that a page number is enough to say where keys and values go."""
+    return replace(graph, kv_groups=one_group(graph.kv_layers))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pyinfer.graph.backend import StageConfig
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.outputs import RequestOutput, TokenLogprobs
+from pyinfer.runtime.plan import Plan
 from pyinfer.runtime.preemption_cost import PreemptionCost
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.scheduler import Plan
 
 pytestmark = pytest.mark.unit
 

@@ -19,9 +19,9 @@ from pyinfer.runtime.beam_search import BeamSearchParams
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.outputs import RequestOutput
 from pyinfer.runtime.page_moves import CopyPage
+from pyinfer.runtime.plan import Plan
 from pyinfer.runtime.request import Sequence
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.scheduler import Plan
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from batches import run_prompt
+from batches import one_table, run_prompt
 from tiny_models import write_tiny_model
 
 from pyinfer.graph.backend import StageConfig
@@ -30,7 +30,7 @@ def build(path: Path) -> Graph:
 
 
 def logits(graph: Graph) -> npt.NDArray[np.float32]:
-    stage = ReferenceBackend().open_stage(graph, StageConfig(n_pages=2, kv_dtype="f32"))
+    stage = ReferenceBackend().open_stage(one_table(graph), StageConfig(n_pages=2, kv_dtype="f32"))
     return run_prompt(stage, PROMPT, [0, 1], block_size=16)
 
 

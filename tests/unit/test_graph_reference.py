@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from batches import Piece, make_batch, run_prompt
+from batches import Piece, make_batch, one_table, run_prompt
 from tiny_models import write_tiny_model
 
 from pyinfer.graph.backend import StageConfig
@@ -26,7 +26,7 @@ B = np.random.RandomState(2).randint(0, 300, 21).tolist()
 
 
 def open_stage(path: Path, kv_dtype: str = "f32", n_pages: int = 8) -> ReferenceStage:
-    graph = optimize(build_graph(GGUFFile.open(path)))
+    graph = one_table(optimize(build_graph(GGUFFile.open(path))))
     return ReferenceStage(graph, StageConfig(n_pages=n_pages, kv_dtype=kv_dtype))
 
 
@@ -96,7 +96,7 @@ def test_activations_at_known_points() -> None:
 
 def test_groups_of_layers_change_no_logit_and_pages_behind_a_window_are_not_read(tmp_path: Path) -> None:
     """Window 8, pages of 4: whatever the table says behind the window, and other pages for each group."""
-    graph = build_graph(GGUFFile.open(write_tiny_model(tmp_path / "m.gguf", "gemma3")))
+    graph = one_table(build_graph(GGUFFile.open(write_tiny_model(tmp_path / "m.gguf", "gemma3"))))
     grouped = replace(graph, kv_groups=group_layers(graph.kv_layers))
     grouped.check()
     assert [group.window for group in grouped.kv_groups] == [None, 8]

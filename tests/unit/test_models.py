@@ -8,7 +8,7 @@ from typing import Any
 import llamacpp_logits
 import numpy as np
 import pytest
-from batches import run_prompt
+from batches import one_table, run_prompt
 from tiny_models import TinyShape, write_tiny_model
 
 from pyinfer.errors import ModelError
@@ -32,7 +32,7 @@ def build(path: Path) -> Graph:
 def test_logits_equal_llamacpps(case: str, tmp_path: Path) -> None:
     arch, options = llamacpp_logits.CASES[case]
     graph = build(write_tiny_model(tmp_path / "tiny.gguf", arch, "F32", **options))
-    stage = ReferenceBackend().open_stage(graph, StageConfig(n_pages=2, kv_dtype="f32"))
+    stage = ReferenceBackend().open_stage(one_table(graph), StageConfig(n_pages=2, kv_dtype="f32"))
     ours = run_prompt(stage, llamacpp_logits.PROMPT, [1, 0], block_size=16)[llamacpp_logits.ROWS]
     with np.load(llamacpp_logits.DATA) as data:
         theirs = data[case]
@@ -100,7 +100,7 @@ def test_phi3_with_q_k_and_v_apart(tmp_path: Path) -> None:
         write_gguf(tmp_path / "apart.gguf", file.metadata, tensors)
     logits = []
     for each in (path, tmp_path / "apart.gguf"):
-        stage = ReferenceBackend().open_stage(build(each), StageConfig(n_pages=2, kv_dtype="f32"))
+        stage = ReferenceBackend().open_stage(one_table(build(each)), StageConfig(n_pages=2, kv_dtype="f32"))
         logits.append(run_prompt(stage, llamacpp_logits.PROMPT, [1, 0], block_size=16))
     np.testing.assert_array_equal(logits[0], logits[1])
 

@@ -13,11 +13,11 @@ import pytest
 
 from pyinfer.errors import ConfigError, RequestError
 from pyinfer.runtime.length_predictor import LengthPredictor
-from pyinfer.runtime.pages import PagePool
+from pyinfer.runtime.plan import SchedulerConfig
 from pyinfer.runtime.request import Request, Sequence
 from pyinfer.runtime.request_limits import RequestLimits
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.scheduler import Scheduler, SchedulerConfig
+from pyinfer.runtime.scheduler import Scheduler
 
 pytestmark = pytest.mark.unit
 
@@ -39,7 +39,7 @@ class Clocked:
     def __init__(self, policy: str, max_aging: float = 1e9) -> None:
         self.now = 0.0
         config = SchedulerConfig(16, 64, 1, False, policy, max_aging=max_aging)
-        self.scheduler = Scheduler(config, PagePool(64), clock=lambda: self.now)
+        self.scheduler = Scheduler(config, 64, clock=lambda: self.now)
         self.n_arrived = 0
 
     def add(self, name: str, n_output: int, *, priority: int = 0, route: str = "", most: int = 100) -> None:
@@ -128,7 +128,7 @@ def test_old_ones_go_in_order_of_arrival_and_are_not_preempted_by_younger_ones()
 
 def test_unknown_policy_and_useless_priority_are_named() -> None:
     with pytest.raises(ConfigError, match=r"'lifo'.*fcfs, priority, ssjf"):
-        Scheduler(SchedulerConfig(policy="lifo"), PagePool(4))
+        Scheduler(SchedulerConfig(policy="lifo"), 4)
     limits = RequestLimits(100, 10, takes_priority=False)
     limits.check([1], SamplingParams())
     with pytest.raises(RequestError, match="priority is 3"):

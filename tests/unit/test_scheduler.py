@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pyinfer.runtime.pages import PagePool
+from pyinfer.runtime.plan import Plan, SchedulerConfig
 from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.scheduler import Plan, Scheduler, SchedulerConfig
+from pyinfer.runtime.scheduler import Scheduler
 
 pytestmark = pytest.mark.unit
 
@@ -17,7 +17,7 @@ class Driver:
 
     def __init__(self, n_pages: int = 64, **config: int | bool) -> None:
         settings = {"block_size": 4, "max_tokens": 16, "max_sequences": 4, **config}
-        self.scheduler = Scheduler(SchedulerConfig(**settings), PagePool(n_pages))  # type: ignore[arg-type]
+        self.scheduler = Scheduler(SchedulerConfig(**settings), n_pages)  # type: ignore[arg-type]
         self.n_arrived = 0
 
     def add(self, prompt: list[int] | int, n_output: int = 8, priority: int = 0, n: int = 1) -> list[Sequence]:
@@ -87,7 +87,7 @@ def test_last_in_order_gives_way_when_pages_run_out_and_is_computed_again() -> N
         driver.step()
         if second.metrics.preemptions:
             break
-    assert second.state is State.WAITING and second.n_computed == 0 and not second.pages
+    assert second.state is State.WAITING and second.n_computed == 0 and not second.tables
     assert first.state is State.RUNNING and first.metrics.preemptions == 0
     while driver.scheduler.has_work:
         driver.step()
@@ -148,8 +148,8 @@ def test_samples_of_a_request_share_the_prompt() -> None:
     samples = driver.add(13, n_output=4, n=3)
     assert driver.shape() == [("0", 13)], "the others wait until the prompt is known"
     assert driver.shape() == [("0", 1)] * 3
-    assert len({tuple(s.pages[:3]) for s in samples}) == 1
-    assert len({s.pages[3] for s in samples}) == 3
+    assert len({tuple(s.tables[0][:3]) for s in samples}) == 1
+    assert len({s.tables[0][3] for s in samples}) == 3
     while driver.scheduler.has_work:
         driver.step()
     assert driver.scheduler.pool.n_held == 0
@@ -202,10 +202,10 @@ def test_check_sees_a_lost_page_and_a_lost_slot() -> None:
     driver = Driver()
     [sequence] = driver.add(9)
     driver.step()
-    page = sequence.pages.pop()
+    page = sequence.tables[0].pop()
     with pytest.raises(AssertionError):
         driver.scheduler.check()
-    sequence.pages.append(page)
+    sequence.tables[0].append(page)
     driver.scheduler.check()
     sequence.slot += 1
     with pytest.raises(AssertionError):
