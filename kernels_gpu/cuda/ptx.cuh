@@ -83,13 +83,13 @@ DEVICE void cp_async_commit() {
 #endif
 }
 
-// Wait until at most N of this thread's latest groups are under way; others see the data after __syncthreads().
-template <int N>
+// Wait until at most kLeft of this thread's latest groups are under way; others see the data after __syncthreads().
+template <int kLeft>
 DEVICE void cp_async_wait() {
 #ifdef PYINFER_EMULATE
-  emulator_cp_async_wait(N);
+  emulator_cp_async_wait(kLeft);
 #elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 #endif
 }
 
