@@ -8,10 +8,11 @@
 //
 // Defines: HEAD, N_KV, PER_KV (query heads of a kv head), GROUP (at most 8), BLOCK, K_TYPE, V_TYPE, WINDOW (0: none), WARPS,
 // UNROLL, MIN_TILES (of WARPS * kTile positions; less is not split), MAX_TOKENS (a sequence with more tokens in the step is
-// the prompt kernel's; 0: none is), OUT. FUSED: rope and store of the token's k and v happen here (every sequence has one
+// the prompt kernel's; 0: none is, and block z takes token z), OUT. FUSED: rope and store of the token's k and v happen here (every sequence has one
 // token); then N_DIMS, PAIRING and NORM too.
 #include "kv.cuh"
 #include "row_output.cuh"
+#include "sequences.cuh"
 #if FUSED
 #include "rotate.cuh"
 #endif
@@ -28,13 +29,13 @@ constexpr int kColumns = GROUP * HEAD;
 constexpr float kNothing = -INFINITY;
 
 struct Shared {
+  __align__(16) float outputs[WARPS][kColumns];
+#if FUSED
+  __align__(16) float rotated[GROUP][HEAD];
+#endif
   float scores[WARPS][kTile][kHeads];
-  float outputs[WARPS][kColumns];
   float maxima[WARPS][kHeads], sums[WARPS][kHeads];
   int is_last;
-#if FUSED
-  float rotated[GROUP][HEAD];
-#endif
 };
 
 // Sum n values over the kLanes lanes of a vector, halving their number at each step instead of giving all sums to all.
@@ -100,24 +101,31 @@ DEVICE void write_output(int row, int n_heads, ValueAt value_at, void* out, floa
 DEVICE float weight_of(float a, float b) { return b == kNothing ? 0.0f : exp2f(a - b); }
 
 // q: float32 rows, already rotated unless FUSED; scale_log2: the scale of scores times log2(e). Grid (splits, N_KV * passes,
-// tokens). slots[m] < 0: padding, a row of zeros. partial: [tokens][N_KV * passes][splits][GROUP * HEAD + 2 * GROUP];
-// tickets: [tokens][N_KV * passes], zero before and after. FUSED: k and v are this step's rows, angles [tokens][N_DIMS/2].
+// tokens). slots[m] < 0: padding, a row of zeros. partial: [gridDim.z][N_KV * passes][splits][GROUP * HEAD + 2 * GROUP];
+// tickets: [gridDim.z][N_KV * passes], zero before and after. FUSED: k and v are this step's rows, angles [tokens][N_DIMS/2].
 extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
     const float* q, float scale_log2, void* k_pages, __half* k_scales, void* v_pages, __half* v_scales,
-    const int* positions, const int* slots, const int* sequence_of_token, const int* sequence_starts, const int* page_tables,
-    int table_stride, float* partial, int* tickets, void* out, float* scales, float* sums, const float* k,
-    const float* v, const float2* angles, const float* q_weight, const float* k_weight, float eps) {
-  __shared__ __align__(16) Shared shared;
-  const int split = blockIdx.x, n_splits = gridDim.x, y = blockIdx.y, row = blockIdx.z;
+    const int* positions, const int* slots, const int* sequence_of_token, const int* sequence_starts, int n_sequences,
+    const int* page_tables, int table_stride, float* partial, int* tickets, void* out, float* scales, float* sums,
+    const float* k, const float* v, const float2* angles, const float* q_weight, const float* k_weight, float eps) {
+  __shared__ Shared shared;
+  const int split = blockIdx.x, n_splits = gridDim.x, y = blockIdx.y;
   const int warp = threadIdx.x >> 5, lane = lane_id(), part = lane % kLanes, group = lane / kLanes;
   const int kv_head = y / kPasses, n_heads = min(GROUP, PER_KV - y % kPasses * GROUP);
   const int q_head = kv_head * PER_KV + y % kPasses * GROUP;
   let_next_start();
   wait_for_previous();
+#if MAX_TOKENS
+  const Unit unit = find_unit(blockIdx.z, sequence_starts, n_sequences,
+                              [](int count) { return count <= MAX_TOKENS ? count : 0; });
+  if (unit.sequence < 0) return;
+  const int row = unit.from + unit.local;
+#else
+  const int row = blockIdx.z;
+#endif
   const int slot = slots[row];
   const int length = slot < 0 ? 0 : positions[row] + 1;
   const int sequence = slot < 0 ? 0 : sequence_of_token[row];
-  if (MAX_TOKENS && slot >= 0 && sequence_starts[sequence + 1] - sequence_starts[sequence] > MAX_TOKENS) return;
   const int first = WINDOW ? max(0, length - WINDOW) : 0;
   const int start = first / kBlockTile * kBlockTile;
   const int n_tiles = ceil_div(length - start, kBlockTile);
@@ -295,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
   }
 
   constexpr int kRecord = kColumns + 2 * GROUP;
-  const int pair = row * gridDim.y + y;
+  const int pair = blockIdx.z * gridDim.y + y;
   float* records = partial + static_cast<long long>(pair) * n_splits * kRecord;
   float* record = records + split * kRecord;
   for (int c = threadIdx.x; c < kColumns; c += 32 * WARPS) record[c] = weighted(c, highest_of(c / HEAD));

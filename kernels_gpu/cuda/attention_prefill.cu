@@ -9,6 +9,7 @@
 // WINDOW (0: none), WARPS, ROW_TILES (of 16 rows, for each warp), COLUMNS (positions at once, a multiple of 16), STAGES (of
 // shared memory: 2 loads ahead), MIN_TOKENS (a sequence with fewer in the step is the decode kernel's), OUT (f32, h16).
 #include "kv.cuh"
+#include "sequences.cuh"
 
 #define OUT_F32 0
 #define OUT_H16 2
@@ -75,39 +76,9 @@ DEVICE void load_tile(uint16_t* target, const void* pool, const __half* scales, 
   }
 }
 
-struct Tile {
-  int token, n_tokens, sequence;  // n_tokens 0: there is no such tile, `token` counts on from the last
-};
-
-// The tile of this block: sequences are cut into tiles of TOKENS, in order. All lanes of a warp take part.
-DEVICE Tile find_tile(int index, const int* sequence_starts, int n_sequences) {
-  int before = 0;
-  for (int s = 0; s < n_sequences; s += 32) {
-    const int mine = s + lane_id();
-    const int from = mine < n_sequences ? sequence_starts[mine] : 0;
-    const int count = mine < n_sequences ? sequence_starts[mine + 1] - from : 0;
-    const int tiles = count >= MIN_TOKENS ? ceil_div(count, TOKENS) : 0;
-    int through = tiles;
-#pragma unroll
-    for (int o = 1; o < 32; o *= 2) {
-      const int other = __shfl_up_sync(FULL_WARP, through, o);
-      if (lane_id() >= o) through += other;
-    }
-    const uint32_t past = __ballot_sync(FULL_WARP, before + through > index);
-    if (past) {
-      const int owner = __ffs(past) - 1;
-      const int local = index - before - __shfl_sync(FULL_WARP, through - tiles, owner);
-      const int left = __shfl_sync(FULL_WARP, count, owner) - local * TOKENS;
-      return {__shfl_sync(FULL_WARP, from, owner) + local * TOKENS, min(left, TOKENS), s + owner};
-    }
-    before += __shfl_sync(FULL_WARP, through, 31);
-  }
-  return {index - before, 0, 0};
-}
-
 // q: float32 rows, already rotated; scale_log2: the scale of scores times log2(e). Grid (tiles, N_KV * passes) with tiles
-// >= n_tokens / TOKENS + n_sequences. sequence_starts [n_sequences + 1], its last entries repeated for sequences that are
-// not there; tokens from the last start on are padding and get zeros. Dynamic shared memory: queries, then STAGES times
+// >= n_tokens / TOKENS + n_sequences. sequence_starts [n_sequences + 1]: sequences that are not there are empty; tokens from
+// the last start on are padding and get zeros. Dynamic shared memory: queries, then STAGES times
 // (keys, values), each row of kStride halves.
 extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
     const float* q, float scale_log2, const void* k_pages, const __half* k_scales, const void* v_pages,
@@ -124,10 +95,10 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
   wait_for_previous();
 
   // the last tiles of a sequence reach back furthest: they start first
-  const Tile tile = find_tile(gridDim.x - 1 - blockIdx.x, sequence_starts, n_sequences);
-  if (tile.n_tokens == 0) {
-    const int padding = sequence_starts[n_sequences] + tile.token * TOKENS;
-    if (MIN_TOKENS > 1) return;  // the decode kernel writes the rows of zeros
+  const Unit unit = find_unit(gridDim.x - 1 - blockIdx.x, sequence_starts, n_sequences,
+                              [](int count) { return count >= MIN_TOKENS ? ceil_div(count, TOKENS) : 0; });
+  if (unit.sequence < 0) {
+    const int padding = sequence_starts[n_sequences] + unit.local * TOKENS;
     for (int row = padding; row < min(padding + TOKENS, n_tokens); row++)
       for (int c = threadIdx.x; c < n_heads * HEAD; c += kThreads) {
         const long long at = static_cast<long long>(row) * kWidth + first_column + c;
@@ -137,16 +108,17 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
       }
     return;
   }
-  const int from = positions[tile.token], end = from + tile.n_tokens;
+  const int first_token = unit.from + unit.local * TOKENS, n_mine = min(TOKENS, unit.count - unit.local * TOKENS);
+  const int from = positions[first_token], end = from + n_mine;
   const int first = WINDOW ? max(0, from - WINDOW + 1) : 0;
-  const int* table = page_tables + static_cast<long long>(tile.sequence) * table_stride;
+  const int* table = page_tables + static_cast<long long>(unit.sequence) * table_stride;
 
   // row r of the tile is token r / GROUP, head r % GROUP; rows past the end are zeros
   for (int i = threadIdx.x; i < kRows * (HEAD / 2); i += kThreads) {
     const int r = i / (HEAD / 2), column = i % (HEAD / 2) * 2, token = r / GROUP;
     float2 v = make_float2(0.0f, 0.0f);
-    if (token < tile.n_tokens && r % GROUP < n_heads)
-      v = *reinterpret_cast<const float2*>(q + static_cast<long long>(tile.token + token) * kWidth + first_column +
+    if (token < n_mine && r % GROUP < n_heads)
+      v = *reinterpret_cast<const float2*>(q + static_cast<long long>(first_token + token) * kWidth + first_column +
                                            r % GROUP * HEAD + column);
     const float a = v.x * scale_log2, b = v.y * scale_log2;
     const uint32_t packed = pack<kWideK>(a, b);
@@ -305,8 +277,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
       total += __shfl_xor_sync(FULL_WARP, total, 2);
       const float inverse = 1.0f / total;
       const int r = (warp * ROW_TILES + m) * 16 + g + 8 * i, token = r / GROUP;
-      if (token >= tile.n_tokens || r % GROUP >= n_heads) continue;
-      const long long place = static_cast<long long>(tile.token + token) * kWidth + first_column + r % GROUP * HEAD + 2 * t;
+      if (token >= n_mine || r % GROUP >= n_heads) continue;
+      const long long place = static_cast<long long>(first_token + token) * kWidth + first_column + r % GROUP * HEAD + 2 * t;
 #pragma unroll
       for (int n = 0; n < kDimTiles; n++) {
         const float a = acc[m][n][2 * i] * inverse, b = acc[m][n][2 * i + 1] * inverse;
@@ -316,5 +288,5 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
     }
   // a mean of float16 values fits float16 as it is
   if (OUT == OUT_H16 && y == 0)
-    for (int token = threadIdx.x; token < tile.n_tokens; token += kThreads) scales[tile.token + token] = 1.0f;
+    for (int token = threadIdx.x; token < n_mine; token += kThreads) scales[first_token + token] = 1.0f;
 }

@@ -1,8 +1,12 @@
 // Rotary embedding (arXiv:2104.09864), fused with the norm of each head and with writing keys and values into their pages.
 // Bound by launch latency in decode, by memory in prompts.
 // Defines: HEAD, N_DIMS, PAIRING, NORM, ROTATE (0: only store), N_KV, BLOCK, K_TYPE, V_TYPE, WARPS.
+// Without them only rope_angles is there.
+#include "ptx.cuh"
+#ifdef HEAD
 #include "kv.cuh"
 #include "rotate.cuh"
+#endif
 
 // cos and sin of a turn's fraction: `turns` is the angle in full circles.
 DEVICE float2 cos_sin(double turns) {
