@@ -121,11 +121,9 @@ def test_rope_and_store(
 
 
 def check_stored(
-    device: EmulatedDevice, step: PagedStep, pools: list[Pool], pages: object, k: object, v: object
+    device: EmulatedDevice, step: PagedStep, pools: list[Pool], pages: LayerPages, k: F32Array, v: F32Array
 ) -> None:
-    from pyinfer.kernels_gpu.pages import LayerPages
-
-    assert isinstance(pages, LayerPages) and isinstance(k, np.ndarray) and isinstance(v, np.ndarray)
+    """Each token's slot holds its key and value, rounded; every other slot is as it was."""
     real = step.slots >= 0
     for pool, place, x in zip(pools, (pages.keys, pages.values), (k, v), strict=True):
         untouched = Pool(step, pool.kind, pool.codes.shape[1], pool.codes.shape[3])
