@@ -22,3 +22,8 @@ def output_buckets(n_tokens: int) -> tuple[int, ...]:
 def bucket_of(n: int, buckets: tuple[int, ...]) -> int:
     """The smallest that holds n."""
     return buckets[bisect_left(buckets, n)]
+
+
+def sequence_buckets(max_sequences: int) -> tuple[int, ...]:
+    """Ascending: how many sequences a prompt's attention leaves room for."""
+    return (*(size for size in (1, 8, 64) if size < max_sequences), max_sequences)

@@ -27,6 +27,7 @@ _CHUNK = 32 << 20  # small buffers share chunks of this size; larger ones are al
 _STAGING = 16 << 20  # bytes of each of two pinned buffers that pageable memory is uploaded through
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_WITHOUT_ASKING = 48 << 10
+_OVERLAP_IN_GRAPHS = 12030  # the first CUDA whose graphs keep programmatic dependent launches
 _R_32F, _R_16F, _COMPUTE_32F, _OP_N, _OP_T, _GEMM_DEFAULT = 0, 2, 68, 0, 1, -1  # library_types.h, cublas_api.h
 
 
@@ -46,6 +47,7 @@ class CuPyDevice:
         self._launcher = Launcher(
             ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), self._stream.ptr
         )
+        self._overlap = self.arch >= 90 and int(runtime.driverGetVersion()) >= _OVERLAP_IN_GRAPHS
         self._blas: int | None = None
         self._scalars = np.array([0, 1], np.float32)  # beta of a product, and alpha
         self._modules: dict[Unit, int] = {}
@@ -90,8 +92,8 @@ class CuPyDevice:
         self._enter()
         ptr = int(runtime.hostAlloc(max(n_bytes, 1), runtime.hostAllocPortable))
         self._pinned.append((ptr, ptr + n_bytes))
-        raw = (ctypes.c_uint8 * n_bytes).from_address(ptr)
-        return np.frombuffer(raw, np.uint8)
+        memory: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(ptr))
+        return memory
 
     def upload(self, target: Buffer, source: npt.NDArray[Any], offset: int = 0) -> None:
         assert source.flags.c_contiguous
@@ -163,7 +165,7 @@ class CuPyDevice:
         if step.shared_bytes > self._shared_of.get(function, _SHARED_WITHOUT_ASKING):
             driver.funcSetAttribute(function, _DYNAMIC_SHARED, step.shared_bytes)
             self._shared_of[function] = step.shared_bytes
-        self._launcher.launch(function, step, overlap=step.overlap and self.arch >= 90)
+        self._launcher.launch(function, step, overlap=step.overlap and self._overlap)
 
     def _gemm(self, gemm: Gemm) -> None:
         """cuBLAS has columns where we have rows, so it computes out.T = w @ x.T."""

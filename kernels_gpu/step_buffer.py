@@ -1,6 +1,6 @@
 """What changes from step to step, in one piece of memory: filled on the host, uploaded by one copy, read by the kernels.
 
-A program for `n_tokens` and `n_outputs` pads: a padding token has slot -1 (nothing is stored), position 0 and sequence -1
+A program for `n_tokens` and `n_outputs` pads: a padding token has id -1 (a row of zeros), slot -1 (not stored) and sequence -1
 (attention writes zeros); a padding output row is -1 (zeros); a padding sequence begins where the last one ends, so it is empty.
 """
 
@@ -85,7 +85,7 @@ class StepBuffer:
         """Fill the arrays, padded to a program's rows, and copy what the step reads. The last upload must have happened."""
         arrays, n, n_sequences = self._arrays, batch.n_tokens, batch.n_sequences
         assert n <= n_tokens <= len(arrays["token_ids"]) and n_sequences <= self._n_sequences
-        _fill(arrays["token_ids"], batch.token_ids, n_tokens, 0)
+        _fill(arrays["token_ids"], batch.token_ids, n_tokens, -1)
         _fill(arrays["positions"], batch.positions, n_tokens, 0)
         counts = np.diff(batch.sequence_starts)
         _fill(arrays["sequence_of_token"], np.repeat(np.arange(n_sequences, dtype=np.int32), counts), n_tokens, -1)

@@ -41,24 +41,47 @@ class ValuePlan:
         self._free = list(workspace.slabs)
         self._reads_left = Counter(id(value) for op in graph.ops for value in op.inputs)
         self._reads_left[id(graph.logits)] += 1  # the caller reads them
-        self._operands: dict[int, tuple[Operand, Buffer]] = {}
+        self._operands: dict[int, tuple[Operand, Buffer | None]] = {}
+        self._holders: Counter[int] = Counter()  # slab -> values that lie in it
 
     def __getitem__(self, value: Value) -> Operand:
         return self._operands[id(value)][0]
 
+    def __contains__(self, value: Value) -> bool:
+        return id(value) in self._operands
+
     def write(self, value: Value, form: Form, n_rows: int) -> Operand:
         """Memory for a value that is about to be written."""
-        slab = self.scratch(operand_bytes(form, n_rows, value.width))
-        operand = operand_at(form, n_rows, value.width, slab)
+        operand, slab = self.operand_scratch(form, n_rows, value.width)
         self._operands[id(value)] = (operand, slab)
+        self._holders[slab.ptr] += 1
         return operand
+
+    def hold(self, value: Value, operand: Operand) -> None:
+        """A value that lies in memory of its own."""
+        self._operands[id(value)] = (operand, None)
+
+    def share(self, value: Value, other: Value) -> None:
+        """A value that is another one, unchanged."""
+        self._operands[id(value)] = self._operands[id(other)]
+        slab = self._operands[id(value)][1]
+        if slab is not None:
+            self._holders[slab.ptr] += 1
 
     def read(self, *values: Value) -> None:
         """Count the reads of one op; what nobody reads any more can be reused."""
         for value in values:
             self._reads_left[id(value)] -= 1
-            if not self._reads_left[id(value)]:
-                self.release(self._operands[id(value)][1])
+            slab = self._operands[id(value)][1]
+            if self._reads_left[id(value)] == 0 and slab is not None:
+                self._holders[slab.ptr] -= 1
+                if not self._holders[slab.ptr]:
+                    self.release(slab)
+
+    def operand_scratch(self, form: Form, n_rows: int, width: int) -> tuple[Operand, Buffer]:
+        """Rows that are no value of the graph, and what is to be released after them."""
+        slab = self.scratch(operand_bytes(form, n_rows, width))
+        return operand_at(form, n_rows, width, slab), slab
 
     def scratch(self, n_bytes: int) -> Buffer:
         """Memory until `release`: the smallest slab that is free and large enough."""

@@ -174,10 +174,11 @@ def test_every_data_file_is_installed() -> None:
     patterns: dict[str, list[str]] = tool["setuptools"]["package-data"]
     missing = []
     for package, folder in tool["setuptools"]["package-dir"].items():
-        for path in (ROOT / folder).iterdir():
+        for path in (*(ROOT / folder).glob("*"), *(ROOT / folder / "cuda").glob("*")):
+            name = path.relative_to(ROOT / folder).as_posix()
             is_data = path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith(".")
-            if is_data and not any(fnmatch(path.name, pattern) for pattern in patterns.get(package, [])):
-                missing.append(f"{folder}/{path.name}")
+            if is_data and not any(fnmatch(name, pattern) for pattern in patterns.get(package, [])):
+                missing.append(f"{folder}/{name}")
     assert not missing, f"not in package-data: {missing}"
 
 

@@ -43,7 +43,7 @@ def test_machine_code_and_what_it_takes(nvrtc: NVRTC, arch: int) -> None:
     binary = nvrtc.compile(SPILLING, "test.cu", arch, ("--ptxas-options=-v",))
     assert binary.code[:4] == b"\x7fELF"
     spilling, plain = sorted(read_resources(binary.log), key=lambda resources: resources.name, reverse=True)
-    assert spilling.name == "spilling" and spilling.registers > 32
+    assert spilling.name == "spilling" and spilling.registers >= 32
     assert spilling.spill_bytes + spilling.stack_bytes > 0
     assert plain.name == "plain" and plain.registers < 32 and plain.spill_bytes == 0 and plain.shared_bytes == 256
 

@@ -1,0 +1,272 @@
+"""Lowering: a graph becomes a list of launches for one number of tokens and outputs, over fixed buffers.
+
+What a matmul reads is written in the form that its kernel wants (`operand.Form`): by the op that makes it where that can, else
+by a copy. Float32 is what everything else reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pyinfer.graph.ops import (
+    Add,
+    ApplyRope,
+    Attention,
+    Embed,
+    GatedActivation,
+    Hidden,
+    MatMul,
+    Op,
+    Quantize,
+    RMSNorm,
+    SelectRows,
+    StoreKV,
+    Value,
+)
+from pyinfer.kernels_gpu.attention import (
+    AttentionScratch,
+    AttentionShape,
+    FusedRope,
+    StepKind,
+    StepShape,
+    build_attention,
+    can_fuse_rope,
+    scratch_sizes,
+)
+from pyinfer.kernels_gpu.fusion import AttentionGroup, Group, NormGroup, SingleOp, group_ops
+from pyinfer.kernels_gpu.launch import Buffer, Step
+from pyinfer.kernels_gpu.operand import Form, Operand
+from pyinfer.kernels_gpu.products import build_products, operand_form
+from pyinfer.kernels_gpu.rope import HeadNorms, HeadShape, build_rope, build_rope_angles, build_rope_store, build_store
+from pyinfer.kernels_gpu.rows import (
+    BeforeNorm,
+    build_add,
+    build_gated,
+    build_head_norm,
+    build_quantize,
+    build_rms_norm,
+    build_select_rows,
+)
+from pyinfer.kernels_gpu.stage_memory import StageMemory
+from pyinfer.kernels_gpu.unpack import build_embed
+from pyinfer.kernels_gpu.workspace import ValuePlan
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramShape:
+    """What a program is lowered for."""
+
+    kind: StepKind
+    n_tokens: int
+    n_outputs: int
+    n_sequences: int  # at most
+    all_rows: bool = False  # the outputs are the tokens, in order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    steps: tuple[Step, ...]
+    result: Buffer  # float32 [n_tokens or n_outputs, width]
+
+
+def lower(memory: StageMemory, shape: ProgramShape) -> Program:
+    """The launches of one step. Without outputs, what works on output rows only is left out."""
+    lowering = _Lowering(memory, shape)
+    for group in group_ops(memory.graph):
+        lowering.lower(group)
+    return lowering.finish()
+
+
+class _Lowering:
+    def __init__(self, memory: StageMemory, shape: ProgramShape) -> None:
+        self.memory, self.shape, self.graph = memory, shape, memory.graph
+        self.step = StepShape(shape.kind, shape.n_tokens, shape.n_sequences)
+        self.values = ValuePlan(memory.workspace, memory.graph)
+        self.steps: list[Step] = []
+        self._angles: set[int] = set()  # ropes whose angles this program has computed
+        self._rules: dict[type[Any], Callable[[Any], None]] = {
+            Embed: self._embed,
+            Hidden: self._hidden,
+            RMSNorm: self._rms_norm,
+            Quantize: self._quantize,
+            MatMul: self._matmul,
+            ApplyRope: self._rope,
+            StoreKV: self._store_kv,
+            Attention: self._attention,
+            GatedActivation: self._gated,
+            Add: self._add,
+            SelectRows: self._select_rows,
+            AttentionGroup: self._attention_group,
+            NormGroup: self._norm_group,
+        }
+
+    def lower(self, group: Group) -> None:
+        if not self.shape.n_outputs and all(self._is_of_outputs(op) for op in group.ops):
+            return
+        what = group.op if isinstance(group, SingleOp) else group
+        self._rules[type(what)](what)
+        for op in group.ops:
+            self.values.read(*(value for value in op.inputs if value in self.values))
+
+    def finish(self) -> Program:
+        if self.graph.logits not in self.values:
+            return Program(tuple(self.steps), Buffer(0, 0))
+        return Program(tuple(self.steps), self.values[self.graph.logits].data)
+
+    @staticmethod
+    def _is_of_outputs(op: Op) -> bool:
+        return any(value.rows == "outputs" for value in op.outputs)
+
+    def _rows(self, value: Value) -> int:
+        return self.shape.n_tokens if value.rows == "tokens" else self.shape.n_outputs
+
+    def _form(self, value: Value) -> Form:
+        """What the readers of a value want: its matmuls' form if nothing else reads it, else float32."""
+        readers = self.graph.consumers(value)
+        forms = {
+            operand_form(op.weights[0], self._rows(value))
+            if isinstance(op, MatMul) and op.residual is not value
+            else "f32"
+            for op in readers
+        }
+        return forms.pop() if len(forms) == 1 and value is not self.graph.logits else "f32"
+
+    def _write(self, value: Value, form: Form = "f32") -> Operand:
+        return self.values.write(value, form, self._rows(value))
+
+    def _write_operand(self, value: Value) -> Operand:
+        """In the form that its readers want, for ops that can write each."""
+        return self._write(value, self._form(value))
+
+    def _vector(self, values: Any) -> Buffer:
+        return self.memory.weights.vector(values)
+
+    # ---- one rule an op
+    def _embed(self, op: Embed) -> None:
+        table, ids = self.memory.weights[op.table], self.memory.fields[0].token_ids
+        out = self._write(op.out)
+        self.steps += build_embed(out.data, table, ids, op.scale, self._rows(op.out))
+
+    def _hidden(self, op: Hidden) -> None:
+        assert self.memory.hidden is not None
+        self.values.hold(op.out, Operand("f32", op.out.width, self.memory.hidden))
+
+    def _rms_norm(self, op: RMSNorm) -> None:
+        x, n = self.values[op.x].data, self._rows(op.out)
+        weight = self._vector(op.weight)
+        if op.weight.size == op.x.width:
+            self.steps += build_rms_norm(self._write_operand(op.out), x, weight, op.eps, n)
+        else:
+            self.steps += build_head_norm(self._write(op.out), x, weight, op.weight.size, op.eps, n)
+
+    def _norm_group(self, group: NormGroup) -> None:
+        x, residual = self.values[group.x].data, self.values[group.residual].data
+        total, out = self._write(group.add.out), self._write_operand(group.norm.out)
+        first = group.before
+        before = BeforeNorm(
+            residual, total.data, self._vector(first.weight) if first else None, first.eps if first else 0.0
+        )
+        weight = self._vector(group.norm.weight)
+        self.steps += build_rms_norm(out, x, weight, group.norm.eps, self._rows(group.norm.out), before)
+
+    def _quantize(self, op: Quantize) -> None:
+        x, form = self.values[op.x], self._form(op.out)
+        if form == "f32":
+            self.values.share(op.out, op.x)
+            return
+        self.steps += build_quantize(self._write(op.out, form), x.data, self._rows(op.out))
+
+    def _matmul(self, op: MatMul) -> None:
+        x, n = self.values[op.x], self._rows(op.outs[0])
+        form = operand_form(op.weights[0], n)
+        scratch = None
+        if x.form != form:
+            operand, scratch = self.values.operand_scratch(form, n, x.width)
+            self.steps += build_quantize(operand, x.data, n)
+            x = operand
+        residual = None if op.residual is None else self.values[op.residual].data
+        outs = [self._write(out).data for out in op.outs]
+        self.steps += build_products(op, x, outs, n, residual, self.memory, self.values)
+        if scratch is not None:
+            self.values.release(scratch)
+
+    def _gated(self, op: GatedActivation) -> None:
+        gate, up = self.values[op.gate].data, self.values[op.up].data
+        self.steps += build_gated(self._write_operand(op.out), gate, up, op.activation, self._rows(op.out))
+
+    def _add(self, op: Add) -> None:
+        a, b = self.values[op.a].data, self.values[op.b].data
+        self.steps += build_add(self._write_operand(op.out), a, b, self._rows(op.out))
+
+    def _select_rows(self, op: SelectRows) -> None:
+        if self.shape.all_rows:
+            self.values.share(op.out, op.x)
+            return
+        rows = self.memory.fields[0].output_rows
+        x = self.values[op.x].data
+        self.steps += build_select_rows(self._write_operand(op.out), x, rows, self._rows(op.out))
+
+    # ---- attention
+    def _turns(self, rope: Any) -> Buffer:
+        """The angles of this rope, computed once a step before they are first read."""
+        frequencies, angles = self.memory.rope(rope)
+        if id(rope) not in self._angles:
+            self._angles.add(id(rope))
+            fields = self.memory.fields[0]
+            self.steps += build_rope_angles(angles, rope, frequencies, fields, self.shape.n_tokens)
+        return angles
+
+    def _rope(self, op: ApplyRope) -> None:
+        angles, x, out = self._turns(op.rope), self.values[op.x].data, self._write(op.out)
+        self.steps += build_rope(out.data, x, op.x.width, op.head_dim, op.rope, angles, self.shape.n_tokens)
+
+    def _heads(self, layer: int, n_heads: int) -> HeadShape:
+        kv = self.graph.kv_layers[layer]
+        return HeadShape(n_heads, kv.n_kv_heads, kv.head_dim, self.memory.config.block_size)
+
+    def _store_kv(self, op: StoreKV) -> None:
+        shape, pages = self._heads(op.layer, 0), self.memory.pages.layer(op.layer)
+        k, v = self.values[op.k].data, self.values[op.v].data
+        self.steps += build_store(k, v, shape, self.memory.layer_fields(op.layer), pages, self.shape.n_tokens)
+
+    def _attention(self, op: Attention) -> None:
+        self._attend(op, self.values[op.q].data, None)
+
+    def _attention_group(self, group: AttentionGroup) -> None:
+        op, n = group.attention, self.shape.n_tokens
+        q, k, v = (self.values[value].data for value in (group.q, group.k, group.v))
+        heads, pages = self._heads(op.layer, op.n_heads), self.memory.pages.layer(op.layer)
+        fields = self.memory.layer_fields(op.layer)
+        if group.rope is None:
+            self.steps += build_store(k, v, heads, fields, pages, n)
+            self._attend(op, q, None)
+            return
+        norms = None
+        if group.q_norm is not None and group.k_norm is not None:
+            weights = self._vector(group.q_norm.weight), self._vector(group.k_norm.weight)
+            norms = HeadNorms(*weights, group.q_norm.eps)
+        angles = self._turns(group.rope)
+        if can_fuse_rope(self._shape(op), self.step):
+            self._attend(op, q, FusedRope(k, v, group.rope, angles, norms))
+            return
+        self.steps += build_rope_store(q, q, k, v, heads, group.rope, angles, fields, pages, n, norms)
+        self._attend(op, q, None)
+
+    def _shape(self, op: Attention) -> AttentionShape:
+        window = self.graph.kv_layers[op.layer].window
+        return AttentionShape(self._heads(op.layer, op.n_heads), op.scale, window, self.memory.config.n_ctx)
+
+    def _attend(self, op: Attention, q: Buffer, fused: FusedRope | None) -> None:
+        device, shape, pages = self.memory.device, self._shape(op), self.memory.pages.layer(op.layer)
+        out = self._write_operand(op.out)
+        sizes = scratch_sizes(out.form, shape, self.step, pages, device)
+        partial = self.values.scratch(sizes.partial)
+        rows = self.values.scratch(sizes.rows) if sizes.rows else None
+        scratch = AttentionScratch(partial, self.memory.counters(sizes.tickets), rows)
+        fields = self.memory.layer_fields(op.layer)
+        self.steps += build_attention(out, q, shape, self.step, fields, pages, device, scratch, fused)
+        for slab in (partial, rows):
+            if slab is not None:
+                self.values.release(slab)

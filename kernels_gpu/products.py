@@ -1,0 +1,83 @@
+"""Matrix products: which kernels multiply, by the number of rows and the type of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyinfer.graph.ops import MatMul
+from pyinfer.kernels_gpu.buckets import DECODE_ROWS
+from pyinfer.kernels_gpu.launch import Buffer, Step
+from pyinfer.kernels_gpu.matmul import (
+    MatmulMemory,
+    arrival_bytes,
+    build_matmul,
+    is_float16,
+    problems_of,
+    scratch_bytes,
+)
+from pyinfer.kernels_gpu.matvec import Product, build_matvec
+from pyinfer.kernels_gpu.operand import Form, Operand
+from pyinfer.kernels_gpu.stage_memory import StageMemory
+from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
+from pyinfer.kernels_gpu.workspace import ValuePlan
+from pyinfer.quant.tensor import QuantTensor
+
+_MMA_COLUMNS = 8  # that a row of a tensor-core product must be a multiple of
+
+
+def operand_form(weight: QuantTensor, n_rows: int) -> Form:
+    """The form in which a matrix of this type reads so many rows."""
+    kind = weight.codec.name
+    if n_rows <= DECODE_ROWS:
+        return "f32" if kind in FLOAT_BYTES else "a8"
+    return "f32" if kind == "F32" or weight.shape[-1] % _MMA_COLUMNS else "h16"
+
+
+def build_products(
+    op: MatMul,
+    x: Operand,
+    outs: Sequence[Buffer],
+    n_rows: int,
+    residual: Buffer | None,
+    memory: StageMemory,
+    plan: ValuePlan,
+) -> list[Step]:
+    """outs[i] = x @ weights[i].T + biases[i] (+ residual), all of which read x in the same form."""
+    products = [
+        Product(memory.weights[weight], out, None if bias is None else memory.weights.vector(bias))
+        for weight, out, bias in zip(op.weights, outs, op.biases, strict=True)
+    ]
+    if x.form == "h16":
+        return _many_rows(x, products, n_rows, residual, memory, plan)
+    return _few_rows(x, products, n_rows, residual, memory)
+
+
+def _few_rows(
+    x: Operand, products: Sequence[Product], n_rows: int, residual: Buffer | None, memory: StageMemory
+) -> list[Step]:
+    """Rows eight at a time: all there are in decode; for float32 weights, which have no other kernel, any number."""
+    steps: list[Step] = []
+    for first in range(0, n_rows, DECODE_ROWS):
+        some = min(DECODE_ROWS, n_rows - first)
+        part, outs, rest = x, products, residual
+        if some < n_rows:
+            assert x.form == "f32"
+            part = Operand("f32", x.width, x.data.at(4 * first * x.width))
+            outs = [Product(p.weight, p.out.at(4 * first * p.weight.layout.n_rows), p.bias) for p in products]
+            rest = residual and residual.at(4 * first * products[0].weight.layout.n_rows)
+        steps += build_matvec(part, outs, some, n_sms=memory.device.n_sms, arch=memory.device.arch, residual=rest)
+    return steps
+
+
+def _many_rows(
+    x: Operand, products: Sequence[Product], n_rows: int, residual: Buffer | None, memory: StageMemory, plan: ValuePlan
+) -> list[Step]:
+    steps: list[Step] = []
+    gpu = memory.routes.gpu
+    for problem, part in problems_of(products, n_rows):
+        route = memory.routes.route(problem, is_float16=is_float16(part, memory.copies))
+        scratch = plan.scratch(scratch_bytes(problem, route, gpu))
+        work = MatmulMemory(scratch, memory.counters(arrival_bytes(problem, route, gpu)), memory.copies)
+        steps += build_matmul(x, problem, part, route, work, gpu, residual=residual)
+        plan.release(scratch)
+    return steps

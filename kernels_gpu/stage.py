@@ -1,0 +1,121 @@
+"""`GPUStage`: a lowered graph on one device, a program for each bucket of rows, each captured once as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyinfer.graph.backend import PageData, Progress, StageConfig
+from pyinfer.graph.batch import Batch
+from pyinfer.graph.graph import Graph
+from pyinfer.kernels_gpu.attention import StepKind
+from pyinfer.kernels_gpu.batch_parts import split_batch
+from pyinfer.kernels_gpu.buckets import bucket_of, output_buckets, sequence_buckets, token_buckets
+from pyinfer.kernels_gpu.device import Device
+from pyinfer.kernels_gpu.launch import Buffer, Launch
+from pyinfer.kernels_gpu.lower import Program, ProgramShape, lower
+from pyinfer.kernels_gpu.stage_memory import StageMemory
+
+F32Array = npt.NDArray[np.float32]
+_MAX_OUTPUTS = 256  # rows that go through the head in one program; its logits take much memory
+_FEW_TOKENS = 4  # a sequence with more of them in a step is a prompt
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    program: Program
+    executable: Any
+
+
+class GPUStage:
+    """See `graph.backend.Stage`."""
+
+    def __init__(self, device: Device, graph: Graph, config: StageConfig, progress: Progress | None = None) -> None:
+        graph.check()
+        self._device, self._graph, self._config = device, graph, config
+        self._max_outputs = max(_MAX_OUTPUTS, config.max_sequences)
+        self._programs: dict[ProgramShape, _Captured] = {}
+        try:
+            self._memory = StageMemory(device, graph, config)
+            self._memory.weights.load(progress)
+            largest = self._largest()
+            program = lower(self._memory, largest)  # first, as the workspace is made for it
+            self._results = device.alloc_pinned(4 * self._result_rows(largest) * graph.logits.width)
+            device.prepare([step.kernel for step in program.steps if isinstance(step, Launch)])
+        except BaseException:
+            device.close()
+            raise
+
+    def run(self, batch: Batch) -> F32Array:
+        """Logits float32 [n_outputs, n_vocab] (of a part of a model: rows [n, n_embd]), until the next call."""
+        if len(batch.output_rows) <= self._max_outputs:
+            return self._run(batch)
+        return np.concatenate([self._run(part).copy() for part in split_batch(batch, self._max_outputs)])
+
+    def _run(self, batch: Batch) -> F32Array:
+        result, n_rows = self.forward(batch), self.n_results(batch)
+        host = self._results.view(np.float32)[: n_rows * self._graph.logits.width]
+        if n_rows:
+            self._device.download(result, host)
+        self._device.synchronize()
+        return host.reshape(n_rows, self._graph.logits.width)
+
+    def n_results(self, batch: Batch) -> int:
+        """Rows that a step of this batch gives."""
+        return batch.n_tokens if self._graph.logits.rows == "tokens" else len(batch.output_rows)
+
+    def forward(self, batch: Batch) -> Buffer:
+        """Start a step; its rows will be in this buffer of the device, float32, padded. At most 256 or as many outputs as
+        there may be sequences."""
+        shape = self._shape(batch)
+        captured = self._programs.get(shape) or self._capture(shape)
+        self._memory.step.upload(batch, shape.n_tokens, shape.n_outputs)
+        if self._memory.hidden is not None:
+            assert batch.hidden is not None
+            self._device.upload(self._memory.hidden, np.ascontiguousarray(batch.hidden, np.float32))
+        self._device.run(captured.executable)
+        return captured.program.result
+
+    def _shape(self, batch: Batch) -> ProgramShape:
+        """The program that this batch runs."""
+        counts = np.diff(batch.sequence_starts)
+        n, n_outputs = batch.n_tokens, len(batch.output_rows)
+        assert 0 < n <= self._config.max_tokens and len(counts) <= self._config.max_sequences
+        n_tokens = bucket_of(n, token_buckets(self._config.max_tokens))
+        outputs = bucket_of(n_outputs, output_buckets(n_tokens))
+        if len(counts) == n:
+            return ProgramShape("decode", n_tokens, outputs, n_tokens, all_rows=n_outputs == n)
+        sequences = bucket_of(len(counts), sequence_buckets(self._config.max_sequences))
+        kind: StepKind = "prompt" if counts.min() > _FEW_TOKENS else "mixed"
+        return ProgramShape(kind, n_tokens, outputs, sequences)
+
+    def _largest(self) -> ProgramShape:
+        config = self._config
+        outputs = bucket_of(min(config.max_tokens, self._max_outputs), output_buckets(config.max_tokens))
+        return ProgramShape("mixed", config.max_tokens, outputs, config.max_sequences)
+
+    def _result_rows(self, largest: ProgramShape) -> int:
+        return largest.n_tokens if self._graph.logits.rows == "tokens" else largest.n_outputs
+
+    def _capture(self, shape: ProgramShape) -> _Captured:
+        program = lower(self._memory, shape)
+        self._programs[shape] = _Captured(program, self._device.capture(program.steps))
+        return self._programs[shape]
+
+    def copy_page(self, source: int, target: int) -> None:
+        self._memory.pages.copy(source, target)
+
+    def read_pages(self, pages: Sequence[int]) -> PageData:
+        return self._memory.pages.read(pages)
+
+    def write_pages(self, pages: Sequence[int], data: PageData) -> None:
+        self._memory.pages.write(pages, data)
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self._programs.clear()
+        self._device.close()
