@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyinfer.errors import PyinferError as PyinferError
-    from pyinfer.runtime.beam_search import BeamSearchParams as BeamSearchParams
+    from pyinfer.runtime.beam_search_params import BeamSearchParams as BeamSearchParams
     from pyinfer.runtime.llm import LLM as LLM
     from pyinfer.runtime.sampling_params import SamplingParams as SamplingParams
 
@@ -13,7 +13,7 @@ __all__ = ["LLM", "BeamSearchParams", "PyinferError", "SamplingParams", "__versi
 
 _HOME = {
     "LLM": "pyinfer.runtime.llm",
-    "BeamSearchParams": "pyinfer.runtime.beam_search",
+    "BeamSearchParams": "pyinfer.runtime.beam_search_params",
     "SamplingParams": "pyinfer.runtime.sampling_params",
     "PyinferError": "pyinfer.errors",
 }

@@ -6,49 +6,16 @@ Beams advance together. Each that has its logits names its likeliest continuatio
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-import msgspec
 import numpy as np
 
-from pyinfer.errors import RequestError
 from pyinfer.graph.ops import F32Array
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.outputs import FinishReason, RequestOutput, TokenLogprobs
 from pyinfer.runtime.request import Request, Sequence
-from pyinfer.runtime.sampling_params import MAX_SAMPLES, SamplingParams
 from pyinfer.runtime.scheduler import Scheduler
-
-
-class BeamSearchParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Validated when built: a `RequestError` names the parameter, its value and the range."""
-
-    beam_width: int
-    max_tokens: int = 16
-    ignore_eos: bool = False  # an end token is a token like any other
-    temperature: float = 0.0  # logits are divided by it first; 0 leaves them as 1 does
-    length_penalty: float = 1.0  # a text's score is its logprob / tokens ** length_penalty
-    include_stop_str_in_output: bool = False  # keep the end token
-
-    def __post_init__(self) -> None:
-        for name, high in (("beam_width", MAX_SAMPLES), ("max_tokens", 2**31 - 1)):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= high:
-                raise RequestError(f"{name} is {value!r}; it must be an integer from 1 to {high}", param=name)
-        for name, low in (("temperature", 0.0), ("length_penalty", -10.0)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not low <= value <= 10.0:
-                raise RequestError(f"{name} is {value!r}; it must be a number from {low:g} to 10", param=name)
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """What a request needs besides."""
-        return SamplingParams(temperature=0.0, max_tokens=self.max_tokens, ignore_eos=self.ignore_eos)
-
-    def score(self, cumulative_logprob: float, n_tokens: int) -> float:
-        """`n_tokens`: prompt and output, less a closing end token."""
-        return cumulative_logprob / math.pow(n_tokens, self.length_penalty)
 
 
 @dataclass(slots=True)
@@ -157,9 +124,11 @@ class BeamSearch:
         del self._finished[self._params.beam_width :]
 
     def _is_decided(self, best: list[_Continuation]) -> bool:
-        """No continuation can still come among the best: a logprob only falls, so its score has a bound."""
+        """Enough texts are complete, and none can still come among the best: a logprob only falls, so it has a bound."""
         if len(self._finished) < self._params.beam_width:
             return False
+        if self._params.early_stopping:
+            return True
         total = max(c.cumulative_logprob for c in best)
         sequence = best[0].parent.sequence
         bound = max(self._params.score(total, n) for n in (len(sequence.tokens) + 1, sequence.limit))
@@ -182,7 +151,8 @@ class BeamSearch:
         return _Beam(sequence, c.cumulative_logprob, [*c.parent.logprobs, c.logprobs])
 
     def outputs(self, last: Sequence) -> list[RequestOutput]:
-        """One chunk a text, best first, of a search that is over; `last` knows the times."""
+        """`beam_width` chunks, one a text, best first, of a search that is over; `last` knows the times."""
+        assert len(self._finished) == self._params.beam_width
         return [
             RequestOutput(
                 self._request.id,

@@ -17,7 +17,7 @@ from pyinfer.graph.kv_groups import KVGroup
 from pyinfer.graph.ops import F32Array
 from pyinfer.runtime.admission import Admission
 from pyinfer.runtime.batch_builder import BatchBuilder, Step
-from pyinfer.runtime.beam_search import BeamSearchParams
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.outputs import (
     EngineStats,
@@ -126,9 +126,11 @@ class Engine:
         """Queue ids whose logits are all wanted: `take_logits` has them once the chunk with a finish reason came."""
         self._queue(self._maker.scoring(request_id, token_ids), may_refuse=True)
 
-    def add_beam_search(self, request_id: str, prompt: list[int], params: BeamSearchParams, *, salt: str = "") -> None:
-        """Queue a beam search; all its chunks come at its end, one a beam, the best first."""
-        self._queue(self._maker.beam_search(request_id, prompt, params, salt=salt), may_refuse=True)
+    def add_beam_search(
+        self, request_id: str, prompt: list[int], params: BeamSearchParams, *, salt: str = "", may_refuse: bool = True
+    ) -> None:
+        """Queue a beam search; its `beam_width` chunks come at its end, one a text, the best first."""
+        self._queue(self._maker.beam_search(request_id, prompt, params, salt=salt), may_refuse=may_refuse)
 
     def _queue(self, request: Request, *, may_refuse: bool) -> None:
         if request.id in self._requests:
@@ -147,7 +149,7 @@ class Engine:
         if request.is_finished:  # scored, and its logits were not taken
             del self._requests[request_id]
         if request.beams is not None:
-            index = None
+            return self._end_search(request, [RequestOutput(request_id, i) for i in range(request.params.n)], "abort")
         sequences = [s for s in request.sequences if s.state is not State.FINISHED and index in (None, s.index)]
         return [self._end(sequence, RequestOutput(request_id, sequence.index), "abort") for sequence in sequences]
 
@@ -232,14 +234,22 @@ class Engine:
         if not beams.is_ready:
             return []
         self._n_generated += len(request.sequences)
-        if beams.advance(self.scheduler):
-            return []
-        for each in request.sequences:
-            self.scheduler.finish(each)
+        return [] if beams.advance(self.scheduler) else self._end_search(request, beams.outputs(sequence))
+
+    def _end_search(
+        self, request: Request, outputs: list[RequestOutput], reason: FinishReason | None = None
+    ) -> list[RequestOutput]:
+        """End all beams; `outputs` are the search's last words, whose reasons may be given already."""
+        for sequence in request.sequences:
+            self.scheduler.finish(sequence)
         del self._requests[request.id]
         self._n_finished += 1
-        sequence.metrics.finished_time = self._clock()
-        return beams.outputs(sequence)
+        metrics = request.sequences[0].metrics  # they share one
+        metrics.finished_time = self._clock()
+        for output in outputs:
+            output.finish_reason = reason or output.finish_reason
+            output.metrics = metrics
+        return outputs
 
     def _sample(self, step: Step, logits: F32Array) -> list[tuple[Sequence, int, int]]:
         samplers = [s.sampler for s in step.sampled if s.sampler is not None]

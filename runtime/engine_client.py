@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 from pyinfer.errors import RequestError, UnavailableError
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.engine_messages import AbortRequest, AddRequest, Message, StepReport
 from pyinfer.runtime.outputs import EngineStats, RequestFailure, RequestOutput
 from pyinfer.runtime.request_limits import RequestLimits
@@ -83,10 +84,9 @@ class EngineClient(ABC):
     def _send(self, message: Message) -> None:
         """Hand a message to the engine; called with the lock held."""
 
-    def _add_request(
-        self, request_id: str, prompt: list[int], params: SamplingParams, salt: str, route: str
-    ) -> AddRequest:
-        return AddRequest(request_id, prompt, params, salt, route=route)
+    def _completed(self, request: AddRequest) -> AddRequest:
+        """With what only this side knows."""
+        return request
 
     # ---- requests
 
@@ -105,8 +105,25 @@ class EngineClient(ABC):
         """
         params = SamplingParams() if params is None else params
         self.limits.check(prompt_ids, params)
-        request_id = uuid.uuid4().hex if request_id is None else request_id
-        mailbox = Mailbox(asyncio.get_running_loop(), params.n_samples)
+        return self._submit(AddRequest(request_id or uuid.uuid4().hex, list(prompt_ids), params, salt, route=route))
+
+    def beam_search(
+        self,
+        prompt_ids: list[int],
+        params: BeamSearchParams,
+        *,
+        request_id: str | None = None,
+        salt: str = "",
+        route: str = "",
+    ) -> RequestStream:
+        """Like `generate`; the chunks come at the end, one a text, the best first."""
+        self.limits.check_beam_search(prompt_ids, params)
+        name = request_id or uuid.uuid4().hex
+        return self._submit(AddRequest(name, list(prompt_ids), params.sampling, salt, route=route, beams=params))
+
+    def _submit(self, request: AddRequest) -> RequestStream:
+        request_id, n_samples = request.request_id, request.params.n_samples
+        mailbox = Mailbox(asyncio.get_running_loop(), n_samples)
         with self._condition:
             if self._failure is not None:
                 raise UnavailableError(self._failure.message)
@@ -116,9 +133,9 @@ class EngineClient(ABC):
                 raise RequestError(f"request id {request_id!r} is in use by a running request", param="request_id")
             self._mailboxes[request_id] = mailbox
             if self.observer is not None:
-                self.observer.added(request_id, len(prompt_ids), params, time.monotonic())
-            self._send(self._add_request(request_id, list(prompt_ids), params, salt, route))
-        return RequestStream(request_id, params.n_samples, mailbox, self._forget)
+                self.observer.added(request_id, len(request.prompt), request.params, time.monotonic())
+            self._send(self._completed(request))
+        return RequestStream(request_id, n_samples, mailbox, self._forget)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one of its samples, within a step; its stream gets a last chunk with "abort"."""

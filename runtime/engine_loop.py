@@ -24,15 +24,21 @@ def _handle(engine: Engine, message: Message) -> list[RequestOutput]:
     if isinstance(message, AbortRequest):
         return engine.abort(message.request_id, message.index)
     try:
-        engine.add_request(
-            message.request_id,
-            message.prompt,
-            message.params,
-            salt=message.salt,
-            route=message.route,
-            bad_words=message.bad_words,
-            resume=message.resume,
-        )
+        if message.beams is not None:
+            is_new = message.resume is None  # one that is not begins again: it tells nothing before its end
+            engine.add_beam_search(
+                message.request_id, message.prompt, message.beams, salt=message.salt, may_refuse=is_new
+            )
+        else:
+            engine.add_request(
+                message.request_id,
+                message.prompt,
+                message.params,
+                salt=message.salt,
+                route=message.route,
+                bad_words=message.bad_words,
+                resume=message.resume,
+            )
     except OverloadedError as error:
         failure = RequestFailure(str(error), error.error_type, error.http_status, error.retry_after)
         return [RequestOutput(message.request_id, failure=failure)]

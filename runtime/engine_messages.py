@@ -9,6 +9,7 @@ import msgspec
 from pyinfer import errors
 from pyinfer.errors import EngineError, PyinferError
 from pyinfer.graph.backend import StageConfig
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.outputs import EngineStats, RequestOutput
 from pyinfer.runtime.request_events import RequestEvent
 from pyinfer.runtime.request_limits import RequestLimits
@@ -25,6 +26,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True):
     bad_words: list[list[int]] | None = None  # those of the parameters, spelled; None: the engine can do it
     resume: list[list[int] | None] | None = None  # by sample: what it produced in an engine that died; None: it ended
     route: str = ""  # its kind: requests of one kind are taken to have answers of like lengths
+    beams: BeamSearchParams | None = None  # a beam search, whose `sampling` are `params`
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag=True):

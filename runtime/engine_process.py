@@ -41,7 +41,6 @@ from pyinfer.runtime.outputs import EngineStats, RequestFailure, RequestOutput
 from pyinfer.runtime.request_ledger import MAX_DEATHS, RequestLedger
 from pyinfer.runtime.request_limits import RequestLimits
 from pyinfer.runtime.sample_masks import spell_bad_words
-from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.step_watch import StepWatch
 from pyinfer.runtime.vocabulary_facts import Vocabulary as VocabularyOf
 
@@ -163,14 +162,13 @@ class EngineProcess(EngineClient):
             self._thread.join()
         self._child.close()
 
-    def _add_request(
-        self, request_id: str, prompt: list[int], params: SamplingParams, salt: str, route: str
-    ) -> AddRequest:
+    def _completed(self, request: AddRequest) -> AddRequest:
         assert self._tokenizer is not None
+        params = request.params
         if params.seed is None:
             params = params.replace(seed=self._seeds.getrandbits(63))
         words = spell_bad_words(params.bad_words or (), self._tokenizer)
-        return AddRequest(request_id, prompt, params, salt, words, route=route)
+        return msgspec.structs.replace(request, params=params, bad_words=words)
 
     def _send(self, message: Message) -> None:
         if isinstance(message, AddRequest):

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, overload
 
 from pyinfer.errors import EngineError, RequestError
-from pyinfer.runtime.beam_search import BeamSearchParams
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.chat_prompt import chat_prompt
 from pyinfer.runtime.chat_template import Message
 from pyinfer.runtime.hub import resolve
@@ -107,7 +107,7 @@ class LLM:
         _, prompt_ids = self._prompts(prompts)
         found: list[list[BeamSearchSequence]] = [[] for _ in prompt_ids]
         for ids in prompt_ids:
-            self._engine.limits.check(ids, params.sampling)
+            self._engine.limits.check_beam_search(ids, params)
         with self._exclusive():
             names = {self._new_id(): i for i in range(len(prompt_ids))}
             try:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from pyinfer.errors import RequestError
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.sampling_params import SamplingParams
 
 
@@ -36,6 +37,15 @@ class RequestLimits(msgspec.Struct, frozen=True):
         for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
             if count is not None and count > self.n_vocab:
                 raise RequestError(f"{name} is {count}; the vocabulary has {self.n_vocab} tokens", param=name)
+
+    def check_beam_search(self, prompt: list[int], params: BeamSearchParams) -> None:
+        """`RequestError` for a search that can never be done."""
+        self.check(prompt, params.sampling)
+        if params.beam_width > self.n_vocab:  # else there are that many texts at every length
+            raise RequestError(
+                f"beam_width is {params.beam_width}; it must be at most the vocabulary's size of {self.n_vocab}",
+                param="beam_width",
+            )
 
     def check_scoring(self, token_ids: list[int]) -> None:
         """`RequestError` for ids whose logits can never be computed."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pyinfer.runtime.beam_search import BeamSearch, BeamSearchParams
+from pyinfer.runtime.beam_search import BeamSearch
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.request import Request, Sequence
 from pyinfer.runtime.request_limits import RequestLimits
 from pyinfer.runtime.sample_masks import spell_bad_words
@@ -83,7 +84,7 @@ class RequestMaker:
         return request
 
     def beam_search(self, request_id: str, prompt: list[int], params: BeamSearchParams, *, salt: str = "") -> Request:
-        self._limits.check(prompt, params.sampling)
+        self._limits.check_beam_search(prompt, params)
         request = self._request(request_id, prompt, params.sampling, salt)
         request.sequences.append(Sequence(request, 0, limit=self._limit(prompt, params.max_tokens)))
         request.beams = BeamSearch(params, request, self._vocabulary.eog_ids)

@@ -14,11 +14,12 @@ from starlette.responses import Response
 from pyinfer.errors import RequestError
 from pyinfer.runtime.chat_prompt import chat_prompt
 from pyinfer.runtime.sampling_params import SamplingParams
+from pyinfer.server.beams import chat_beams
 from pyinfer.server.decoding import read_request
 from pyinfer.server.errors import json_response
 from pyinfer.server.generation import Generation
 from pyinfer.server.logprobs import chat_logprobs, prompt_logprobs_json
-from pyinfer.server.parameters import chat_params, wants_usage
+from pyinfer.server.parameters import chat_params, refuse_in_chat, wants_usage
 from pyinfer.server.reply import Reply, service_of
 from pyinfer.server.schemas import ApplyTemplateRequest, ChatCompletionRequest, ChatMessage
 from pyinfer.server.service import ServedModel
@@ -47,12 +48,13 @@ async def chat_completions(request: Request) -> Response:
     model = service.model()
     body = await read_request(request, ChatCompletionRequest)
     name = service.check_name(body.model)
-    params = chat_params(body, model, service)
+    refuse_in_chat(body)
+    beams, params = chat_beams(body, model) or (None, chat_params(body, model, service))
     include_usage = wants_usage(body)
     prompt = await asyncio.to_thread(_prompt_ids, model, body)
     reply = Reply("chatcmpl", name, include_usage)
     try:
-        generation = Generation(model, [prompt], params, reply.id)
+        generation = Generation(model, [prompt], params, reply.id, beams)
     except RequestError as error:
         if error.param == "prompt":
             error.param = "messages"  # what the client wrote it as

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from pyinfer.errors import RequestError
 from pyinfer.runtime.outputs import TokenLogprobs
 from pyinfer.runtime.sampling_params import SamplingParams
+from pyinfer.server.beams import completion_beams
 from pyinfer.server.decoding import read_request
 from pyinfer.server.errors import json_response
 from pyinfer.server.generation import Delta, Generation, Usage
@@ -89,24 +90,27 @@ async def completions(request: Request) -> Response:
     model = service.model()
     body = await read_request(request, CompletionRequest)
     name = service.check_name(body.model)
+    found = completion_beams(body)
     scores_only = body.max_tokens == 0 and bool(body.echo)
     if scores_only:
         body.max_tokens = 1  # the engine's one token is left out of the reply
-    asked = params = completion_params(body, service)
+    beams, params = found or (None, completion_params(body, service))
+    asked = params
     if body.echo and params.logprobs is not None:
         params = params.replace(prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
     if params.needs_logprobs and params.logprobs is None:
         params = params.replace(logprobs=0)  # best_of ranks by them
     include_usage = wants_usage(body)
     prompts = await asyncio.to_thread(_prompts, body.prompt, model)
-    if len(prompts) * params.n_samples > MAX_SAMPLES:
+    n_samples = params.n_samples if beams is None else beams.beam_width
+    if len(prompts) * n_samples > MAX_SAMPLES:
         raise RequestError(
-            f"prompt has {len(prompts)} entries of {params.n_samples} samples; at most {MAX_SAMPLES} samples fit into "
+            f"prompt has {len(prompts)} entries of {n_samples} samples; at most {MAX_SAMPLES} samples fit into "
             "a request: send several",
             param="prompt",
         )
     reply = Reply("cmpl", name, include_usage)
-    generation = Generation(model, prompts, params, reply.id)
+    generation = Generation(model, prompts, params, reply.id, beams)
     form = _Form(asked, prompts, _texts(body, prompts, model) if body.echo else None, answer=not scores_only)
     if body.stream:
         return EventStream(_events(model, form, generation, reply))

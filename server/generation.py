@@ -12,6 +12,7 @@ from contextlib import aclosing
 
 import msgspec
 
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.outputs import FinishReason, TokenLogprobs
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.text_stream import TextStream
@@ -49,11 +50,17 @@ class Usage(msgspec.Struct):
 class Generation:
     """One request to the server, submitted when built; iterate `deltas()` once, `usage` is complete when it ends.
 
-    Building it raises `RequestError` if one of its prompts can never be served.
+    With `beams` its choices are the best `params.n` texts of a beam search, each in one delta. Building it raises
+    `RequestError` if one of its prompts can never be served.
     """
 
     def __init__(
-        self, model: ServedModel, prompts: Sequence[list[int]], params: SamplingParams, request_id: str
+        self,
+        model: ServedModel,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        request_id: str,
+        beams: BeamSearchParams | None = None,
     ) -> None:
         self._model = model
         self._params = params
@@ -62,8 +69,11 @@ class Generation:
         route = request_id.partition("-")[0]  # chatcmpl or cmpl
         ids = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
         # an error in a later prompt drops the streams of the earlier ones, and that aborts them
+        client = model.client
         self._streams = [
-            model.client.generate(prompt, params, request_id=each, route=route)
+            client.generate(prompt, params, request_id=each, route=route)
+            if beams is None
+            else client.beam_search(prompt, beams, request_id=each, route=route)
             for prompt, each in zip(prompts, ids, strict=True)
         ]
 
@@ -110,6 +120,8 @@ class Generation:
             async for output in outputs:
                 if output.index == 0:
                     self.usage.cached_tokens += output.cached_tokens
+                if output.index >= n:
+                    continue  # a beam that is not among those asked for
                 choice = choices[output.index]
                 if choice.is_finished:
                     continue  # what was on its way when the stop string was found

@@ -32,16 +32,14 @@ _REFUSED_IN_CHAT = {
 
 def chat_params(request: ChatCompletionRequest, model: ServedModel, service: Service) -> SamplingParams:
     """The model's chat defaults, overridden by what the request says."""
-    _refuse_in_chat(request)
     fields = _shared(request, service)
-    if request.max_completion_tokens is not None:
-        if request.max_tokens not in (None, request.max_completion_tokens):
-            raise RequestError(
-                f"max_tokens is {request.max_tokens} and max_completion_tokens is {request.max_completion_tokens}; "
-                "give one of them",
-                param="max_tokens",
-            )
-        fields["max_tokens"] = request.max_completion_tokens
+    if (most := max_chat_tokens(request)) is not None:
+        fields["max_tokens"] = most
+    if request.best_of not in (None, request.n or 1):
+        raise RequestError(
+            f"best_of is {request.best_of}; in a chat it is for use_beam_search alone: ask for n answers and choose",
+            param="best_of",
+        )
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError(
             f"top_logprobs is {request.top_logprobs} without logprobs; set logprobs to true", param="top_logprobs"
@@ -49,6 +47,16 @@ def chat_params(request: ChatCompletionRequest, model: ServedModel, service: Ser
     if request.logprobs:
         fields["logprobs"] = _count("top_logprobs", request.top_logprobs or 0, service)
     return model.chat_defaults.replace(**fields)
+
+
+def max_chat_tokens(request: ChatCompletionRequest) -> int | None:
+    """`max_completion_tokens`, or its old name."""
+    old, new = request.max_tokens, request.max_completion_tokens
+    if new is not None and old not in (None, new):
+        raise RequestError(
+            f"max_tokens is {old} and max_completion_tokens is {new}; give one of them", param="max_tokens"
+        )
+    return old if new is None else new
 
 
 def completion_params(request: CompletionRequest, service: Service) -> SamplingParams:
@@ -82,6 +90,11 @@ def wants_usage(request: SamplingFields) -> bool:
 
 
 def _shared(request: SamplingFields, service: Service) -> dict[str, Any]:
+    for name, neutral in (("length_penalty", 1.0), ("early_stopping", False)):
+        if (value := getattr(request, name)) not in (None, neutral):
+            raise RequestError(
+                f"{name} is {value!r} without use_beam_search; set that to true, or leave it out", param=name
+            )
     fields = {name: value for name in _SHARED if (value := getattr(request, name)) is not None}
     if "prompt_logprobs" in fields:
         _count("prompt_logprobs", fields["prompt_logprobs"], service)
@@ -94,7 +107,8 @@ def _count(name: str, value: int, service: Service) -> int:
     return value
 
 
-def _refuse_in_chat(request: ChatCompletionRequest) -> None:
+def refuse_in_chat(request: ChatCompletionRequest) -> None:
+    """What OpenAI offers and we do not; comes before the rest."""
     for name, remedy in _REFUSED_IN_CHAT.items():
         value = getattr(request, name)
         if value is not None:

@@ -85,6 +85,11 @@ class SamplingFields(_Strict, kw_only=True):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     priority: int | None = None
+    # of beam search
+    use_beam_search: bool | None = None
+    best_of: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     # of the transport
     model: str | None = None
     stream: bool | None = None
@@ -131,7 +136,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
     """POST /v1/completions."""
 
     prompt: str | list[str | int | list[int]] | None = None  # all entries of one kind
-    best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pyinfer.errors import ModelNotFoundError
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.engine_client import Observer
 from pyinfer.runtime.outputs import EngineStats, RequestOutput
 from pyinfer.runtime.sampling_params import SamplingParams
@@ -33,6 +34,10 @@ class Client(Protocol):
     observer: Observer | None
 
     def generate(self, prompt_ids: list[int], params: SamplingParams, *, request_id: str, route: str) -> Stream: ...
+
+    def beam_search(
+        self, prompt_ids: list[int], params: BeamSearchParams, *, request_id: str, route: str
+    ) -> Stream: ...
 
     def abort(self, request_id: str, index: int | None = None) -> None: ...
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from fake_stage import END, N_VOCAB, FakeStage
 
 from pyinfer.graph.backend import StageConfig
-from pyinfer.runtime.beam_search import BeamSearchParams
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.sampler import SequenceSampler
 from pyinfer.runtime.sampling_params import SamplingParams
 
@@ -33,7 +33,7 @@ def alone(prompt: list[int], params: SamplingParams, index: int = 0, n_ctx: int 
 
 
 def beams_alone(prompt: list[int], params: BeamSearchParams, n_ctx: int = 256) -> list[tuple[list[int], float]]:
-    """vLLM's loop, never ended early: outputs and their logprobs, best first."""
+    """vLLM's loop, ended early only if asked for: outputs and their logprobs, best first."""
     beams = [(list(prompt), 0.0)]
     done: list[tuple[list[int], float, float]] = []
 
@@ -50,6 +50,9 @@ def beams_alone(prompt: list[int], params: BeamSearchParams, n_ctx: int = 256) -
                 else:
                     grown.append(([*tokens, token], total + logprobs[token]))
         beams = sorted(grown, key=lambda b: score(*b), reverse=True)[: params.beam_width]
+        if params.early_stopping and len(done) >= params.beam_width:
+            beams = []
+            break
     done += [(tokens, total, score(tokens, total)) for tokens, total in beams]
     best = sorted(done, key=lambda d: d[2], reverse=True)[: params.beam_width]
     return [(tokens[len(prompt) :], float(total)) for tokens, total, _ in best]

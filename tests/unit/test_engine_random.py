@@ -15,7 +15,7 @@ from fake_stage import FakeStage, FakeVocabulary
 from plain_engine import alone, beams_alone, prompt_of
 
 from pyinfer.graph.backend import StageConfig
-from pyinfer.runtime.beam_search import BeamSearchParams
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.outputs import RequestOutput
 from pyinfer.runtime.page_moves import CopyPage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import msgspec
 import pytest
 from fake_stage import FakeStage, FakeVocabulary
 from plain_engine import beams_alone, prompt_of
@@ -13,7 +14,7 @@ from pyinfer.errors import RequestError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.ops import F32Array
-from pyinfer.runtime.beam_search import BeamSearchParams
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.outputs import RequestOutput
 from pyinfer.runtime.sampling_params import SamplingParams
@@ -133,6 +134,24 @@ def test_beams_are_those_of_a_plain_search(width: int, penalty: float, length: i
         assert_same(found(drive(engine)["a"]), beams_alone(prompt_of(length, length), params))
 
 
+def test_early_stopping_takes_the_first_texts_to_be_complete() -> None:
+    n_other = 0
+    for seed in range(12):
+        params = BeamSearchParams(beam_width=3, max_tokens=30, length_penalty=2.5, early_stopping=True)
+        engine = new_engine(replace(CONFIG, n_pages=256))
+        engine.add_beam_search("a", prompt_of(20, seed), params)
+        ours = found(drive(engine)["a"])
+        assert_same(ours, beams_alone(prompt_of(20, seed), params))
+        patient = beams_alone(prompt_of(20, seed), msgspec.structs.replace(params, early_stopping=False))
+        n_other += [tokens for tokens, _ in ours] != [tokens for tokens, _ in patient]
+    assert n_other > 0
+
+
+def test_no_more_beams_than_tokens() -> None:
+    with pytest.raises(RequestError, match="beam_width is 200; it must be at most the vocabulary's size"):
+        new_engine(CONFIG).add_beam_search("a", [1], BeamSearchParams(beam_width=200))
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -175,7 +194,8 @@ def test_a_beam_search_can_be_aborted_at_any_step() -> None:
         engine.add_beam_search("a", prompt_of(40), BeamSearchParams(beam_width=4, max_tokens=60, ignore_eos=True))
         for _ in range(n_steps):
             engine.step()
-        assert all(output.finish_reason == "abort" for output in engine.abort("a", 1))
+        outputs = engine.abort("a", 1)
+        assert [(output.index, output.finish_reason) for output in outputs] == [(i, "abort") for i in range(4)]
         engine.check()
         assert not engine.has_work and engine.stats().pages_used == 0 and engine.stats().requests_finished == 1
 
