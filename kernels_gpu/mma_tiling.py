@@ -3,10 +3,11 @@
 The default comes from a model of one multiprocessor in clock cycles. A block's stay is bounded by the slowest of
 - memory: a chunk's bytes at the multiprocessor's share of the read bandwidth (H200: 4.65 TB/s / 132 / 1.7 GHz = 21 bytes),
 - the tensor cores: `mma.sync` reaches about 2,500 FLOP a cycle on sm_90 (60 % of what wgmma could), 2,048 on sm_80,
-- the L2: weights and rows of x at about 40 bytes a cycle, which is why tiles of 256 weight rows are wanted,
-- decoding: about three instructions a weight, once for all rows of a tile, four warps' worth a cycle.
-For Llama-3.1-8B in Q4_K_M (8.0e9 weights, 4.6 GB) that bounds a step of 8 to 32 rows by memory (1.0 ms) and decoding (0.8 ms), of
-64 by the tensor cores (1.9 ms) and of 128 by them alone (3.7 ms): 31,000 tokens/s there before attention and everything else.
+- the L2: weights and rows of x at about 40 bytes a cycle, which is why high tiles are wanted,
+- shared memory: 128 bytes a cycle; every warp reads all of x, so 32 weight rows a warp halve that,
+- decoding: about four instructions a weight, once for all rows of a tile, 128 lanes a cycle.
+For Llama-3.1-8B in Q4_K_M (8.0e9 weights, 4.6 GB) that bounds a step of 8 to 32 rows by memory (1.0 ms) and decoding (1.1 ms), of
+64 by the tensor cores (1.9 ms) and of 128 by them alone (3.7 ms), 34,000 tokens/s before attention and everything else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from math import ceil
 
 from pyinfer.kernels_gpu.weights_layout import layout_of
 
-MAX_TILE_ROWS = 128  # rows of activations of a tile: 128 float32 sums a thread
+_TILE_ROWS = (8, 16, 32, 64, 128)  # rows of activations of a tile; 128 are 128 float32 sums a thread
 # bytes of a unit of 32 columns in each part, as the kernel stages them: codes, high, scales
 _UNIT_PARTS = {
     "Q4_0": (16, 2), "Q4_1": (16, 4), "Q5_0": (16, 4, 2), "Q5_1": (16, 4, 4), "Q8_0": (32, 2),
@@ -28,7 +29,8 @@ FLOAT_KINDS = ("F16", "BF16")
 MMA_KINDS = (*FLOAT_KINDS, *_UNIT_PARTS)
 _FLOPS_A_CYCLE = {75: 512, 80: 2048, 86: 1024, 89: 1024, 90: 2500}  # of a multiprocessor, float32 sums
 _L2_BYTES, _MEMORY_BYTES = 40.0, 21.0  # a cycle and multiprocessor
-_CYCLES_A_WEIGHT = 3 / 128  # decoding
+_SHARED_BYTES = 128.0
+_CYCLES_A_WEIGHT = 4 / 128  # decoding
 _START_CYCLES, _SPLIT_CYCLES = 3000, 2000  # filling the ring; meeting in the workspace
 
 
@@ -120,32 +122,30 @@ def tilings(kind: str, m: int, widths: tuple[int, ...], columns: int, gpu: GPU) 
 def model_cycles(cut: Tiling, kind: str, m: int, widths: tuple[int, ...], columns: int, gpu: GPU) -> float:
     """Clock cycles of the whole product by the model above."""
     weights = cut.tile * cut.chunk_columns
-    w_bytes = layout_of(kind, cut.tile, cut.chunk_columns).n_bytes if kind not in FLOAT_KINDS else weights * 2
+    w_bytes = weights * sum(part.row_bytes for part in layout_of(kind, 1, 256).parts) / 256
     x_bytes = cut.rows * cut.chunk_columns * 2
-    m_tiles = ceil(m / cut.rows)
-    chunk = max(
-        w_bytes / m_tiles / _MEMORY_BYTES,
+    products = weights * cut.rows
+    bounds = (
+        w_bytes / ceil(m / cut.rows) / _MEMORY_BYTES,
         (w_bytes + x_bytes) / _L2_BYTES,
-        2 * weights * cut.rows / _FLOPS_A_CYCLE.get(gpu.arch, 2048),
-        weights * _CYCLES_A_WEIGHT + weights * cut.rows / 16 / 8 / 16 / 4,
+        2 * products / _FLOPS_A_CYCLE.get(gpu.arch, 2048),
+        weights * _CYCLES_A_WEIGHT + products / 8192,
+        (2 * w_bytes + x_bytes + products / (8 * cut.fragments)) / _SHARED_BYTES,
     )
     n_blocks = cut.n_blocks(m, widths, columns)
     blocks_a_sm = ceil(n_blocks / gpu.n_sms)
     splits = cut.units_per_block % ceil(columns / cut.chunk_columns) != 0
-    hidden = min(cut.blocks * cut.warps, 8) / 8  # a lone small block leaves a multiprocessor idle while it waits
-    return (
-        cut.units_per_block * blocks_a_sm * chunk / hidden
-        + _START_CYCLES
-        + splits * (_SPLIT_CYCLES + 3 * cut.tile * cut.rows * 4 / _L2_BYTES)
-    )
+    # what waits is hidden by other warps, or by other sums of the same warp
+    hiding = min(blocks_a_sm, cut.blocks) * cut.warps * min(2.0, max(1.0, cut.fragments * cut.rows / 64))
+    work = cut.units_per_block * blocks_a_sm * max(bounds) * (1 + 4 / hiding)
+    meeting = _SPLIT_CYCLES + 3 * cut.tile * cut.rows * 4 / _L2_BYTES if splits else 0
+    return _START_CYCLES + work + meeting
 
 
 def _tile_rows(m: int, gpu: GPU) -> list[int]:
-    """Rows of a tile: the fewest tiles of at most 128 rows (64 where shared memory is small), and half as many rows."""
-    most = MAX_TILE_ROWS if gpu.shared_bytes > 100 << 10 else 64
-    n_tiles = ceil(m / most)
-    rows = ceil(m / n_tiles / 8) * 8
-    return [rows] if rows <= 32 else [rows, ceil(rows / 16) * 8]
+    """Rows of a tile: of few sizes, so that few variants are compiled, those that fit m."""
+    sizes = [size for size in _TILE_ROWS if size <= 64 or gpu.shared_bytes > 100 << 10]
+    return [size for size in sizes if m > size // 2 and (size >= 64 or m <= 2 * size)] or [sizes[0]]
 
 
 def _staged(kind: str, rows: int, warps: int, fragments: int, units: int, gpu: GPU) -> Tiling | None:

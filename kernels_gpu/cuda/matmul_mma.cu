@@ -10,7 +10,7 @@
 // arXiv:2301.03598). Blocks that share a tile leave their sums in `workspace`; the last to arrive adds them in order of
 // columns, so results do not depend on timing.
 //
-// Defines: TYPE (mma_weights.cuh), BM, MT, WARPS, KX (columns of x a stage), W_STAGES, X_STAGES, SEGMENTS, BLOCKS_PER_SM.
+// Defines: TYPE (mma_weights.cuh), BM, MT, WARPS, KX (columns of x a stage), W_STAGES, X_STAGES, BLOCKS_PER_SM, UNITS (of a chunk; not for F16, BF16).
 #include "mma_weights.cuh"
 
 using Format = TYPE;
@@ -26,7 +26,8 @@ constexpr int kFragments = MT * kGroups;
 static_assert(BM % 8 == 0 && KX % 64 == 0 && kColumns % KX == 0, "tiles are whole");
 static_assert(W_STAGES > 1 && X_STAGES > 1 && X_STAGES - 1 <= (W_STAGES - 1) * kSteps, "a chunk must be asked for before its x");
 
-// The matrices of a launch: q, k and v, or gate and up, read the same x.
+// The matrices of a launch, such as q, k and v or gate and up: they read the same x. Those that are not needed have no rows.
+constexpr int kSegments = 3;
 struct Segment {
   const uint8_t* w;   // weights_layout.py
   float* out;         // [rows, n]
@@ -52,14 +53,14 @@ struct Task {
   float4* workspace;
   int* arrivals;
   int rows, columns, n_chunks, m_tiles, units, units_per_block;
-  Segment segments[SEGMENTS];
+  Segment segments[kSegments];
 
   // The segment that n-tile `tile_n` lies in, and the tile's first row there.
   DEVICE Segment segment(int tile_n, int& first) const {
     Segment s = segments[0];
     first = tile_n * kTileN;
 #pragma unroll
-    for (int i = 1; i < SEGMENTS; i++) {
+    for (int i = 1; i < kSegments; i++) {
       const int before = ceil_div(s.n, kTileN) * kTileN;
       if (first >= before) {
         first -= before;
@@ -186,24 +187,13 @@ DEVICE void write_out(const Task& task, const float (&sums)[MT][kGroups][4], int
   }
 }
 
-#define PARAMETERS(i) const uint8_t *w##i, float *out##i, const float *bias##i, int n##i
-#define VALUES(i) {w##i, out##i, bias##i, n##i}
-#if SEGMENTS == 1
-#define ALL_PARAMETERS PARAMETERS(0)
-#define ALL_VALUES VALUES(0)
-#elif SEGMENTS == 2
-#define ALL_PARAMETERS PARAMETERS(0), PARAMETERS(1)
-#define ALL_VALUES VALUES(0), VALUES(1)
-#else
-#define ALL_PARAMETERS PARAMETERS(0), PARAMETERS(1), PARAMETERS(2)
-#define ALL_VALUES VALUES(0), VALUES(1), VALUES(2)
-#endif
-
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     matmul_mma(const half* __restrict__ x, const float* __restrict__ scale, const float* residual, float4* workspace,
-               int* arrivals, int rows, int columns, int n_units, int units_per_block, ALL_PARAMETERS) {
+               int* arrivals, int rows, int columns, int n_units, int units_per_block, const uint8_t* w0, float* out0, const float* bias0, int n0,
+               const uint8_t* w1, float* out1, const float* bias1, int n1, const uint8_t* w2, float* out2,
+               const float* bias2, int n2) {
   Task task = {x, scale, residual, workspace, arrivals, rows, columns, ceil_div(columns, kColumns), ceil_div(rows, BM),
-               n_units, units_per_block, {ALL_VALUES}};
+               n_units, units_per_block, {{w0, out0, bias0, n0}, {w1, out1, bias1, n1}, {w2, out2, bias2, n2}}};
   DYNAMIC_SHARED(uint8_t, shared);
   uint8_t* w_ring = shared;
   uint8_t* x_ring = shared + W_STAGES * kWStage;

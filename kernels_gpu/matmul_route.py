@@ -1,0 +1,108 @@
+"""Which way a product with many rows goes: packed weights into the tensor cores (`cuda/matmul_mma.cu`), or cuBLAS on float16.
+
+The first reads each weight once for 128 rows and reaches 55 to 60 % of what cuBLAS can (`mma.sync` against wgmma on sm_90); the
+second has to make float16 of all weights first. They meet near 256 rows. `default_route` is a model in clock cycles of the whole
+GPU; `RouteTable` holds what was measured at load (`route_measure`), which wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import ceil
+
+from pyinfer.kernels_gpu.mma_tiling import GPU, model_cycles, tilings
+from pyinfer.kernels_gpu.weights_layout import layout_of
+
+SCRATCH_BYTES = 256 << 20  # most that a slice may take: float16 weights and float32 results
+_L2_SHARE = 24 << 20  # of a slice whose weights are still in the L2 when they are multiplied
+_GEMM_TILE = (128, 256)  # rows of x, weight rows: what cuBLAS takes where there is enough of both
+# cycles and multiprocessor: FLOP with float32 sums that cuBLAS reaches, bytes of device memory and of the L2
+_FLOPS_A_CYCLE = {75: 450, 80: 1800, 86: 900, 89: 900, 90: 3300}
+_MEMORY_BYTES, _L2_BYTES = 21.0, 40.0
+_START_CYCLES = 4000  # of a launch that waits for the one before it
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A product of m rows with matrices of one type that read the same x."""
+
+    kind: str  # of the weights, as their codec is named
+    m: int
+    widths: tuple[int, ...]  # rows of each matrix
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """0: `matmul_mma`; else cuBLAS on so many weight rows at a time."""
+
+    slice_rows: int = 0
+
+
+@dataclass(slots=True)
+class RouteTable:
+    """What is known of this GPU; `measured` is filled before programs are lowered."""
+
+    gpu: GPU
+    measured: dict[Problem, Route] = field(default_factory=dict)
+
+    def route(self, problem: Problem, *, is_float16: bool) -> Route:
+        """`is_float16`: cuBLAS can read the matrices as they lie in memory, so nothing has to be made float16."""
+        if is_float16:
+            whole = slice_options(problem)[0]
+            return whole if problem.m >= _rows_for_copies(self.gpu) else Route()
+        return self.measured.get(problem) or default_route(problem, self.gpu)
+
+
+def default_route(problem: Problem, gpu: GPU) -> Route:
+    """The best by the model."""
+    kind, m, widths, columns = problem.kind, problem.m, problem.widths, problem.columns
+    best = tilings(kind, m, widths, columns, gpu)[0]
+    mma = model_cycles(best, kind, m, widths, columns, gpu)
+    cycles = {option: gemm_cycles(problem, option.slice_rows, gpu) for option in slice_options(problem)}
+    fastest = min(cycles, key=cycles.__getitem__)
+    return fastest if cycles[fastest] < mma else Route()
+
+
+def slice_options(problem: Problem) -> list[Route]:
+    """cuBLAS on as much of a matrix as the scratch memory holds, or on slices that stay in the L2; whole tiles of cuBLAS."""
+    widest, per_row = max(problem.widths), 2 * problem.columns + 4 * problem.m
+    whole = min(widest, max(1, SCRATCH_BYTES // per_row // _GEMM_TILE[1]) * _GEMM_TILE[1])
+    small = max(1, _L2_SHARE // (2 * problem.columns) // _GEMM_TILE[1]) * _GEMM_TILE[1]
+    return [Route(rows) for rows in dict.fromkeys((whole, min(whole, small)))]
+
+
+def gemm_cycles(problem: Problem, slice_rows: int, gpu: GPU) -> float:
+    """Clock cycles of the whole product through float16, all slices after one another."""
+    return sum(_slice_cycles(problem, n, gpu) for n in _slices(problem, slice_rows))
+
+
+def _slices(problem: Problem, slice_rows: int) -> Iterator[int]:
+    for width in problem.widths:
+        for first in range(0, width, slice_rows):
+            yield min(slice_rows, width - first)
+
+
+def _slice_cycles(problem: Problem, n: int, gpu: GPU) -> float:
+    m, columns = problem.m, problem.columns
+    packed = n * columns * sum(part.row_bytes for part in layout_of(problem.kind, 1, 256).parts) / 256
+    halves, results = 2 * n * columns, 4 * n * m
+    stays = halves + results <= 2 * _L2_SHARE
+    through = _L2_BYTES if stays else _MEMORY_BYTES
+    moved = packed / _MEMORY_BYTES + halves / through + results / through + results / _MEMORY_BYTES
+    waves = ceil(ceil(m / _GEMM_TILE[0]) * ceil(n / _GEMM_TILE[1]) / gpu.n_sms)
+    multiply = waves * 2 * _GEMM_TILE[0] * _GEMM_TILE[1] * columns / _FLOPS_A_CYCLE.get(gpu.arch, 1800)
+    least = 2 * m * n * columns / _FLOPS_A_CYCLE.get(gpu.arch, 1800) / gpu.n_sms
+    # few tiles: cuBLAS cuts columns as well, which costs some
+    return (
+        moved / gpu.n_sms
+        + min(multiply, 1.5 * least + _START_CYCLES)
+        + halves / through / gpu.n_sms
+        + 3 * _START_CYCLES
+    )
+
+
+def _rows_for_copies(gpu: GPU) -> int:
+    """From here on reading float16, up to four times the bytes, costs less than the slower kernel."""
+    return 64 if gpu.arch >= 80 else 32
