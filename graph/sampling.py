@@ -59,9 +59,10 @@ class Sampled:
 class SamplingStage(Stage, Protocol):
     """A stage that holds the head and samples where its logits are."""
 
+    can_sample: bool  # False for a part without the head
     max_edits: int  # of all rows of a step
     max_logprobs: int  # for one row
-    max_steps: int  # of one `run_steps`
+    max_steps: int  # of one `run_steps`; 1: it cannot
 
     def run_sampled(self, batch: Batch, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None) -> Sampled:
         """Run one step and sample. `mask` [n, ceil(n_vocab / 32)] has a bit for each token that may be drawn."""

@@ -45,8 +45,8 @@ class BatchBuilder:
         self._n_written = [[0] * len(layout.kinds) for _ in range(max_sequences)]
         self._count_up = np.arange(max(n_ctx, max_tokens, max_sequences) + 1, dtype=np.int32)
 
-    def build(self, plan: Plan) -> Step:
-        """The arrays of one step; `plan` holds at least one sequence."""
+    def build(self, plan: Plan, n_ahead: int = 0) -> Step:
+        """The arrays of one step; `plan` holds at least one sequence. Tables reach `n_ahead` tokens further if all decode."""
         self._write_pages(plan.sequences)
         n_decodes = 0
         for sequence, count in zip(plan.sequences, plan.counts, strict=True):
@@ -54,7 +54,7 @@ class BatchBuilder:
                 break
             n_decodes += 1
         if n_decodes == len(plan.counts) and all(s.n_computed + 1 == len(s.tokens) for s in plan.sequences):
-            return self._decodes(plan.sequences)
+            return self._decodes(plan.sequences, n_ahead)
         return self._mixed(plan)
 
     def _write_pages(self, sequences: list[Sequence]) -> None:
@@ -86,7 +86,7 @@ class BatchBuilder:
             tables[:, self._count_up[:width] >= widths[:, None]] = 0
         return tables
 
-    def _decodes(self, sequences: list[Sequence]) -> Step:
+    def _decodes(self, sequences: list[Sequence], n_ahead: int) -> Step:
         """The common step, every sequence advances by its one new token: no loop over tokens."""
         n, block_size = len(sequences), self._block_size
         slots = [sequence.slot for sequence in sequences]
@@ -100,7 +100,7 @@ class BatchBuilder:
             positions=self._positions[:n],
             slots=self._slots[:, :n],
             sequence_starts=self._count_up[: n + 1],
-            page_tables=self._page_tables(slots, positions + 1),
+            page_tables=self._page_tables(slots, positions + (1 + n_ahead)),
             output_rows=self._count_up[:n],
         )
         return _step(batch, sequences, list(range(n)))

@@ -18,6 +18,7 @@ from pyinfer.graph.ops import F32Array
 from pyinfer.runtime.admission import Admission
 from pyinfer.runtime.batch_builder import BatchBuilder, Step
 from pyinfer.runtime.beam_search_params import BeamSearchParams
+from pyinfer.runtime.device_sampling import DeviceSampling, NewToken
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.outputs import (
     EngineStats,
@@ -40,6 +41,7 @@ from pyinfer.runtime.scheduler import Scheduler
 from pyinfer.runtime.vocabulary_facts import Vocabulary
 
 _log = logging.getLogger(__name__)
+_NO_LOGITS = np.empty((0, 0), np.float32)  # of a step whose tokens were drawn on the device
 _NOT_FINITE = "the model's logits are not finite; its weights may be broken"
 
 
@@ -91,6 +93,7 @@ class Engine:
         self._maker = RequestMaker(self.limits, vocabulary, seed=seed, clock=clock)
         self.admission = Admission(self.scheduler, max_queue_wait)
         self._builder = BatchBuilder(layout, self.scheduler.pool, max_sequences=config.max_sequences, n_ctx=self.n_ctx)
+        self._device = DeviceSampling.of(stage)
         self._requests: dict[str, Request] = {}
         self._n_finished = 0
         self._n_steps = 0
@@ -169,31 +172,38 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return []
-        self._n_steps += 1
         try:
             make_moves(plan.moves, self._stage, self.scheduler.cost, self._clock)
-            step = self._builder.build(plan)
+            n_ahead = self.scheduler.n_repeats if self._device else 0
+            step = self._builder.build(plan, n_ahead)
             start = self._clock()
-            logits = self._stage.run(step.batch)
-            seconds = self._clock() - start
-            self.scheduler.cost.note_computed(step.batch.n_tokens, seconds)
-            self.admission.note_step(step.batch.n_tokens, step.batch.n_sequences, seconds)
+            drawn = self._device.run(step, n_ahead) if self._device else None
+            logits = self._stage.run(step.batch) if drawn is None else _NO_LOGITS
+            self._note_time(step, 1 if drawn is None else len(drawn), self._clock() - start)
             self._score(step, logits)
             self._advance(plan)
-            self._fork_samples(step)
-            tokens = self._sample(step, logits)
+            if drawn is None:
+                self._fork_samples(step)
+                drawn = [self._sample(step, logits)]
         except Exception as error:
             _log.exception("a step of %d sequences failed", len(plan.sequences))
             sequences = [*plan.sequences, *moved_sequences(plan.moves)]
             return self._fail(sequences, f"the engine failed while running this request: {error!r}")
         outputs = [output for sequence, row in step.searched for output in self._search(sequence, logits[row])]
-        for sequence, token, row in tokens:
+        for sequence, *tokens in zip(step.sampled, *drawn, strict=True):
             if sequence.state is State.RUNNING:  # not so after a sibling's failure
-                outputs.append(self._append(sequence, token, logits[row]))
+                outputs += self._append(sequence, tokens)
         for sequence, *_ in step.scored:
             if not sequence.wants_next and sequence.n_scored == sequence.n_score_rows:
                 outputs.append(self._end(sequence, RequestOutput(sequence.request.id), "length"))
         return outputs
+
+    def _note_time(self, step: Step, n_steps: int, seconds: float) -> None:
+        """Of one step, or of several that ran without coming back."""
+        self._n_steps += n_steps
+        self.scheduler.ran_ahead(n_steps - 1)
+        self.scheduler.cost.note_computed(step.batch.n_tokens * n_steps, seconds)
+        self.admission.note_step(step.batch.n_tokens, step.batch.n_sequences, seconds / n_steps)
 
     def _score(self, step: Step, logits: F32Array) -> None:
         """Take the rows that were wanted besides the sampled ones: whole for scoring, as logprobs for prompts."""
@@ -251,11 +261,16 @@ class Engine:
             output.metrics = metrics
         return outputs
 
-    def _sample(self, step: Step, logits: F32Array) -> list[tuple[Sequence, int, int]]:
+    def _sample(self, step: Step, logits: F32Array) -> list[NewToken]:
         samplers = [s.sampler for s in step.sampled if s.sampler is not None]
         assert len(samplers) == len(step.sampled)
         tokens = sample(logits, step.sampled_rows, samplers, [s.tokens for s in step.sampled])
-        return list(zip(step.sampled, tokens, step.sampled_rows, strict=True))
+        found: list[NewToken] = []
+        for sequence, token, row in zip(step.sampled, tokens, step.sampled_rows, strict=True):
+            params = sequence.request.params
+            wants = params.needs_logprobs and token != NOT_FINITE
+            found.append((token, token_logprobs(logits[row], token, params.logprobs or 0) if wants else None))
+        return found
 
     def _advance(self, plan: Plan) -> None:
         advance = self.scheduler.advance
@@ -266,26 +281,30 @@ class Engine:
                     sequence.metrics.first_scheduled_time = self._clock()
             advance(sequence, count)
 
-    def _append(self, sequence: Sequence, token: int, row: F32Array) -> RequestOutput:
-        """Add a sampled token and see whether the sequence ends with it."""
+    def _append(self, sequence: Sequence, tokens: list[NewToken]) -> list[RequestOutput]:
+        """Add what one step sampled, or several, up to where the sequence ends. It has advanced by the first step."""
         request = sequence.request
-        if token == NOT_FINITE:
-            return self._fail([sequence], _NOT_FINITE)[0]
-        output = RequestOutput(request.id, sequence.index, [token])
-        if request.params.needs_logprobs:
-            output.new_logprobs = [token_logprobs(row, token, request.params.logprobs or 0)]
-        if sequence.n_output == 0:
-            sequence.metrics.first_token_time = self._clock()
-            output.cached_tokens = sequence.cached_tokens
-            output.prompt_logprobs = sequence.prompt_logprobs
-        sequence.tokens.append(token)
-        self._n_generated += 1
-        if token in sequence.stop_ids and sequence.n_output >= request.params.min_tokens:
-            output.stop_token = token
-            return self._end(sequence, output, "stop")
-        if len(sequence.tokens) >= sequence.limit:
-            return self._end(sequence, output, "length")
-        return output
+        output = RequestOutput(request.id, sequence.index, [], [] if request.params.needs_logprobs else None)
+        for number, (token, logprobs) in enumerate(tokens):
+            if number:
+                self.scheduler.advance(sequence, 1)
+            if token == NOT_FINITE:
+                return [*([output] if number else []), *self._fail([sequence], _NOT_FINITE)]
+            output.new_token_ids.append(token)
+            if output.new_logprobs is not None and logprobs is not None:
+                output.new_logprobs.append(logprobs)
+            if sequence.n_output == 0:
+                sequence.metrics.first_token_time = self._clock()
+                output.cached_tokens = sequence.cached_tokens
+                output.prompt_logprobs = sequence.prompt_logprobs
+            sequence.tokens.append(token)
+            self._n_generated += 1
+            if token in sequence.stop_ids and sequence.n_output >= request.params.min_tokens:
+                output.stop_token = token
+                return [self._end(sequence, output, "stop")]
+            if len(sequence.tokens) >= sequence.limit:
+                return [self._end(sequence, output, "length")]
+        return [output]
 
     def _end(self, sequence: Sequence, output: RequestOutput, reason: FinishReason | None) -> RequestOutput:
         self.scheduler.finish(sequence)

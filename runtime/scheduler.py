@@ -114,6 +114,15 @@ class Scheduler:
             self._plan_ahead(plan)
         return plan
 
+    @property
+    def n_repeats(self) -> int:
+        """How many steps after the last planned one are to be the same, if nobody comes or goes."""
+        return self._n_repeats
+
+    def ran_ahead(self, n: int) -> None:
+        """So many of them were run with it."""
+        self._n_repeats -= n
+
     def _plan_ahead(self, plan: Plan) -> None:
         """All run: if all decode, the next steps are the same while their pages last, taken ahead if many are free."""
         n_repeats = n_steps = self.config.multi_step - 1

@@ -7,10 +7,12 @@ from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 
 from pyinfer.graph.backend import PageData, Stage
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.ops import F32Array
+from pyinfer.graph.sampling import Int32, RowSampling, Sampled, SamplingStage
 
 
 class StageChain:
@@ -19,13 +21,35 @@ class StageChain:
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = list(stages)
         self._ends: list[int] = []  # of each stage's bytes in a page's
+        last = self.stages[-1]
+        self._sampler = last if isinstance(last, SamplingStage) and last.can_sample else None
+        self.max_edits = self._sampler.max_edits if self._sampler else 0
+        self.max_logprobs = self._sampler.max_logprobs if self._sampler else 0
+        self.max_steps = 1
 
     def run(self, batch: Batch) -> F32Array:
         """Every stage but the last gives rows float32 [n, n_embd] to the next; the last gives the logits."""
-        rows = self.stages[0].run(batch)
-        for stage in self.stages[1:]:
-            rows = stage.run(replace(batch, hidden=rows))
-        return rows
+        return self.stages[-1].run(self._until_last(batch))
+
+    def _until_last(self, batch: Batch) -> Batch:
+        """Run all stages but the last; the batch for that."""
+        for stage in self.stages[:-1]:
+            batch = replace(batch, hidden=stage.run(batch))
+        return batch
+
+    @property
+    def can_sample(self) -> bool:
+        """See `graph.sampling.SamplingStage`: the head's stage may draw from its logits."""
+        return self._sampler is not None
+
+    def run_sampled(self, batch: Batch, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None) -> Sampled:
+        assert self._sampler is not None
+        return self._sampler.run_sampled(self._until_last(batch), rows, mask)
+
+    def run_steps(self, batch: Batch, rows: Sequence[RowSampling], n_steps: int) -> Int32:
+        """One step: its tokens have to come back, to be embedded by the first stage."""
+        assert n_steps == self.max_steps
+        return np.array([self.run_sampled(batch, rows, None).tokens], np.int32)
 
     def copy_page(self, source: int, target: int) -> None:
         for stage in self.stages:

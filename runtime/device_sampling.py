@@ -1,0 +1,72 @@
+"""`DeviceSampling`: steps whose tokens are drawn where the logits are, by a `SamplingStage`; only ids come back.
+
+Whole rows are still taken where somebody needs them: prompts that are scored, beams, samples that fork, typical_p.
+"""
+
+from __future__ import annotations
+
+from pyinfer.graph.backend import Stage
+from pyinfer.graph.sampling import RowLogprobs, RowSampling, SamplingStage
+from pyinfer.runtime.batch_builder import Step
+from pyinfer.runtime.outputs import Logprob, TokenLogprobs
+
+NewToken = tuple[int, TokenLogprobs | None]  # a sampled token, or NOT_FINITE, and what was asked about it
+
+
+class DeviceSampling:
+    def __init__(self, stage: SamplingStage) -> None:
+        self._stage = stage
+
+    @staticmethod
+    def of(stage: Stage) -> DeviceSampling | None:
+        """None for a stage that cannot."""
+        return DeviceSampling(stage) if isinstance(stage, SamplingStage) and stage.can_sample else None
+
+    def run(self, step: Step, n_ahead: int) -> list[list[NewToken]] | None:
+        """Run a step and up to `n_ahead` more that repeat it: the tokens of each, in the order of `step.sampled`.
+
+        None, and nothing was run, if some row has to come back whole.
+        """
+        rows = self._rows(step)
+        if rows is None:
+            return None
+        n_steps = 1 + min(n_ahead, self._stage.max_steps - 1)
+        if n_steps > 1 and self._can_run_ahead(step, rows):
+            tokens: list[list[int]] = self._stage.run_steps(step.batch, rows, n_steps).tolist()
+            return [[(token, None) for token in each] for each in tokens]
+        sampled = self._stage.run_sampled(step.batch, rows, None)
+        pairs = zip(sampled.tokens, sampled.logprobs, strict=True)
+        return [[(token, None if found is None else to_logprobs(token, found)) for token, found in pairs]]
+
+    def _rows(self, step: Step) -> list[RowSampling] | None:
+        if not step.sampled or step.scored or step.searched:
+            return None
+        rows = []
+        n_edits = 0
+        for sequence, number in zip(step.sampled, step.sampled_rows, strict=True):
+            if sequence.n_output == 0 and len(sequence.request.sequences) > 1:
+                return None  # its other samples want the same row
+            assert sequence.sampler is not None
+            row = sequence.sampler.on_device(number, sequence.tokens)
+            if row is None or (row.n_logprobs or 0) > self._stage.max_logprobs:
+                return None
+            n_edits += 0 if row.edits is None else len(row.edits)
+            rows.append(row)
+        return rows if n_edits <= self._stage.max_edits else None
+
+    @staticmethod
+    def _can_run_ahead(step: Step, rows: list[RowSampling]) -> bool:
+        """Nothing that a token to come would change."""
+        return all(
+            row.n_logprobs is None and sequence.sampler is not None and not sequence.sampler.has_history
+            for sequence, row in zip(step.sampled, rows, strict=True)
+        )
+
+
+def to_logprobs(token: int, found: RowLogprobs) -> TokenLogprobs:
+    """As `logprobs.token_logprobs` has it: the chosen token's entry, then the most likely ones'."""
+    result = {token: Logprob(found.logit - found.log_sum, found.rank)}
+    for i, (other, logit) in enumerate(zip(found.top_ids, found.top_logits, strict=True)):
+        if other != token:
+            result[other] = Logprob(logit - found.log_sum, i + 1)
+    return result
