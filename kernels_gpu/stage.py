@@ -12,13 +12,16 @@ import numpy.typing as npt
 from pyinfer.graph.backend import PageData, Progress, StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.sampling import Int32, RowSampling, Sampled
 from pyinfer.kernels_gpu.attention import StepKind
 from pyinfer.kernels_gpu.batch_parts import split_batch
 from pyinfer.kernels_gpu.buckets import bucket_of, output_buckets, sequence_buckets, token_buckets
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.launch import Buffer, Launch
 from pyinfer.kernels_gpu.lower import Program, ProgramShape, lower
+from pyinfer.kernels_gpu.sample import MAX_EDITS, MAX_LOGPROBS
 from pyinfer.kernels_gpu.stage_memory import StageMemory
+from pyinfer.kernels_gpu.stage_sampling import MAX_STEPS, StageSampling
 
 F32Array = npt.NDArray[np.float32]
 _MAX_OUTPUTS = 256  # rows that go through the head in one program; its logits take much memory
@@ -32,7 +35,9 @@ class _Captured:
 
 
 class GPUStage:
-    """See `graph.backend.Stage`."""
+    """See `graph.backend.Stage` and `graph.sampling.SamplingStage`."""
+
+    max_edits, max_logprobs = MAX_EDITS, MAX_LOGPROBS
 
     def __init__(self, device: Device, graph: Graph, config: StageConfig, progress: Progress | None = None) -> None:
         graph.check()
@@ -46,6 +51,7 @@ class GPUStage:
             program = lower(self._memory, largest)  # first, as the workspace is made for it
             self._results = device.alloc_pinned(4 * self._result_rows(largest) * graph.logits.width)
             device.prepare([step.kernel for step in program.steps if isinstance(step, Launch)])
+            self._sampling = StageSampling(self._memory, self._max_outputs) if self.can_sample else None
         except BaseException:
             device.close()
             raise
@@ -63,6 +69,25 @@ class GPUStage:
             self._device.download(result, host)
         self._device.synchronize()
         return host.reshape(n_rows, self._graph.logits.width)
+
+    @property
+    def can_sample(self) -> bool:
+        """See `graph.sampling.SamplingStage`: with the head the tokens are drawn here."""
+        return self._graph.logits.width == self._graph.n_vocab
+
+    @property
+    def max_steps(self) -> int:
+        """Without the embedding each step's tokens have to come back."""
+        return MAX_STEPS if self._memory.hidden is None else 1
+
+    def run_sampled(self, batch: Batch, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None) -> Sampled:
+        assert self._sampling is not None
+        return self._sampling.draw(self.forward(batch), rows, mask)
+
+    def run_steps(self, batch: Batch, rows: Sequence[RowSampling], n_steps: int) -> Int32:
+        assert self._sampling is not None and 0 < n_steps <= self.max_steps
+        logits = self.forward(batch)
+        return self._sampling.steps(self._programs[self._shape(batch)].executable, logits, rows, n_steps)
 
     def n_results(self, batch: Batch) -> int:
         """Rows that a step of this batch gives."""

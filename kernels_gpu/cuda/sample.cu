@@ -426,3 +426,21 @@ extern "C" __global__ void __launch_bounds__(128) draw_numbers(const Counter* co
   }
   numbers[at] = static_cast<double>((first ^ v[0] ^ v[8]) >> 11) * 1.1102230246251565e-16;  // 2^-53
 }
+
+// Between two steps of decoding: what was sampled becomes the input at the next position of its sequence, and goes to the slot
+// that each group's page table has for it. slots [n_groups, slot_stride], page_tables [n_groups, table_size] in rows of
+// table_stride pages.
+extern "C" __global__ void __launch_bounds__(128) advance_step(
+    const int* tokens, int n, int* token_ids, int* positions, int* slots, const int* page_tables, int n_groups, int slot_stride,
+    int table_size, int table_stride, int block_size) {
+  const int i = blockIdx.x * 128 + threadIdx.x;
+  wait_for_previous();
+  if (i >= n) return;
+  const int position = positions[i] + 1;
+  token_ids[i] = max(tokens[i], 0);  // after logits that are not finite the host drops what follows
+  positions[i] = position;
+  for (int g = 0; g < n_groups; g++) {
+    const int page = page_tables[static_cast<long long>(g) * table_size + i * table_stride + position / block_size];
+    slots[static_cast<long long>(g) * slot_stride + i] = page * block_size + position % block_size;
+  }
+}
