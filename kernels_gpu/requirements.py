@@ -13,7 +13,7 @@ from pyinfer.kernels_gpu.driver import NO_DEVICE, Driver, DriverError, load_driv
 MIN_ARCH = 75  # Turing: the first with int8 products in tensor cores
 MIN_CUDA = 12000  # of the driver; later 12.x toolkits run on it
 _MIN_DRIVER = "525.60"  # the first of CUDA 12.0
-_INSTALL = "pip install 'pyinfer-gguf[gpu]'"
+INSTALL = "pip install 'pyinfer-gguf[gpu]'"
 _WITHOUT = "or use -ngl 0"
 
 
@@ -73,7 +73,7 @@ def _check_cupy(installed: Sequence[str]) -> None:
     names = {name.lower().replace("_", "-") for name in installed}
     found = sorted(name for name in names if name == "cupy" or name.startswith("cupy-cuda"))
     if not found:
-        raise NoGPUError(f"CuPy is not installed; {_INSTALL}, {_WITHOUT}", has_device=True)
+        raise NoGPUError(f"CuPy is not installed; {INSTALL}, {_WITHOUT}", has_device=True)
     if len(found) > 1:
         raise NoGPUError(
             f"{' and '.join(found)} are installed beside each other, which breaks CuPy; pip uninstall all but one",
@@ -82,7 +82,7 @@ def _check_cupy(installed: Sequence[str]) -> None:
     major = found[0].removeprefix("cupy-cuda").removesuffix("x")
     if major.isdecimal() and int(major) != 12:
         raise NoGPUError(
-            f"{found[0]} is for another CUDA than 12, which the kernels are for; pip uninstall {found[0]}, then {_INSTALL}",
+            f"{found[0]} is for another CUDA than 12, which the kernels are for; pip uninstall {found[0]}, then {INSTALL}",
             has_device=True,
         )
 

@@ -9,16 +9,15 @@ BACKENDS = ("cpu", "gpu", "reference")
 
 
 def open_backend(name: str, device: int = 0) -> Backend:
-    """A backend by name; imports its kernels only now. `BackendError` for what is unknown or cannot run here.
+    """A backend by name; imports its kernels only now. `BackendError` for an unknown one.
 
-    `device` is the number of a GPU, as `gpus` has it.
+    `device` is the number of one of the `gpus`, which say what is missing where there are none.
     """
     if name == "cpu":
         from pyinfer.kernels_cpu.backend import CPUBackend
 
         return CPUBackend()
     if name == "gpu":
-        gpus()  # says in one line what is missing, where an import would say it in many
         from pyinfer.kernels_gpu.backend import GPUBackend
 
         return GPUBackend(device)

@@ -16,6 +16,7 @@ import pyinfer
 from pyinfer.cli.console import print_facts
 
 _PACKAGES = ("numpy", "numba", "llvmlite", "gguf", "tokenizers", "jinja2", "fastapi", "uvicorn", "typer", "rich", "pip")
+_GPU_PACKAGES = ("cupy-cuda12x", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12", "nvidia-cublas-cu12")
 Section = dict[str, Any]
 
 
@@ -29,7 +30,7 @@ def doctor(
         "Threads": _threads(),
         "Memory": _memory(measure=not no_bandwidth),
         **({} if no_bandwidth else {"Arithmetic": _peaks()}),
-        "GPU": {"backend": "none in this version: all layers run on the CPU, and -ngl accepts 0 or auto"},
+        "GPU": _gpu(),
         "Defaults": _defaults(),
         "Caches": _caches(),
         "Versions": _versions(),
@@ -87,6 +88,29 @@ def _peaks() -> Section:
         threads = f"{n} thread{'s' if n > 1 else ''}"
         facts[f"int8, {threads}"] = f"{int8:.0f} GOP/s"
         facts[f"bf16, {threads}"] = "no instruction for it" if bf16 is None else f"{bf16:.0f} GFLOP/s"
+    return facts
+
+
+def _gpu() -> Section:
+    from pyinfer.errors import BackendError
+    from pyinfer.kernels_gpu.nvrtc import load_nvrtc
+    from pyinfer.kernels_gpu.requirements import usable_gpus
+    from pyinfer.runtime.sizes import format_binary
+
+    try:
+        devices = usable_gpus()
+    except BackendError as error:
+        return {"backend": f"{error}; all layers run on the CPU"}
+    facts: Section = {
+        f"GPU {each.index}": f"{each.name}, compute capability {each.arch / 10:.1f}, "
+        f"{format_binary(each.free)} of {format_binary(each.total)} free"
+        for each in devices
+    }
+    try:
+        facts["compiler"] = f"NVRTC {load_nvrtc().dotted_version}"
+    except BackendError as error:
+        facts["compiler"] = str(error)
+    facts["backend"] = "-ngl auto, the default, puts as many layers there as fit; all puts everything there"
     return facts
 
 
@@ -150,9 +174,10 @@ def _versions() -> Section:
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(),
     }
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *_GPU_PACKAGES):
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            facts[package] = "not installed" + (": 'pyinfer pull' needs it" if package == "pip" else "")
+            if package not in _GPU_PACKAGES:
+                facts[package] = "not installed" + (": 'pyinfer pull' needs it" if package == "pip" else "")
     return facts

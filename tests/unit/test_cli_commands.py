@@ -175,7 +175,7 @@ class TestBench:
 def test_doctor(cli: Cli) -> None:
     code, out, _ = cli("doctor", "--no-bandwidth")
     assert code == 0
-    for word in ("CPU", "kernels", "Threads", "default", "Memory", "GPU", "none in this version", "Caches", "numpy"):
+    for word in ("CPU", "kernels", "Threads", "default", "Memory", "GPU", "backend", "Caches", "numpy"):
         assert word in out
     sections = json.loads(cli("doctor", "--no-bandwidth", "--json")[1])
     assert list(sections) == ["CPU", "Threads", "Memory", "GPU", "Defaults", "Caches", "Versions"]

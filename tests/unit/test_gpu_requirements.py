@@ -81,3 +81,14 @@ def test_no_path_to_a_model_imports_cupy() -> None:
         "assert sys.modules['cupy'] is None and 'pyinfer.kernels_gpu.cupy_device' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_cupy_that_cannot_be_imported_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyinfer.kernels_gpu import backend
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.delitem(sys.modules, "pyinfer.kernels_gpu.cupy_device", raising=False)
+    monkeypatch.setattr(backend, "usable_gpus", lambda: [gpu(90)])
+    with pytest.raises(BackendError, match="CuPy cannot be imported .*pip install") as caught:
+        backend.GPUBackend().open_stage(None, None)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
