@@ -1,11 +1,13 @@
 """The "a8" activation: int8 with a float32 scale for each 32 columns, interleaved for the matmul's token tiles.
 
 M rows are cut into tiles of 8 and one each of 4, 2 and 1 for the rest. A tile of T rows starting at row m0 lies at
-m0 * row_bytes; for each 32 columns it holds a record of 48 * T bytes:
+m0 * row_bytes; for each 32 columns it holds a record of 60 * T bytes:
 
     q i8[8 units][T][4] | d f32[T] | d * sum(q) f32[T] | d * sum over each half of 16 columns f32[2][T]
+    | -sum(q) i32[T] | -sum over each half i32[2][T]
 
-so that a unit of one row is a 4-byte broadcast, and a tile's place does not depend on how the others were cut.
+so that a unit of one row is a 4-byte broadcast, and a tile's place does not depend on how the others were cut. The float
+sums are for weights with minimums, the integer ones for weights with an offset.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 
 from pyinfer.kernels_cpu.simd import Emitter, Reg, f32, i8, i32, vector
 
-RECORD = 48  # bytes for each row and 32 columns
+RECORD = 60  # bytes for each row and 32 columns
 TILES = (8, 4, 2, 1)
 
 
@@ -32,6 +34,14 @@ def sum_at(t: int) -> int:
 
 def half_sums_at(t: int) -> int:
     return 40 * t
+
+
+def negative_sum_at(t: int) -> int:
+    return 48 * t
+
+
+def negative_half_sums_at(t: int) -> int:
+    return 52 * t
 
 
 def locate(e: Emitter, m: Reg, n_rows: Reg) -> tuple[Reg, Reg, Reg]:
@@ -82,9 +92,10 @@ def store_block(e: Emitter, values: Sequence[Reg], record: Reg, tile_rows: Reg, 
         total = part[0]
         for code in part[1:]:
             total = b.add(total, code)
-        sums.append(b.sitofp(e.reduce_add(total), f32))
+        sums.append(e.reduce_add(total))
+    sums.insert(0, b.add(sums[0], sums[1]))
     tail = e.at(at_lane, e.mul(tile_rows, 32))
     e.store(scale, tail, 4)
-    e.store(b.fmul(scale, b.fadd(sums[0], sums[1])), e.at(tail, row_step), 4)
-    e.store(b.fmul(scale, sums[0]), e.at(tail, e.mul(row_step, 2)), 4)
-    e.store(b.fmul(scale, sums[1]), e.at(tail, e.mul(row_step, 3)), 4)
+    for i, total in enumerate(sums, 1):
+        e.store(b.fmul(scale, b.sitofp(total, f32)), e.at(tail, e.mul(row_step, i)), 4)
+        e.store(b.neg(total), e.at(tail, e.mul(row_step, i + 3)), 4)

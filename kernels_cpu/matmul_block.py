@@ -1,7 +1,8 @@
 """The integer matmul of the block types: "a8" activations times repacked weights, dequantized in registers.
 
-out[m, n] = sum over sub-blocks of d_x * (d_w * scale * dot - minimum * sum_x), one float accumulator for each output, columns
-in ascending order, whether 1 row or 8 are computed at a time: a row's result never depends on its batch.
+out[m, n] = sum over 32 columns of d_x * (sum over sub-blocks of d_w * scale * (dot - offset * sum_x) - minimum * sum_x),
+the inner part of it in exact integers, one float accumulator for each output, columns in ascending order, whether 1 row or 8
+are computed at a time: a row's result never depends on its batch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,15 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any
 
-from pyinfer.kernels_cpu.activation_a8 import RECORD, TILES, half_sums_at, scale_at, sum_at
+from pyinfer.kernels_cpu.activation_a8 import (
+    RECORD,
+    TILES,
+    half_sums_at,
+    negative_half_sums_at,
+    negative_sum_at,
+    scale_at,
+    sum_at,
+)
 from pyinfer.kernels_cpu.compiler import Body, define
 from pyinfer.kernels_cpu.opcode import OpField
 from pyinfer.kernels_cpu.repack import plane_offset
@@ -146,28 +155,40 @@ def _block32(
             e.prefetch(e.at(ahead, 64 * i))
     per_32 = 32 // fmt.sub_block
     units = 8 // per_32
+    offset = e.signed_offset(fmt.offset)
+    shift = offset.bit_length() - 1
+    assert offset == 0 or offset == 1 << shift
     for v in range(len(d)):
         unit = _UnitReader(e, fmt, payload, v)
+        dots: list[Reg] = []  # of each row, with the weights' scales
         for s in range(per_32):
             acc = [e.ints(0)] * rows
+            if offset:
+                at = negative_sum_at(rows) if per_32 == 1 else negative_half_sums_at(rows) + s * 4 * rows
+                acc = [b.shl(e.splat_int(e.at(x, at + 4 * t)), e.ints(shift)) for t in range(rows)]
             for u in range(s * units, (s + 1) * units):
                 code = unit.read(u)
                 for t in range(rows):
                     acc[t] = e.dot4(acc[t], code, e.splat_int(e.at(x, (u * rows + t) * 4)), (1 << fmt.bits) - 1)
             scale, negative_minimum = _scales(e, fmt, record, at_j, s, per_32, v, d[v], dm[v] if dm else None)
-            total_at = sum_at(rows) if per_32 == 1 else half_sums_at(rows) + s * 4 * rows
-            for t in range(rows):
-                dot = b.fmul(e.to_float(acc[t]), e.splat_float(e.at(x, scale_at(rows) + 4 * t)))
-                value = e.fma(dot, scale, e.get(sums[t][v]))
-                if negative_minimum is not None:
-                    value = e.fma(negative_minimum, e.splat_float(e.at(x, total_at + 4 * t)), value)
-                e.set(sums[t][v], value)
+            floats = [e.to_float(total) for total in acc]
+            if s == 0:
+                dots = [b.fmul(f, scale) for f in floats]
+            else:
+                dots = [e.fma(f, scale, dot) for f, dot in zip(floats, dots, strict=True)]
+            if negative_minimum is not None:
+                at = sum_at(rows) if per_32 == 1 else half_sums_at(rows) + s * 4 * rows
+                for t in range(rows):
+                    slot = sums[t][v]
+                    e.set(slot, e.fma(negative_minimum, e.splat_float(e.at(x, at + 4 * t)), e.get(slot)))
+        for t in range(rows):
+            e.set(sums[t][v], e.fma(dots[t], e.splat_float(e.at(x, scale_at(rows) + 4 * t)), e.get(sums[t][v])))
 
 
 def _scales(
     e: Emitter, fmt: WeightFormat, record: Reg, at_j: Any, s: int, per_32: int, v: int, d: Reg, dm: Reg
 ) -> tuple[Reg, Reg | None]:
-    """(d * scale, minus the minimum) of one sub-block for the 16 rows' vector v."""
+    """(d * scale, minus the minimum or None) of one sub-block for the 16 rows' vector v."""
     b = e.b
     scale, minimum = d, dm
     if fmt.n_scales:
@@ -184,9 +205,6 @@ def _scales(
                 high = b.or_(high, b.and_(b.shl(more, e.ints(2)), e.ints(0x30)))
             scale = b.fmul(d, e.to_float(low))
             minimum = b.fmul(b.fsub(e.floats(0.0), dm), e.to_float(high))
-    offset = e.signed_offset(fmt.offset)
-    if offset:
-        minimum = b.fmul(scale, e.floats(-float(offset)))
     return scale, minimum
 
 

@@ -120,17 +120,18 @@ def a8_bytes(x: F32) -> Bytes:
     n_rows, width = x.shape
     a, n_blocks = quantize_activation(x), width // 32
     codes = a.codes.reshape(n_rows, n_blocks, 8, 4)
-    halves = a.codes.reshape(n_rows, n_blocks, 2, 16).sum(3, dtype=np.int32).astype(np.float32)
-    row_bytes = 48 * n_blocks
+    halves = a.codes.reshape(n_rows, n_blocks, 2, 16).sum(3, dtype=np.int32)
+    row_bytes = 60 * n_blocks
     out = np.empty(n_rows * row_bytes, np.uint8)
     m = 0
     while m < n_rows:
         t = next(tile for tile in (8, 4, 2, 1) if n_rows - m >= tile)
         rows = slice(m, m + t)
-        records = out[m * row_bytes : (m + t) * row_bytes].reshape(n_blocks, 48 * t)
+        records = out[m * row_bytes : (m + t) * row_bytes].reshape(n_blocks, 60 * t)
         records[:, : 32 * t] = codes[rows].transpose(1, 2, 0, 3).reshape(n_blocks, -1).view(np.uint8)
         d = a.scales[rows]
-        tail = [d, d * halves[rows].sum(2), d * halves[rows, :, 0], d * halves[rows, :, 1]]
+        sums = [halves[rows].sum(2, dtype=np.int32), halves[rows, :, 0], halves[rows, :, 1]]
+        tail = [d, *(d * part.astype(np.float32) for part in sums), *((-part).view(np.float32) for part in sums)]
         records[:, 32 * t :] = np.ascontiguousarray(np.concatenate([part.T for part in tail], 1)).view(np.uint8)
         m += t
     return out
