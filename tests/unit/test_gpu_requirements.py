@@ -89,6 +89,6 @@ def test_a_cupy_that_cannot_be_imported_is_told_in_one_line(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.delitem(sys.modules, "pyinfer.kernels_gpu.cupy_device", raising=False)
     monkeypatch.setattr(backend, "usable_gpus", lambda: [gpu(90)])
-    with pytest.raises(BackendError, match="CuPy cannot be imported .*pip install") as caught:
+    with pytest.raises(BackendError, match=r"CuPy cannot be imported .*pip install") as caught:
         backend.GPUBackend().open_stage(None, None)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
