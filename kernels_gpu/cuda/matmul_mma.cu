@@ -153,7 +153,8 @@ DEVICE bool gather(const Task& task, float (&sums)[MT][kGroups][4], int tile) {
     float* d = sums[i / kGroups][i % kGroups];
     float4 total = make_float4(0, 0, 0, 0);
     for (int b = first; b <= last; b++) {
-      const float4 v = load_shared_by_blocks(task.workspace + (b * 2LL + (b == first)) * kFragments * kThreads + i * kThreads + threadIdx.x);
+      const float4* theirs = task.workspace + (b * 2LL + (b == first)) * kFragments * kThreads + threadIdx.x;
+      const float4 v = __ldcg(theirs + i * kThreads);  // not from the L1, which other multiprocessors do not write
       total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
     }
     d[0] = total.x, d[1] = total.y, d[2] = total.z, d[3] = total.w;

@@ -11,6 +11,8 @@ import pytest
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
 
+from pyinfer.errors import BackendError
+from pyinfer.kernels_gpu.kernel_cache import unit_text
 from pyinfer.kernels_gpu.launch import Buffer, Gemm
 from pyinfer.kernels_gpu.matmul import (
     MatmulMemory,
@@ -18,12 +20,14 @@ from pyinfer.kernels_gpu.matmul import (
     build_gemm,
     build_matmul,
     build_mma,
+    mma_kernel,
     problems_of,
     scratch_bytes,
 )
 from pyinfer.kernels_gpu.matmul_route import Problem, Route
 from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.mma_tiling import GPU, MMA_KINDS, Tiling, chunk_units, model_cycles, tilings
+from pyinfer.kernels_gpu.nvrtc import load_nvrtc, read_resources
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import layout_of, pack
@@ -124,10 +128,10 @@ def cut_of(case: Case, **changes: int) -> Tiling:
 
 @BY_KIND
 def test_every_type(device: EmulatedDevice, kind: str) -> None:
-    """Ragged rows and columns, shares that end in the middle of a tile, the tiles of the default choice."""
+    """Ragged rows and columns, shares that end in the middle of a tile."""
     for n, columns, m in WIDE[kind.endswith("_K")]:
         case = make(device, kind, m, (n,), columns, bias=True)
-        run_mma(device, case, cut_of(case, rows=16 if m <= 16 else 32, x_stages=2))
+        run_mma(device, case, cut_of(case))
         check(device, case)
 
 
@@ -135,7 +139,7 @@ def test_every_type(device: EmulatedDevice, kind: str) -> None:
 def test_small_scales_keep_their_digits(device: EmulatedDevice, kind: str) -> None:
     """Weights around 1e-4: their blocks' scales are below what float16 holds in full."""
     case = make(device, kind, 8, (32,), 256, magnitude=1e-4)
-    run_mma(device, case, cut_of(case, rows=8))
+    run_mma(device, case, cut_of(case))
     check(device, case)
 
 
@@ -239,3 +243,18 @@ def test_scratch_of_a_route_is_enough(device: EmulatedDevice) -> None:
     for step in build_matmul(case.x, case.problem, case.products, route, memory, SMALL):
         device.launch(step)
     check(device, case)
+
+
+@pytest.mark.parametrize("arch, shared", ((75, 64 << 10), (80, 163 << 10), (90, 227 << 10)))
+@pytest.mark.parametrize("kind, m", (("Q4_K", 128), ("Q6_K", 16), ("Q5_1", 32), ("BF16", 64)))
+def test_registers(arch: int, shared: int, kind: str, m: int) -> None:
+    """The chosen variants compile for the GPU that they were chosen for, and nothing spills."""
+    try:
+        nvrtc = load_nvrtc()
+    except BackendError as error:
+        pytest.skip(str(error))
+    cut = tilings(kind, m, (4096,), 4096, GPU(arch, 100, shared))[0]
+    kernel = mma_kernel(kind, cut)
+    binary = nvrtc.compile(unit_text((kernel.source, kernel.defines)), kernel.source, arch, ("--ptxas-options=-v",))
+    (found,) = read_resources(binary.log)
+    assert found.spill_bytes == 0 and found.registers <= 65536 // (32 * cut.warps * cut.blocks)
