@@ -31,6 +31,7 @@ def main() -> int:
     address = sys.stdin.buffer.readline()
     if not address:
         return 0
+    _ask_kernel_to_end_with_client()
     threading.Thread(target=_end_with_client, name="pyinfer-parent", daemon=True).start()
     _keep_stdout_silent()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -51,7 +52,22 @@ def main() -> int:
     return 0
 
 
+def _ask_kernel_to_end_with_client() -> None:
+    """On Linux this process is killed when its input's other end closes, even if native code keeps the interpreter.
+
+    Unlike PR_SET_PDEATHSIG this looks at the client's process, not at the thread of it that started this one.
+    """
+    try:
+        from fcntl import F_GETFL, F_SETFL, F_SETOWN, F_SETSIG, FASYNC, fcntl
+    except ImportError:
+        return
+    fcntl(0, F_SETOWN, os.getpid())
+    fcntl(0, F_SETSIG, signal.SIGKILL)
+    fcntl(0, F_SETFL, fcntl(0, F_GETFL) | FASYNC)
+
+
 def _end_with_client() -> None:
+    """Where the kernel does not, or where the client had gone before it was asked."""
     while os.read(0, 4096):
         pass
     os._exit(0)  # nobody is left to tell

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from dying_engine import Death, deadly
+from dying_engine import HANG_WITH_LOCK, Death, deadly
 from serve_process import serving
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(sys.platform == "win32", reason="signals")]
@@ -129,6 +129,23 @@ def test_engine_does_not_outlive_a_killed_server(model_file: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs([engine], timeout=10)
         assert not alive
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread notices, which needs the interpreter's lock")
+def test_engine_that_hangs_does_not_outlive_a_killed_server(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = deadly(monkeypatch, tmp_path / "lives", [Death(5, HANG_WITH_LOCK)])
+    with serving(model_file, program=program) as (process, url), ThreadPoolExecutor(1) as pool:
+        engine = engine_of(process.pid)
+        answer = pool.submit(stream, url, 0, 100)
+        while not (tmp_path / "lives.hung").exists():
+            assert not answer.done()
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        _, alive = psutil.wait_procs([engine], timeout=10)
+        assert not alive
+        assert isinstance(answer.exception(), httpx.HTTPError)
 
 
 def test_in_process(model_file: Path) -> None:

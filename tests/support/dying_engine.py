@@ -5,6 +5,7 @@ Run instead of `pyinfer.runtime.engine_main`; what it is to do stands in an envi
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _VARIABLE = "DYING_ENGINE_PLAN"
 _MORE_TURNS = 3  # that may pass until a kill arrives
 HANG = 0  # instead of a signal's number
+HANG_WITH_LOCK = -1  # a native call that never gives the interpreter's lock back
 
 
 class Death(msgspec.Struct):
@@ -35,7 +37,7 @@ class Death(msgspec.Struct):
 
 
 class Plan(msgspec.Struct):
-    folder: str  # has a file for each life so far
+    folder: str  # has a file for each life so far; beside it a file ending in ".hung" once one hangs
     deaths: list[Death]  # of the first lives; the one after them goes on living
     n_requests: int = 1  # the first life begins its work when it has so many
 
@@ -62,6 +64,7 @@ class _Doomed:
         self._turn = engine_loop.turn
         self._n_awaited = plan.n_requests if life == 0 else 1
         self._death = plan.deaths[life] if life < len(plan.deaths) else None
+        self._sign_of_hanging = Path(plan.folder + ".hung")
         self._held: list[Message] = []
         self._turns_left = -1  # not dying yet
 
@@ -78,7 +81,12 @@ class _Doomed:
     def _approach(self, death: Death, n_tokens: int) -> None:
         if self._turns_left > 0:
             self._turns_left -= 1
-        elif self._turns_left == 0 or (n_tokens >= death.n_tokens and death.signal == HANG):
+        elif self._turns_left == 0:
+            time.sleep(600)
+        elif n_tokens >= death.n_tokens and death.signal <= 0:
+            self._sign_of_hanging.touch()
+            if death.signal == HANG_WITH_LOCK:
+                ctypes.PyDLL(None).sleep(600)
             time.sleep(600)
         elif n_tokens >= death.n_tokens:
             self._turns_left = _MORE_TURNS if death.delay else 0
