@@ -51,8 +51,8 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The program's rows. kind: "decode" if every sequence has one token in the step (or few tokens each are taken one by
-    one), "prompt" if all are to be taken together, "mixed" if each sequence decides by its number of tokens."""
+    """The program's rows. kind: "decode" if every sequence has one token in the step, "prompt" if all have many, "mixed" if
+    each sequence decides by its number of tokens."""
 
     kind: StepKind
     n_tokens: int
@@ -129,7 +129,7 @@ def scratch_sizes(
         return ScratchSizes(0, 0, rows)
     plan = _plan_decode(shape, step, pages, device)
     pairs = plan.rows * shape.heads.n_kv_heads * plan.passes
-    record = plan.group * (shape.heads.head_dim + 2)
+    record = -(-plan.group * (shape.heads.head_dim + 2) // 4) * 4
     return ScratchSizes(4 * pairs * plan.splits * record if plan.splits > 1 else 0, 4 * pairs, rows)
 
 
@@ -192,8 +192,7 @@ def _plan_decode(shape: AttentionShape, step: StepShape, pages: LayerPages, devi
     tile = _WARPS * unroll * at_once
     blocks = rows * shape.heads.n_kv_heads * passes
     wanted = _BLOCKS_PER_SM * device.n_sms
-    # a long sequence among many short ones would be one block's alone; a mixed step has few that decode
-    splits = max(-(-wanted // min(blocks, wanted // 4) if max_tokens else -(-wanted // blocks)), 4)
+    splits = max(4, wanted // blocks)  # a long sequence among many short ones would be one block's alone
     span = 128 if blocks * 8 <= wanted else 256  # positions that are worth a split
     min_tiles = max(1, span // tile)
     longest = min(shape.n_ctx, shape.window + tile if shape.window else shape.n_ctx)
@@ -247,7 +246,7 @@ def _prefill_tiles(shape: AttentionShape, n_tokens: int, pages: LayerPages, devi
     wide = head <= 128 and query_parts == 1 and n_tokens * shape.heads.n_kv_heads >= 2 * tokens * device.n_sms
     choices = [(4, 2, 32, 2)] if wide else []
     choices += [(4, 1, 64, 2)] if head <= 128 else []
-    choices += [(4, 1, 32, 2), (4, 1, 32, 1), (2, 1, 32, 1), (2, 1, 16, 1), (1, 1, 16, 1)]
+    choices += [(4, 1, 32, 2), (4, 1, 32, 1), (2, 1, 16, 1), (1, 1, 16, 1)]
     for warps, row_tiles, columns, stages in choices:
         rows = query_parts * 16 * warps * row_tiles + 2 * stages * columns
         n_bytes = 2 * rows * (head + 8)

@@ -17,16 +17,25 @@
 #include "rotate.cuh"
 #endif
 
-constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+template <int n>
+struct PowerOfTwo {  // the smallest that is at least n
+  static constexpr int kValue = 2 * PowerOfTwo<(n + 1) / 2>::kValue;
+};
+template <>
+struct PowerOfTwo<1> {
+  static constexpr int kValue = 1;
+};
 
-constexpr int kLanes = power_of_two(HEAD / 8);        // lanes of a vector; those past HEAD idle
+constexpr int kLanes = PowerOfTwo<HEAD / 8>::kValue;        // lanes of a vector; those past HEAD idle
 constexpr int kAtOnce = 32 / kLanes;                  // positions of one load of a warp
 constexpr int kTile = UNROLL * kAtOnce;               // positions of a warp's turn
 constexpr int kBlockTile = WARPS * kTile;             // positions of a block's turn
 constexpr int kPasses = (PER_KV + GROUP - 1) / GROUP; // blocks that share a kv head
-constexpr int kHeads = power_of_two(GROUP);           // stride of scores; 32 / kHeads lanes work on a head's softmax
+constexpr int kHeads = PowerOfTwo<GROUP>::kValue;           // stride of scores; 32 / kHeads lanes work on a head's softmax
 constexpr int kColumns = GROUP * HEAD;
-constexpr float kNothing = -INFINITY;
+constexpr int kRecord = (kColumns + 2 * GROUP + 3) / 4 * 4;  // floats that a split leaves for the merge
+constexpr int kMaxSplits = 64;
+constexpr float kNothing = -3.0e38f;  // a score below all others
 
 struct Shared {
   __align__(16) float outputs[WARPS][kColumns];
@@ -35,6 +44,7 @@ struct Shared {
 #endif
   float scores[WARPS][kTile][kHeads];
   float maxima[WARPS][kHeads], sums[WARPS][kHeads];
+  float split_maxima[kMaxSplits][GROUP], split_sums[kMaxSplits][GROUP];
   int is_last;
 };
 
@@ -62,8 +72,15 @@ struct Fold<kLeft, 0, kSize> {
   static DEVICE void run(float (&)[kSize], int&, int&) {}
 };
 
-constexpr int folded(int n, int lanes) { return lanes == 1 ? n : folded((n + 1) / 2, lanes / 2); }
-constexpr int kFolded = folded(UNROLL * GROUP, kLanes);  // sums that a lane is left with
+template <int n, int kOver>
+struct Folded {  // sums that a lane is left with
+  static constexpr int kValue = Folded<(n + 1) / 2, kOver / 2>::kValue;
+};
+template <int n>
+struct Folded<n, 1> {
+  static constexpr int kValue = n;
+};
+constexpr int kFolded = Folded<UNROLL * GROUP, kLanes>::kValue;
 
 // The block's result: columns [GROUP * HEAD] (fewer in a last pass), a thread a column, in the asked form.
 template <class ValueAt>
@@ -97,11 +114,11 @@ DEVICE void write_output(int row, int n_heads, ValueAt value_at, void* out, floa
   if (OUT == OUT_H16 && y == 0 && threadIdx.x == 0) scales[row] = 1.0f;
 }
 
-// exp2(a - b) where a <= b; nothing is seen yet when b is -infinity.
-DEVICE float weight_of(float a, float b) { return b == kNothing ? 0.0f : exp2f(a - b); }
+// exp2(a - b) where a <= b; nothing has been seen yet when b is kNothing.
+DEVICE float weight_of(float a, float b) { return b == kNothing ? 0.0f : exp2_approx(a - b); }
 
 // q: float32 rows, already rotated unless FUSED; scale_log2: the scale of scores times log2(e). Grid (splits, N_KV * passes,
-// tokens). slots[m] < 0: padding, a row of zeros. partial: [gridDim.z][N_KV * passes][splits][GROUP * HEAD + 2 * GROUP];
+// tokens). slots[m] < 0: padding, a row of zeros. partial: [gridDim.z][N_KV * passes][splits][kRecord];
 // tickets: [gridDim.z][N_KV * passes], zero before and after. FUSED: k and v are this step's rows, angles [tokens][N_DIMS/2].
 extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
     const float* q, float scale_log2, void* k_pages, __half* k_scales, void* v_pages, __half* v_scales,
@@ -123,9 +140,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
 #else
   const int row = blockIdx.z;
 #endif
-  const int slot = slots[row];
-  const int length = slot < 0 ? 0 : positions[row] + 1;
-  const int sequence = slot < 0 ? 0 : sequence_of_token[row];
+  const int slot = slots[row], position = positions[row], sequence = sequence_of_token[row];
+  const int length = slot < 0 ? 0 : position + 1;
   const int first = WINDOW ? max(0, length - WINDOW) : 0;
   const int start = first / kBlockTile * kBlockTile;
   const int n_tiles = ceil_div(length - start, kBlockTile);
@@ -302,7 +318,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
     return;
   }
 
-  constexpr int kRecord = kColumns + 2 * GROUP;
   const int pair = blockIdx.z * gridDim.y + y;
   float* records = partial + static_cast<long long>(pair) * n_splits * kRecord;
   float* record = records + split * kRecord;
@@ -319,18 +334,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
   if (!shared.is_last) return;
   __threadfence();
   if (threadIdx.x == 0) tickets[pair] = 0;
-  // past the L1, which does not know what other blocks have written
-  write_output(row, n_heads, [&](int c) {
+  // loads go past the L1, which does not know what other blocks have written
+  for (int i = threadIdx.x; i < n_used * GROUP; i += 32 * WARPS) {
+    const float* other = records + i / GROUP * kRecord + kColumns + i % GROUP;
+    shared.split_maxima[i / GROUP][i % GROUP] = __ldcg(other);
+    shared.split_sums[i / GROUP][i % GROUP] = __ldcg(other + GROUP);
+  }
+  __syncthreads();
+  for (int c = 4 * threadIdx.x; c < kColumns; c += 4 * 32 * WARPS) {
     const int h = c / HEAD;
-    float highest = kNothing, total = 0.0f, value = 0.0f;
-    for (int s = 0; s < n_used; s++) highest = fmaxf(highest, __ldcg(&records[s * kRecord + kColumns + h]));
-#pragma unroll 4
+    float highest = kNothing, total = 0.0f;
+    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int s = 0; s < n_used; s++) highest = fmaxf(highest, shared.split_maxima[s][h]);
+#pragma unroll 8
     for (int s = 0; s < n_used; s++) {
-      const float* other = records + s * kRecord;
-      const float weight = weight_of(__ldcg(&other[kColumns + h]), highest);
-      total += weight * __ldcg(&other[kColumns + GROUP + h]);
-      value += weight * __ldcg(&other[c]);
+      const float4 other = __ldcg(reinterpret_cast<const float4*>(records + s * kRecord + c));
+      const float weight = weight_of(shared.split_maxima[s][h], highest);
+      total += weight * shared.split_sums[s][h];
+      value.x += weight * other.x;
+      value.y += weight * other.y;
+      value.z += weight * other.z;
+      value.w += weight * other.w;
     }
-    return value / total;
-  }, out, scales, sums);
+    const float inverse = 1.0f / total;
+    *reinterpret_cast<float4*>(&shared.outputs[0][c]) =
+        make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
+  }
+  __syncthreads();
+  write_output(row, n_heads, [&](int c) { return shared.outputs[0][c]; }, out, scales, sums);
 }

@@ -22,7 +22,7 @@ constexpr int kDimTiles = HEAD / 8, kColumnTiles = COLUMNS / 8;
 constexpr bool kWideK = K_TYPE == KV_BF16, kWideV = V_TYPE == KV_BF16;
 constexpr int kQueryParts = kWideK ? 2 : 1;  // high, low
 constexpr bool kKeepQuery = ROW_TILES * kQueryParts == 1 && HEAD <= 128;  // in registers
-constexpr float kNothing = -INFINITY;
+constexpr float kNothing = -3.0e38f;  // a score below all others
 static_assert(TOKENS * GROUP <= kRows && COLUMNS % 16 == 0 && HEAD % 16 == 0, "sizes");
 
 // Two floats as the 16-bit elements of one operand, the first in the low half.
@@ -220,14 +220,14 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
         top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
         top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
         const float base = top == kNothing ? 0.0f : top;  // a row that has seen nothing yet
-        const float correction = exp2f(highest[m][i] - base);
+        const float correction = exp2_approx(highest[m][i] - base);
         highest[m][i] = top;
         float total = 0.0f;
 #pragma unroll
         for (int n = 0; n < kColumnTiles; n++)
 #pragma unroll
           for (int j = 2 * i; j < 2 * i + 2; j++) {
-            scores[m][n][j] = exp2f(scores[m][n][j] - base);
+            scores[m][n][j] = exp2_approx(scores[m][n][j] - base);
             total += scores[m][n][j];
           }
         sum[m][i] = sum[m][i] * correction + total;

@@ -86,8 +86,9 @@ struct Raw8<KV_Q8_0> {
     const float d = __half2float(scale);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const uint32_t word = i < 4 ? codes.x : codes.y;
-      out[i] = d * static_cast<float>(static_cast<int8_t>(word >> 8 * (i % 4)));
+      // code + 128 as the lowest byte of the float 2^23 + code + 128: conversions of integers are slow
+      const uint32_t word = (i < 4 ? codes.x : codes.y) ^ 0x80808080u;
+      out[i] = d * (bits_as<float>(__byte_perm(word, 0x4b000000u, 0x7440 + i % 4)) - 8388736.0f);
     }
   }
 };

@@ -34,7 +34,7 @@ DEVICE uint32_t load_stream(const uint32_t* p) {
 #endif
 }
 
-// ---- loads through the L1 of what is never written while a kernel runs: scales, of which neighbours share sectors
+// ---- loads through the L1 of what is never written while a kernel runs
 template <class T>
 DEVICE T load_cached(const T* p) {
 #ifdef PYINFER_EMULATE
@@ -44,18 +44,17 @@ DEVICE T load_cached(const T* p) {
 #endif
 }
 
-// Ask for bytes to be brought into the L2, without waiting; both arguments are multiples of 16. Before sm_90 nothing happens.
-DEVICE void prefetch_l2(const void* p, uint32_t n_bytes) {
-#if !defined(PYINFER_EMULATE) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(n_bytes) : "memory");
-#endif
-}
+// What other blocks of this launch have written: past the L1, which does not see them.
+DEVICE float4 load_shared_by_blocks(const float4* p) { return __ldcg(p); }
 
-DEVICE float4 load_shared_by_blocks(const float4* p) {
+// 2^x to two units in the last place, one instruction; results below 2^-126 are zero.
+DEVICE float exp2_approx(float x) {
 #ifdef PYINFER_EMULATE
-  return *p;
+  return exp2f(x);
 #else
-  return __ldcg(p);
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
 #endif
 }
 
@@ -72,6 +71,23 @@ DEVICE void cp_async16(void* shared, const void* global, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
 #else
   *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+// The same for 4, 8 or 16 bytes; the smaller ones go through the L1, where neighbours find the rest of their sector.
+template <int kBytes>
+DEVICE void cp_async(void* shared, const void* global, bool valid) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "sizes of cp.async");
+#ifdef PYINFER_EMULATE
+  emulator_cp_async(shared, global, kBytes, valid);
+#elif __CUDA_ARCH__ >= 800
+  if (kBytes == 16) cp_async16(shared, global, valid);
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(kBytes), "r"(valid ? kBytes : 0) : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < kBytes / 4; i++)
+    static_cast<uint32_t*>(shared)[i] = valid ? static_cast<const uint32_t*>(global)[i] : 0u;
 #endif
 }
 

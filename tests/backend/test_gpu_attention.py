@@ -265,6 +265,14 @@ def test_mixed_step(device: EmulatedDevice, types: tuple[str, str]) -> None:
     run(device, Case(spans[2:3], "mixed", types=types, padding=1))
 
 
+def test_decode_on_a_large_card() -> None:
+    """One sequence goes to all multiprocessors: as many splits as there may be, and fewer where the sequence is short."""
+    device = EmulatedDevice(n_sms=132)
+    run(device, Case([Span(3000)], n_heads=2, n_kv_heads=1, head_dim=16, types=("f32", "f16")))
+    run(device, Case([Span(200)], n_heads=8, n_kv_heads=1))
+    device.close()
+
+
 @pytest.mark.parametrize("kind", ["decode", "prompt"])
 def test_small_shared_memory_and_old_cards(kind: StepKind) -> None:
     device = EmulatedDevice(arch=75, shared_bytes=64 << 10)
