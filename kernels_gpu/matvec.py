@@ -65,11 +65,13 @@ def _launch(x: Operand, products: Sequence[Product], problem: Problem, cut: Tuni
     matrices += [_NO_MATRIX] * (MAX_MATRICES - len(products))
     return Launch(
         gemv_kernel(problem, cut),
-        grid=(sum(-(-layout.n_rows // cut.block_rows) for layout in layouts), 1, 1),
+        grid=(sum(cut.n_blocks(layout.n_rows) for layout in layouts), 1, 1),
         block=(32 * cut.warps, 1, 1),
-        args=(x.data, x.scales, x.sums, x.width, residual, *(value for matrix in matrices for value in matrix)),
+        args=(
+            x.data, x.scales, x.sums, x.width, residual, cut.passes, *(value for matrix in matrices for value in matrix),
+        ),
         overlap=True,
-    )
+    )  # fmt: skip
 
 
 def gemv_kernel(problem: Problem, cut: Tuning) -> Kernel:
@@ -82,7 +84,7 @@ def gemv_kernel(problem: Problem, cut: Tuning) -> Kernel:
         (
             *((f"TYPE{i}", kind) for i, kind in enumerate(kinds)),
             ("SEGMENTS", len(problem.kinds)), ("TOKENS", problem.n_tokens), ("ROWS", cut.rows), ("LANES", cut.lanes),
-            ("SPLIT", cut.split), ("WARPS", cut.warps), ("UNROLL", cut.unroll), ("MIN_BLOCKS", cut.min_blocks),
-            ("RAGGED", int(ragged)),
+            ("SPLIT", cut.split), ("WARPS", cut.warps), ("DEPTH", cut.depth),
+            ("MIN_BLOCKS", cut.min_blocks), ("RAGGED", int(ragged)),
         ),
     )  # fmt: skip

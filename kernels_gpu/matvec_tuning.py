@@ -7,17 +7,40 @@ numbers are the same whatever number of others is decoded with it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 MAX_TOKENS = 8
-_RESIDENT_WARPS = 32  # on a multiprocessor, with 64 registers a thread
+STATIC_SHARED_BYTES = 48 << 10  # of a block
 _STEP_COLUMNS = {"F32": 4, "F16": 8, "BF16": 8, "Q8_0": 16}
+_TILE_BYTES = {"F32": 16, "F16": 16, "BF16": 16, "Q2_K": 16, "Q5_0": 24, "Q5_1": 24, "Q4_K": 32, "Q5_K": 36, "Q6_K": 32}
+_SHARED_KIB = {75: 64, 80: 164, 87: 164, 90: 228}  # of a multiprocessor; 100 for others
+_BLOCK_OVERHEAD = 1024  # bytes of shared memory that the system takes of each block
+_IN_FLIGHT = 64 << 10  # bytes a multiprocessor must have asked for at any time: bandwidth times latency, doubled
+_RESIDENT_WARPS = 32  # on a multiprocessor, with 64 registers a thread
+# blocks of 4 warps on a multiprocessor, as registers allow: (tokens up to, rows) -> blocks
+_MIN_BLOCKS = {
+    (1, 1): 8,
+    (1, 2): 6,
+    (2, 1): 6,
+    (2, 2): 5,
+    (4, 1): 5,
+    (4, 2): 4,
+    (4, 4): 3,
+    (8, 1): 4,
+    (8, 2): 3,
+    (8, 4): 3,
+}
 
 
 def step_columns(kind: str) -> int:
     """Columns that a lane takes at a time: `kColumns` in weight_*.cuh."""
     return _STEP_COLUMNS.get(kind, 32)
+
+
+def tile_bytes(kind: str) -> int:
+    """Shared memory of a lane's step of one row: `kTileBytes` in weight_*.cuh."""
+    return _TILE_BYTES.get(kind, 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +59,25 @@ class Tuning:
 
     lanes: int  # that share a row: 8, 16 or 32
     split: int  # warps that share a row
-    rows: int  # a lane works on
-    unroll: int  # steps that are asked for at a time
+    rows: int  # a lane works on at a time
+    depth: int  # tiles of each of them that are asked for at a time
+    passes: int  # times a warp takes other rows
     warps: int  # a block
     min_blocks: int  # on a multiprocessor: bounds the registers to 65536 / (threads * min_blocks)
 
     @property
     def block_rows(self) -> int:
+        """Of one pass."""
         return self.warps // self.split * (32 // self.lanes) * self.rows
+
+    def n_blocks(self, n_rows: int) -> int:
+        return -(-(-(-n_rows // self.block_rows)) // self.passes)
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """Static shared memory of a block: the ring and the sums."""
+        tile = max(tile_bytes(kind) for kind in problem.kinds)
+        sums = 2 * 4 * (32 // self.lanes) * self.rows * problem.n_tokens
+        return self.warps * (32 * self.depth * self.rows * tile + sums)
 
 
 # (compute capability * 10, kinds, rows, columns) -> for 1, 2, .. tokens; `benchmarks/gpu_check.py --tune` measures
@@ -52,42 +86,70 @@ TUNED: dict[tuple[int, tuple[str, ...], int, int], tuple[Tuning, ...]] = {}
 
 def tuning_of(problem: Problem, n_sms: int, arch: int) -> Tuning:
     """What was measured for this shape on this kind of GPU, or the default."""
-    measured = TUNED.get((arch, problem.kinds, problem.n_rows, problem.n_columns))
-    if measured is not None and len(measured) >= problem.n_tokens:
+    measured = TUNED.get((arch, problem.kinds, problem.n_rows, problem.n_columns), ())
+    if len(measured) >= problem.n_tokens:
         return measured[problem.n_tokens - 1]
-    return default_tuning(problem, n_sms)
+    return default_tuning(problem, n_sms, arch)
 
 
-def default_tuning(problem: Problem, n_sms: int) -> Tuning:
-    """Enough warps to fill the GPU once, more rows a lane where there are plenty, at least 64 bytes asked for by each lane."""
+def default_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
+    """Enough warps to fill the GPU, more rows a lane where there are plenty, and enough bytes asked for to hide the latency."""
     lanes, split = _lanes_and_split(problem, n_sms)
-    steps = -(-_steps(problem) // (lanes * split))  # of a lane
-    groups = problem.n_rows * lanes * split // 32  # warps at one row a lane
-    if problem.n_tokens == 1:
-        options = [Tuning(lanes, split, 1, _unroll(steps, 4), 8, 4), Tuning(lanes, split, 2, _unroll(steps, 2), 8, 3)]
-        return max(options, key=lambda tuning: _fill(problem, tuning, n_sms))
-    if problem.n_tokens == 2:
-        rows = 2 if groups >= 2 * 12 * n_sms else 1
-        return Tuning(lanes, split, rows, _unroll(steps, 4 // rows), 8, 2)
-    # three and more: x comes from the L1 for every row of w, so rows share it
-    rows = next((rows for rows in (4, 2) if groups >= rows * 12 * n_sms), 1)
-    return Tuning(lanes, split, rows, _unroll(steps, 4 // rows) if problem.n_tokens < 5 else 1, 4, 4 if rows < 4 else 3)
+    warps = problem.n_rows * lanes * split // 32  # at one row a lane
+    # x comes from the L1 for every row of w: with more tokens more rows share it, where enough warps are left
+    options = [rows for rows in (1, 2, 4) if (_ceiling(problem.n_tokens), rows) in _MIN_BLOCKS]
+    enough = [rows for rows in options if rows == 1 or warps >= 12 * n_sms * rows]
+    tunings = [_tuning(problem, n_sms, arch, lanes, split, rows) for rows in enough]
+    if problem.n_tokens > 1:
+        return tunings[-1]
+    return max(tunings, key=lambda tuning: (_fill(problem, tuning, n_sms), tuning.rows))
 
 
-def candidates(problem: Problem, n_sms: int, fixed: Tuning | None = None) -> Iterator[Tuning]:
+def candidates(problem: Problem, n_sms: int, arch: int, fixed: Tuning | None = None) -> Iterator[Tuning]:
     """What is worth measuring; with `fixed`, the choice for one token, only what adds in the same order."""
-    default = default_tuning(problem, n_sms)
     steps = _steps(problem)
-    orders = [(fixed.lanes, fixed.split)] if fixed else product((8, 16, 32), (1, 2, 4, 8))
-    for lanes, split in orders:
-        of_lane = -(-steps // (lanes * split))
-        for rows, unroll, (warps, min_blocks) in product(
-            (1, 2, 4), (1, 2, 3, 4, 7), ((4, 4), (4, 6), (8, 2), (8, 3), (8, 4))
+    orders = [(fixed.lanes, fixed.split)] if fixed else list(product((8, 16, 32), (1, 2, 4)))
+    for (lanes, split), rows, depth, passes, min_blocks in product(
+        orders, (1, 2, 4), (2, 3, 4, 6, 8), (1, 2, 4, 8), (2, 3, 4, 6, 8, 10)
+    ):
+        tuning = Tuning(lanes, split, rows, depth, passes, 4, min_blocks)
+        rounds = -(-steps // (lanes * split)) * passes
+        fits = tuning.shared_bytes(problem) <= STATIC_SHARED_BYTES and min_blocks <= _blocks_in_shared(
+            problem, tuning, arch
+        )
+        if fits and depth <= max(2, rounds) and rows * depth >= 3 and (passes == 1 or problem.n_rows > 4096):
+            yield tuning
+
+
+def _tuning(problem: Problem, n_sms: int, arch: int, lanes: int, split: int, rows: int) -> Tuning:
+    min_blocks = _MIN_BLOCKS[_ceiling(problem.n_tokens), rows]
+    one = Tuning(lanes, split, rows, 1, 1, 4, min_blocks)
+    waves = one.n_blocks(problem.n_rows) / (n_sms * min_blocks)
+    passes = min(4, max(1, int(waves / 2)))
+    # the bytes of a step of all resident lanes
+    share = min(step_columns(kind) * _bits(kind) / 8 for kind in problem.kinds)
+    depth = round(_IN_FLIGHT / (32 * 4 * min_blocks * rows * share))
+    depth = min(max(depth, 2), 8, max(2, -(-_steps(problem) // (lanes * split)) * passes))
+    while depth > 2:
+        tuning = Tuning(lanes, split, rows, depth, passes, 4, min_blocks)
+        if tuning.shared_bytes(problem) <= STATIC_SHARED_BYTES and min_blocks <= _blocks_in_shared(
+            problem, tuning, arch
         ):
-            if split <= warps and unroll <= of_lane and rows * unroll <= 8:
-                yield replace(
-                    default, lanes=lanes, split=split, rows=rows, unroll=unroll, warps=warps, min_blocks=min_blocks
-                )
+            break
+        depth -= 1
+    return Tuning(lanes, split, rows, depth, passes, 4, min_blocks)
+
+
+def _blocks_in_shared(problem: Problem, tuning: Tuning, arch: int) -> int:
+    return _SHARED_KIB.get(arch, 100) * 1024 // (tuning.shared_bytes(problem) + _BLOCK_OVERHEAD)
+
+
+def _bits(kind: str) -> float:
+    return {"F32": 32, "F16": 16, "BF16": 16, "Q8_0": 8.5}.get(kind) or int(kind[1]) + 0.5
+
+
+def _ceiling(n_tokens: int) -> int:
+    return next(most for most in (1, 2, 4, 8) if n_tokens <= most)
 
 
 def _steps(problem: Problem) -> int:
@@ -101,18 +163,13 @@ def _lanes_and_split(problem: Problem, n_sms: int) -> tuple[int, int]:
     lanes = next(lanes for lanes in (32, 16, 8) if idle[lanes] <= 1.15 * min(idle.values()))
     split = 1
     warps = problem.n_rows * lanes / 32
-    while split < 8 and steps >= 2 * split * lanes and 2 * split * warps <= n_sms * _RESIDENT_WARPS:
+    while split < 4 and steps >= 2 * split * lanes and 2 * split * warps <= n_sms * _RESIDENT_WARPS:
         split *= 2
     return lanes, split
 
 
-def _unroll(steps: int, most: int) -> int:
-    """Of 1..`most`, what leaves the fewest steps over in the last round; the largest of equals."""
-    return min(range(1, most + 1), key=lambda unroll: (-(-steps // unroll) * unroll, -unroll))
-
-
 def _fill(problem: Problem, tuning: Tuning, n_sms: int) -> float:
-    """The share of time that places for blocks are taken: a few waves of blocks end evenly only by luck."""
-    waves = problem.n_rows / tuning.block_rows / (n_sms * tuning.min_blocks)
+    """The share of time that places for blocks are taken: a few waves of blocks end evenly only by luck. In twentieths."""
+    waves = tuning.n_blocks(problem.n_rows) / (n_sms * tuning.min_blocks)
     whole = -(-waves // 1)
-    return waves / whole if whole <= 2 else waves / (waves + 0.5)
+    return round(20 * (waves / whole if whole <= 2 else waves / (waves + 0.5)))

@@ -58,8 +58,9 @@ DEVICE void dequantize_step(const void* w, int n_rows, int columns, int first_ro
   const bool active = item < n_items;
   const int row = active ? static_cast<int>(item / steps) : 0, step = active ? static_cast<int>(item % steps) : 0;
   typename T::Tile tile;
-  T::clear(tile);
-  if (active) T::load(tile, typename T::Parts(w, n_rows, columns), first_row + row, step);
+  const typename T::Parts parts(w, n_rows, columns);
+  if (active) T::visit(LoadTile(), tile, parts, first_row + row, step);
+  else T::visit(ClearTile(), tile, parts, 0, step);
   wait_for_previous();  // weights never change, but `out` may still be read
   let_next_start();
   float values[T::kColumns];

@@ -13,8 +13,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int id = ids[blockIdx.y];
   float* row = out + static_cast<long long>(blockIdx.y) * columns + first;
   TYPE::Tile tile;
-  if (id >= 0) TYPE::load(tile, TYPE::Parts(table, n_rows, columns), id, step);
-  else TYPE::clear(tile);
+  const TYPE::Parts parts(table, n_rows, columns);
+  if (id >= 0) TYPE::visit(LoadTile(), tile, parts, id, step);
+  else TYPE::visit(ClearTile(), tile, parts, 0, step);
   float w[TYPE::kColumns];
   decode<TYPE>(tile, step, w);
 #pragma unroll

@@ -1,30 +1,35 @@
 // out[t, n] = sum_k x[t, k] * w[n, k] + bias[n] + residual[t, n] for 1 to 8 rows of x: decoding. Bound by the memory's bandwidth
 // for matrices above about 20 MB and by latency below, so everything here is about bytes in flight.
 //
-// A warp owns 32 / LANES * ROWS rows of w; LANES lanes go along a row together, 16 bytes of codes each. Every lane asks for
-// UNROLL * ROWS of these before it uses the first. SPLIT warps share the same rows and add their sums in a fixed order. The
-// order of additions depends on LANES and SPLIT only, so a row of x gives the same numbers whatever comes with it.
+// A warp owns 32 / LANES * ROWS rows of w; LANES lanes go along a row together. Each lane has a ring of DEPTH * ROWS tiles in
+// shared memory that cp.async fills; it reads only what it asked for itself, so the ring needs no barrier, and nothing waits
+// between the end of some rows and the next `passes`: their tiles are on the way. SPLIT warps share the same rows and add their
+// sums in a fixed order. The order of additions depends on LANES and SPLIT only, so a row of x gives the same numbers whatever
+// comes with it.
 //
 // Up to three matrices that read the same x (q, k, v; gate, up) go in one launch; blocks are dealt out to them in order.
-// With Launch.overlap the first blocks bring their codes into the L2 while the kernel before is still at work on x.
+// With Launch.overlap the first tiles are asked for while the kernel before is still at work on x.
 //
-// Defines: TYPE0..2 (a struct of weights.cuh), SEGMENTS, TOKENS, ROWS, LANES, SPLIT, WARPS (a block), UNROLL,
-// MIN_BLOCKS (on a multiprocessor: limits registers), RAGGED (float types: columns are no multiple of a step).
+// Defines: TYPE0..2 (a struct of weights.cuh), SEGMENTS, TOKENS, ROWS, LANES, SPLIT, WARPS (a block), DEPTH, MIN_BLOCKS (on a
+// multiprocessor: limits registers), RAGGED (float types: columns are no multiple of a step).
 #include "weights.cuh"
 
-constexpr int kSubgroups = 32 / LANES;
-constexpr int kWarpRows = kSubgroups * ROWS;
+constexpr int kWarpRows = 32 / LANES * ROWS;
 constexpr int kBlockRows = WARPS / SPLIT * kWarpRows;
 constexpr int kStride = LANES * SPLIT;  // steps between those of one lane
 constexpr int kOutputs = kWarpRows * TOKENS;
-constexpr int kOutputsOfThread = (kOutputs + 32 * SPLIT - 1) / (32 * SPLIT);
+constexpr int kOutputsOfLane = (kOutputs + 32 * SPLIT - 1) / (32 * SPLIT);
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
+constexpr int kRingBytes = DEPTH * ROWS * 32 * max_of(TYPE0::kTileBytes, max_of(TYPE1::kTileBytes, TYPE2::kTileBytes));
 static_assert(WARPS % SPLIT == 0 && (LANES & (LANES - 1)) == 0 && LANES <= 32, "whole groups of warps and lanes");
+
+DEVICE int blocks_of(int n, int passes) { return ceil_div(ceil_div(n, kBlockRows), passes); }
 
 struct Segment {
   const void* w;
   float* out;         // [TOKENS, n]
   const float* bias;  // [n] or null
-  int n;
+  int n, n_blocks;
 };
 
 // x as the type of the weights wants it: int8 with a scale and scale * sum(codes) of 32 columns, or float32.
@@ -117,85 +122,97 @@ DEVICE void multiply_float(const typename T::Tile* tiles, const Input& x, int st
   }
 }
 
-// Add up all of x[t] * w[row] into sums, of this lane's steps.
+// Asks for one round of tiles after the other, over all passes of a warp. What lies past the end of a row or of the matrix
+// becomes zeros, so no lane ever goes another way.
 template <class T>
-DEVICE void accumulate(const typename T::Parts& parts, const int* rows, const Input& x, int first_step, float (*sums)[ROWS]) {
-  const int steps = ceil_div(x.columns, T::kColumns);
-  for (int step = first_step; step < steps; step += kStride * UNROLL) {
-    typename T::Tile tiles[UNROLL][ROWS];
+struct Supply {
+  typename T::Parts parts;
+  uint8_t* ring;  // of the warp
+  int n, steps, first_step, last_step;  // of a row; of this lane
+  int row, row_stride, step, slot;
+
+  DEVICE uint8_t* tile(int slot, int r) const { return ring + (slot * ROWS + r) * 32 * T::kTileBytes; }
+
+  DEVICE void ask() {
+    typename T::Tile unused;
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      const bool valid = u == 0 || step + u * kStride < steps;
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        if (valid) T::load(tiles[u][r], parts, rows[r], step + u * kStride);
-        else T::clear(tiles[u][r]);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      const int at = min(step + u * kStride, steps - 1);  // a cleared tile may meet any x
-      if constexpr (T::kWords == 0) multiply_float<T>(tiles[u], x, at, sums);
-      else multiply_int8<T>(tiles[u], x, at, sums);
-    }
+    for (int r = 0; r < ROWS; r++)
+      T::visit(CopyTile(tile(slot, r), step < steps && row + r < n), unused, parts, row + r, step);
+    cp_async_commit();
+    if (++slot == DEPTH) slot = 0;
+    const bool ends = step == last_step;
+    row += ends ? row_stride : 0;
+    step = ends ? first_step : step + kStride;
   }
-}
+};
 
 template <class T>
-DEVICE void multiply(const Segment& s, int block, const Input& x, const float* residual) {
-  __shared__ float partial[WARPS][kOutputs];
-  const int warp = threadIdx.x / 32, lane = lane_id(), subgroup = lane / LANES;
+DEVICE void multiply(const Segment& s, int block, const Input& x, const float* residual, uint8_t* ring,
+                     float (*partial)[WARPS][kOutputs]) {
+  const int warp = threadIdx.x / 32, lane = lane_id();
   const int share = warp % SPLIT, group = warp / SPLIT;
-  const int group_row = (block * (WARPS / SPLIT) + group) * kWarpRows;
-  const typename T::Parts parts(s.w, s.n, x.columns);
-  if (threadIdx.x == 0) {
-    const int first = block * kBlockRows, last = min(first + kBlockRows, s.n);
-    const auto* codes = parts.codes + static_cast<long long>(first) * parts.stride;
-    prefetch_l2(codes, (last - first) * parts.stride * static_cast<int>(sizeof(*codes)));
-  }
+  const int row_stride = s.n_blocks * kBlockRows, block_row = block * kBlockRows;
+  const int passes = ceil_div(ceil_div(s.n, kBlockRows) - block, s.n_blocks);
+  const int steps = ceil_div(x.columns, T::kColumns), rounds = ceil_div(steps, kStride);
+  const int first_step = share * LANES + lane % LANES;
+  const int lane_row = group * kWarpRows + lane / LANES * ROWS;
+  Supply<T> supply{typename T::Parts(s.w, s.n, x.columns), ring + warp * kRingBytes, s.n, steps, first_step,
+                   first_step + (rounds - 1) * kStride, block_row + lane_row, row_stride, first_step, 0};
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++) supply.ask();
   wait_for_previous();
 
-  // what is added to the sums has arrived when they are done
-  float extra[kOutputsOfThread];
+  for (int pass = 0; pass < passes; pass++) {
+    const int group_row = block_row + pass * row_stride + group * kWarpRows;
+    // what is added to the sums is there when they are done
+    float extra[kOutputsOfLane];
 #pragma unroll
-  for (int i = 0; i < kOutputsOfThread; i++) {
-    const int e = (i * SPLIT + share) * 32 + lane, row = group_row + e % kWarpRows;
-    extra[i] = 0.f;
-    if (e < kOutputs && row < s.n) {
-      if (s.bias) extra[i] = s.bias[row];
-      if (residual) extra[i] += residual[static_cast<long long>(e / kWarpRows) * s.n + row];
+    for (int i = 0; i < kOutputsOfLane; i++) {
+      const int e = (i * SPLIT + share) * 32 + lane, row = group_row + e % kWarpRows;
+      extra[i] = 0.f;
+      if (e < kOutputs && row < s.n) {
+        if (s.bias) extra[i] = s.bias[row];
+        if (residual) extra[i] += residual[static_cast<long long>(e / kWarpRows) * s.n + row];
+      }
     }
-  }
+    float sums[TOKENS][ROWS];
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) sums[t][r] = 0.f;
 
-  int rows[ROWS];
-  float sums[TOKENS][ROWS];
+    for (int round = 0; round < rounds; round++) {
+      const int step = min(first_step + round * kStride, steps - 1);  // a tile of zeros may meet any x
+      typename T::Tile tiles[ROWS];
+      cp_async_wait<DEPTH - 1>();
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    rows[r] = min(group_row + subgroup * ROWS + r, s.n - 1);
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) sums[t][r] = 0.f;
-  }
-  accumulate<T>(parts, rows, x, share * LANES + lane % LANES, sums);
-
-#pragma unroll
-  for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      float v = sums[t][r];
-#pragma unroll
-      for (int o = LANES / 2; o; o >>= 1) v += __shfl_xor_sync(FULL_WARP, v, o);
-      if (lane % LANES == 0) partial[warp][t * kWarpRows + subgroup * ROWS + r] = v;
+      for (int r = 0; r < ROWS; r++) T::visit(FetchTile(supply.tile(supply.slot, r)), tiles[r], supply.parts, 0, 0);
+      supply.ask();  // into the place that was just read
+      if constexpr (T::kWords == 0) multiply_float<T>(tiles, x, step, sums);
+      else multiply_int8<T>(tiles, x, step, sums);
     }
-  if (SPLIT == 1) __syncwarp();
-  else __syncthreads();
+
+    float(*mine)[kOutputs] = partial[pass & 1];  // the others may still read the last pass's
 #pragma unroll
-  for (int i = 0; i < kOutputsOfThread; i++) {
-    const int e = (i * SPLIT + share) * 32 + lane, row = group_row + e % kWarpRows;
-    if (e < kOutputs && row < s.n) {
-      float v = partial[group * SPLIT][e];
+    for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-      for (int w = 1; w < SPLIT; w++) v += partial[group * SPLIT + w][e];
-      s.out[static_cast<long long>(e / kWarpRows) * s.n + row] = v + extra[i];
+      for (int r = 0; r < ROWS; r++) {
+        float v = sums[t][r];
+#pragma unroll
+        for (int o = LANES / 2; o; o >>= 1) v += __shfl_xor_sync(FULL_WARP, v, o);
+        if (lane % LANES == 0) mine[warp][t * kWarpRows + lane / LANES * ROWS + r] = v;
+      }
+    if (SPLIT == 1) __syncwarp();
+    else __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kOutputsOfLane; i++) {
+      const int e = (i * SPLIT + share) * 32 + lane, row = group_row + e % kWarpRows;
+      if (e < kOutputs && row < s.n) {
+        float v = mine[group * SPLIT][e];
+#pragma unroll
+        for (int w = 1; w < SPLIT; w++) v += mine[group * SPLIT + w][e];
+        s.out[static_cast<long long>(e / kWarpRows) * s.n + row] = v + extra[i];
+      }
     }
   }
 }
@@ -207,29 +224,31 @@ constexpr bool kSame<A, A> = true;
 
 // x is int8 [TOKENS, columns] with scales and sums, or float [TOKENS, columns]; a missing matrix has no rows.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-    gemv(const void* x, const float* x_scales, const float* x_sums, int columns, const float* residual,
+    gemv(const void* x, const float* x_scales, const float* x_sums, int columns, const float* residual, int passes,
          const void* w0, float* out0, const float* bias0, int n0, const void* w1, float* out1, const float* bias1, int n1,
          const void* w2, float* out2, const float* bias2, int n2) {
+  __shared__ __align__(16) uint8_t ring[WARPS * kRingBytes];
+  __shared__ float partial[2][WARPS][kOutputs];
   let_next_start();
   const Input in{x, x_scales, x_sums, columns};
-  Segment s{w0, out0, bias0, n0};
+  Segment s{w0, out0, bias0, n0, blocks_of(n0, passes)};
   int block = blockIdx.x, which = 0;
-  if (SEGMENTS > 1 && block >= ceil_div(s.n, kBlockRows)) {
-    block -= ceil_div(s.n, kBlockRows);
-    s = {w1, out1, bias1, n1};
+  if (SEGMENTS > 1 && block >= s.n_blocks) {
+    block -= s.n_blocks;
+    s = {w1, out1, bias1, n1, blocks_of(n1, passes)};
     which = 1;
-    if (SEGMENTS > 2 && block >= ceil_div(s.n, kBlockRows)) {
-      block -= ceil_div(s.n, kBlockRows);
-      s = {w2, out2, bias2, n2};
+    if (SEGMENTS > 2 && block >= s.n_blocks) {
+      block -= s.n_blocks;
+      s = {w2, out2, bias2, n2, blocks_of(n2, passes)};
       which = 2;
     }
   }
   // one body for each type, not for each matrix
   if constexpr (SEGMENTS > 1 && !kSame<TYPE1, TYPE0>) {
-    if (which == 1 || (which == 2 && kSame<TYPE2, TYPE1>)) return multiply<TYPE1>(s, block, in, residual);
+    if (which == 1 || (which == 2 && kSame<TYPE2, TYPE1>)) return multiply<TYPE1>(s, block, in, residual, ring, partial);
   }
   if constexpr (SEGMENTS > 2 && !kSame<TYPE2, TYPE0> && !kSame<TYPE2, TYPE1>) {
-    if (which == 2) return multiply<TYPE2>(s, block, in, residual);
+    if (which == 2) return multiply<TYPE2>(s, block, in, residual, ring, partial);
   }
-  multiply<TYPE0>(s, block, in, residual);
+  multiply<TYPE0>(s, block, in, residual, ring, partial);
 }

@@ -1,19 +1,21 @@
 // What the block types share. Layout: `weights_layout.py`. A type is a struct with
-//   kColumns       columns of a step: what one lane multiplies at a time, 16 bytes of codes
+//   kColumns       columns of a step: what one lane multiplies at a time
 //   kWords         words of four int8 codes in a step; 0 for float types, which decode to floats
 //   kHalves        1, or 2 where every 16 columns have a scale
-//   kShift         codes are int8 of value * 2^kShift, signed ones at the top of the byte, so that no offset is subtracted
 //   kHasMinimum    a multiple of the sum of x is added
-//   Parts, Tile    the pointers of a matrix, with the steps of a padded row as `stride`; what a lane loads for one step of one row
-//   load, clear    fill a tile; make it contribute nothing
-//   unpack         the codes of a tile as int8, columns in ascending order
+//   Parts          the pointers of a matrix, with the steps of a padded row as `stride`
+//   Tile           what a lane needs of one step of one row; all zeros contribute nothing
+//   kTileBytes     of that, without padding
+//   visit          call v(field, address) for each field of a tile: 4, 8 or 16 bytes, aligned
+//   unpack         the codes of a tile as int8, columns in ascending order. Signed ones stand at the top of the byte, so that no
+//                  offset is subtracted
 //   factors        its scales
 #pragma once
 #include "ptx.cuh"
 
 // What stands between the codes of a step and the numbers: column c is d * scale[c / 16] * code + minimum of its half.
 struct Factors {
-  float d;         // 2^-kShift included
+  float d;         // includes what codes at the top of a byte are too large by
   float low;       // of the minimum; sign included
   int scale[2];    // 1 for types without integer scales
   int minimum[2];
@@ -40,6 +42,41 @@ template <class T>
 DEVICE const T* part_at(const void* base, long long offset) {
   return reinterpret_cast<const T*>(static_cast<const uint8_t*>(base) + offset);
 }
+
+// The float16 of index `at` in words that hold two each; words[at >> 1] is loaded.
+DEVICE float half_of_pair(uint32_t word, int at) { return half_value(word >> (16 * (at & 1))); }
+
+// ---- what `visit` is called with
+struct LoadTile {
+  template <class T>
+  DEVICE void operator()(T& field, const T* from) const { field = load_cached(from); }
+};
+struct ClearTile {
+  template <class T>
+  DEVICE void operator()(T& field, const T*) const { field = T(); }
+};
+// A tile of each lane of a warp in shared memory, fields apart; a lane reads only what it copied.
+struct CopyTile {
+  uint8_t* slot;
+  bool valid;  // otherwise zeros
+  int at = 0;
+  DEVICE CopyTile(uint8_t* slot, bool valid) : slot(slot), valid(valid) {}
+  template <class T>
+  DEVICE void operator()(T&, const T* from) {
+    cp_async<sizeof(T)>(slot + at + lane_id() * sizeof(T), from, valid);
+    at += 32 * sizeof(T);
+  }
+};
+struct FetchTile {
+  const uint8_t* slot;
+  int at = 0;
+  DEVICE explicit FetchTile(const uint8_t* slot) : slot(slot) {}
+  template <class T>
+  DEVICE void operator()(T& field, const T*) {
+    field = *reinterpret_cast<const T*>(slot + at + lane_id() * sizeof(T));
+    at += 32 * sizeof(T);
+  }
+};
 
 // ---- unpacking. Word j of 16 bytes of nibbles: columns 4j.. in the low ones, 16 + 4j.. in the high ones.
 DEVICE uint32_t word_of(const uint4& v, int j) { return j == 0 ? v.x : j == 1 ? v.y : j == 2 ? v.z : v.w; }

@@ -4,7 +4,7 @@
 
 template <class T, int kSize>
 struct FloatType {
-  static constexpr int kColumns = 16 / kSize, kWords = 0, kHalves = 1, kShift = 0;
+  static constexpr int kColumns = 16 / kSize, kWords = 0, kHalves = 1, kTileBytes = 16;
   static constexpr bool kHasMinimum = false;
   struct Parts {
     const uint4* codes;
@@ -14,10 +14,10 @@ struct FloatType {
   struct Tile {
     uint4 codes;
   };
-  static DEVICE void load(Tile& t, const Parts& p, int row, int step) {
-    t.codes = load_stream(p.codes + static_cast<long long>(row) * p.stride + step);
+  template <class Visit>
+  static DEVICE void visit(Visit&& v, Tile& t, const Parts& p, int row, int step) {
+    v(t.codes, p.codes + static_cast<long long>(row) * p.stride + step);
   }
-  static DEVICE void clear(Tile& t) { t.codes = make_uint4(0, 0, 0, 0); }
   static DEVICE void decode(const Tile& t, float* out) {
 #pragma unroll
     for (int c = 0; c < kColumns; c++) out[c] = T::value(word_of(t.codes, c * kSize / 4), c);

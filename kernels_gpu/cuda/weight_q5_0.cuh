@@ -3,39 +3,35 @@
 #include "weight_common.cuh"
 
 struct Q5_0 {
-  static constexpr int kColumns = 32, kWords = 8, kHalves = 1, kShift = 3;
+  static constexpr int kColumns = 32, kWords = 8, kHalves = 1, kTileBytes = 24;
   static constexpr bool kHasMinimum = false;
   struct Parts {
     const uint4* codes;
-    const uint32_t* high;
-    const uint16_t* scales;
+    const uint32_t *high, *scales;  // scales of two units each
     int stride;
     DEVICE Parts(const void* base, int n_rows, int columns) : stride(units_of_row(columns)) {
       const long long high_at = part_bytes(n_rows, stride * 16);
       codes = part_at<uint4>(base, 0);
       high = part_at<uint32_t>(base, high_at);
-      scales = part_at<uint16_t>(base, high_at + part_bytes(n_rows, stride * 4));
+      scales = part_at<uint32_t>(base, high_at + part_bytes(n_rows, stride * 4));
     }
   };
   struct Tile {
     uint4 codes;
-    uint32_t high;
-    uint16_t d;
+    uint32_t high, scales;
   };
-  static DEVICE void load(Tile& t, const Parts& p, int row, int unit) {
+  template <class Visit>
+  static DEVICE void visit(Visit&& v, Tile& t, const Parts& p, int row, int unit) {
     const int at = row * p.stride + unit;
-    t.codes = load_stream(p.codes + at);
-    t.high = load_stream(p.high + at);
-    t.d = load_cached(p.scales + at);
-  }
-  static DEVICE void clear(Tile& t) {
-    t.codes = make_uint4(0, 0, 0, 0);
-    t.high = 0;
-    t.d = 0;
+    v(t.codes, p.codes + at);
+    v(t.high, p.high + at);
+    v(t.scales, p.scales + (at >> 1));
   }
   static DEVICE void unpack(const Tile& t, int* q) {
     nibbles_at<3>(t.codes, q);
     bits_at<7>(t.high, q);
   }
-  static DEVICE Factors factors(const Tile& t, int) { return {half_value(t.d) * (1.f / 8), 0, {1, 1}, {0, 0}}; }
+  static DEVICE Factors factors(const Tile& t, int unit) {
+    return {half_of_pair(t.scales, unit) * (1.f / 8), 0, {1, 1}, {0, 0}};
+  }
 };

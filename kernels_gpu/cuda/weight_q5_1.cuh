@@ -3,7 +3,7 @@
 #include "weight_common.cuh"
 
 struct Q5_1 {
-  static constexpr int kColumns = 32, kWords = 8, kHalves = 1, kShift = 0;
+  static constexpr int kColumns = 32, kWords = 8, kHalves = 1, kTileBytes = 24;
   static constexpr bool kHasMinimum = true;
   struct Parts {
     const uint4* codes;
@@ -20,19 +20,18 @@ struct Q5_1 {
     uint4 codes;
     uint32_t high, dm;
   };
-  static DEVICE void load(Tile& t, const Parts& p, int row, int unit) {
+  template <class Visit>
+  static DEVICE void visit(Visit&& v, Tile& t, const Parts& p, int row, int unit) {
     const int at = row * p.stride + unit;
-    t.codes = load_stream(p.codes + at);
-    t.high = load_stream(p.high + at);
-    t.dm = load_cached(p.scales + at);
-  }
-  static DEVICE void clear(Tile& t) {
-    t.codes = make_uint4(0, 0, 0, 0);
-    t.high = t.dm = 0;
+    v(t.codes, p.codes + at);
+    v(t.high, p.high + at);
+    v(t.dm, p.scales + at);
   }
   static DEVICE void unpack(const Tile& t, int* q) {
     nibbles_at<0>(t.codes, q);
     bits_at<4>(t.high, q);
   }
-  static DEVICE Factors factors(const Tile& t, int) { return {half_value(t.dm), half_value(t.dm >> 16), {1, 1}, {1, 1}}; }
+  static DEVICE Factors factors(const Tile& t, int ) {
+    return {half_value(t.dm), half_value(t.dm >> 16), {1, 1}, {1, 1}};
+  }
 };

@@ -3,7 +3,7 @@
 #include "weight_common.cuh"
 
 struct Q5_K {
-  static constexpr int kColumns = 32, kWords = 8, kHalves = 1, kShift = 0;
+  static constexpr int kColumns = 32, kWords = 8, kHalves = 1, kTileBytes = 36;
   static constexpr bool kHasMinimum = true;
   struct Parts {
     const uint4 *codes, *heads;
@@ -20,19 +20,18 @@ struct Q5_K {
     uint4 codes, head;
     uint32_t high;
   };
-  static DEVICE void load(Tile& t, const Parts& p, int row, int unit) {
+  template <class Visit>
+  static DEVICE void visit(Visit&& v, Tile& t, const Parts& p, int row, int unit) {
     const int at = row * p.stride + unit;
-    t.codes = load_stream(p.codes + at);
-    t.high = load_stream(p.high + at);
-    t.head = load_stream(p.heads + (at >> 3));
-  }
-  static DEVICE void clear(Tile& t) {
-    t.codes = t.head = make_uint4(0, 0, 0, 0);
-    t.high = 0;
+    v(t.codes, p.codes + at);
+    v(t.head, p.heads + (at >> 3));
+    v(t.high, p.high + at);
   }
   static DEVICE void unpack(const Tile& t, int* q) {
     nibbles_at<0>(t.codes, q);
     bits_at<4>(t.high, q);
   }
-  static DEVICE Factors factors(const Tile& t, int unit) { return head_factors(t.head, unit); }
+  static DEVICE Factors factors(const Tile& t, int unit) {
+    return head_factors(t.head, unit);
+  }
 };

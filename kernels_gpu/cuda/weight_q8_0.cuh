@@ -3,33 +3,32 @@
 #include "weight_common.cuh"
 
 struct Q8_0 {
-  static constexpr int kColumns = 16, kWords = 4, kHalves = 1, kShift = 0;
+  static constexpr int kColumns = 16, kWords = 4, kHalves = 1, kTileBytes = 20;
   static constexpr bool kHasMinimum = false;
   struct Parts {
     const uint4* codes;
-    const uint16_t* scales;
+    const uint32_t* scales;  // of two units each
     int stride;
     DEVICE Parts(const void* base, int n_rows, int columns) : stride(2 * units_of_row(columns)) {
       codes = part_at<uint4>(base, 0);
-      scales = part_at<uint16_t>(base, part_bytes(n_rows, stride * 16));
+      scales = part_at<uint32_t>(base, part_bytes(n_rows, stride * 16));
     }
   };
   struct Tile {
     uint4 codes;
-    uint16_t d;
+    uint32_t scales;
   };
-  static DEVICE void load(Tile& t, const Parts& p, int row, int step) {
+  template <class Visit>
+  static DEVICE void visit(Visit&& v, Tile& t, const Parts& p, int row, int step) {
     const int at = row * p.stride + step;
-    t.codes = load_stream(p.codes + at);
-    t.d = load_cached(p.scales + (at >> 1));
-  }
-  static DEVICE void clear(Tile& t) {
-    t.codes = make_uint4(0, 0, 0, 0);
-    t.d = 0;
+    v(t.codes, p.codes + at);
+    v(t.scales, p.scales + (at >> 2));
   }
   static DEVICE void unpack(const Tile& t, int* q) {
 #pragma unroll
     for (int j = 0; j < 4; j++) q[j] = word_of(t.codes, j);
   }
-  static DEVICE Factors factors(const Tile& t, int) { return {half_value(t.d), 0, {1, 1}, {0, 0}}; }
+  static DEVICE Factors factors(const Tile& t, int step) {
+    return {half_of_pair(t.scales, step >> 1), 0, {1, 1}, {0, 0}};
+  }
 };
