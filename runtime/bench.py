@@ -1,7 +1,8 @@
 """Measuring a stage: prompt processing (pp) and text generation (tg), as llama-bench defines them.
 
 Batches of random token ids go straight into `Stage.run`: no scheduler, no sampler, no tokenizer. A prompt asks for the
-logits of its last token only, a generated token for its own. The KV cache is filled to the test's depth before the
+logits of its last token only, a generated token for its own; a stage that samples gives the most likely token instead,
+as it does when it serves, so that logits stay on the device. The KV cache is filled to the test's depth before the
 clock starts.
 """
 
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from pyinfer.graph.backend import Stage
 from pyinfer.graph.batch import Batch, Int32
+from pyinfer.graph.sampling import RowSampling, SamplingStage
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class BenchRunner:
         self._max_tokens = max_tokens  # per step
         self._n_groups = n_groups
         self._random = np.random.default_rng(seed)
+        self._sampling = stage if isinstance(stage, SamplingStage) and stage.can_sample else None
+        self._greedy = [RowSampling(row=row) for row in range(max_tokens)]
 
     def run(self, test: BenchTest, repetitions: int, on_sample: Callable[[int], None] | None = None) -> BenchResult:
         """A warm-up, then `repetitions` samples; `on_sample` hears the number of each before it starts (0: warm-up)."""
@@ -111,16 +115,23 @@ class BenchRunner:
         if on_sample:
             on_sample(0)
         for batch in (*batches.prompt(0, test.n_depth, want_logits=False), *batches.measured(min(test.n_gen, 4))):
-            self._stage.run(batch)
+            self._step(batch)
         samples = []
         for number in range(1, repetitions + 1):
             if on_sample:
                 on_sample(number)
             begin = time.perf_counter_ns()
             for batch in batches.measured(test.n_gen):
-                self._stage.run(batch)
+                self._step(batch)
             samples.append(time.perf_counter_ns() - begin)
         return BenchResult(test, tuple(samples))
+
+    def _step(self, batch: Batch) -> None:
+        n_outputs = len(batch.output_rows)
+        if self._sampling is not None and n_outputs:
+            self._sampling.run_sampled(batch, self._greedy[:n_outputs], None)
+        else:
+            self._stage.run(batch)
 
 
 class _Batches:

@@ -1,0 +1,129 @@
+"""Everything about a GPU in one call: are the kernels right, are whole models, how fast, and does it last.
+
+    python benchmarks/gpu_check.py --out FOLDER [--models a.gguf b.gguf] [--only kernels,speed] [--sanitize]
+
+Sections, each in a process of its own with a limit of time, so that a crash of one costs no other:
+
+kernels   the tests of tests/backend/test_gpu_*.py on the card instead of the emulator, inputs of a new seed, every buffer
+          poisoned before use and guarded at its end. With --sanitize also under compute-sanitizer's memcheck and racecheck.
+models    --models: 32 greedy tokens on the GPU, on the CPU, and with half the layers on each; where they part, the gap
+          between the two logits that were nearly equal
+speed     Llama-3.1-8B and Llama-3.2-1B with random weights: prompts, decoding alone, at depth, and of many sequences
+offload   half the layers on the GPU
+soak      64 streams for a minute: no error, books balanced, memory as before
+
+Results are written as they come: FOLDER/gpu_check.jsonl, one object a line, and FOLDER/gpu_check.txt, the tables.
+Needs CuPy, the test extra, and 12 GB of disk for the speed section. A warm-up of half a second comes before any clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
+
+from gpu_models import check_models, check_soak  # noqa: E402
+from gpu_report import Report  # noqa: E402
+from gpu_speed import check_offload, check_speed  # noqa: E402
+
+LIMITS = {"kernels": 420, "memcheck": 560, "racecheck": 560, "models": 240, "speed": 420, "offload": 200, "soak": 120}
+
+
+def check_kernels(report: Report, options: argparse.Namespace) -> None:
+    import pytest
+    from gpu_device import install
+
+    seed = options.seed
+    install(seed)
+    tests = sorted(str(path) for path in (ROOT / "tests" / "backend").glob("test_gpu_*.py"))
+    collected: dict[str, int] = {}
+
+    class Count:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.when == "call" or report.failed:
+                collected[report.outcome] = collected.get(report.outcome, 0) + 1
+
+    began = time.monotonic()
+    code = pytest.main(
+        [*tests, "-q", "-x" if options.first else "-ra", "--timeout=300", "-p", "no:cacheprovider"], plugins=[Count()]
+    )
+    seconds = time.monotonic() - began
+    report.add("kernels", options.label or "on the card", seed=seed, exit=int(code), seconds=seconds, **collected)
+
+
+SECTIONS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
+    "kernels": check_kernels,
+    "models": check_models,
+    "speed": check_speed,
+    "offload": check_offload,
+    "soak": check_soak,
+}
+
+
+def main() -> int:
+    """0 if every section ended by itself."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="gpu_check", help="folder for the results")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
+    parser.add_argument("--models", nargs="*", default=[], help="GGUF files to compare GPU and CPU on")
+    parser.add_argument("--sanitize", action="store_true", help="kernels under compute-sanitizer too")
+    parser.add_argument("--scratch", default=os.environ.get("TMPDIR", "/var/tmp"), help="folder for synthetic models")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--soak-seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 20))
+    parser.add_argument("--tiny", action="store_true", help="toy models: is the script itself right")
+    parser.add_argument("--first", action="store_true", help="kernels: stop at the first failure")
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    parser.add_argument("--label", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    report = Report(Path(options.out))
+    if options.section:
+        SECTIONS[options.section](report, options)
+        return 0
+    failed = 0
+    for section in options.only.split(","):
+        failed += _in_process(report, section, section, [], options)
+        if section == "kernels" and options.sanitize:
+            for tool in ("memcheck", "racecheck"):
+                failed += _in_process(
+                    report, section, tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"], options
+                )
+    return min(failed, 1)
+
+
+def _in_process(report: Report, section: str, label: str, before: list[str], options: argparse.Namespace) -> int:
+    values = {
+        "--section": section,
+        "--label": label,
+        "--out": options.out,
+        "--scratch": options.scratch,
+        "--repetitions": str(options.repetitions),
+        "--soak-seconds": str(options.soak_seconds),
+        "--seed": str(options.seed),
+    }
+    flags = [flag for flag, is_set in (("--tiny", options.tiny), ("--first", options.first)) if is_set]
+    pairs = [word for pair in values.items() for word in pair]
+    command = [*before, sys.executable, __file__, *pairs, *flags, "--models", *options.models]
+    try:
+        code = subprocess.run(command, timeout=LIMITS[label], check=False).returncode
+    except subprocess.TimeoutExpired:
+        report.add(section, label, ended=f"did not end within {LIMITS[label]} s")
+        return 1
+    except FileNotFoundError as error:
+        report.add(section, label, ended=str(error))
+        return 1
+    if code:
+        report.add(section, label, ended=f"exit code {code}")
+    return int(code != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
