@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pyinfer.errors import ModelError
 from pyinfer.graph.rope import Rope
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.launch import Buffer, Defines, Kernel, Launch
@@ -23,6 +24,7 @@ from pyinfer.kernels_gpu.step_buffer import StepFields
 
 StepKind = Literal["decode", "prompt", "mixed"]
 _WARPS = 4
+_MAX_HEAD = 256
 _DECODE_GROUP = 8  # query heads that a block of the decode kernel holds in registers
 _PREFILL_GROUP = 16
 _MAX_SPLITS = 64
@@ -103,6 +105,15 @@ class _Decode:
     max_tokens: int
 
 
+def check_heads(head_dim: int) -> None:
+    """ModelError for heads that no kernel here takes."""
+    if head_dim % 8 or head_dim > _MAX_HEAD:
+        raise ModelError(
+            f"attention heads have {head_dim} columns; the GPU kernels need a multiple of 8 up to {_MAX_HEAD}: "
+            "run this model on the CPU, with --n-gpu-layers 0"
+        )
+
+
 def can_fuse_rope(shape: AttentionShape, step: StepShape) -> bool:
     """Whether `FusedRope` may be given; the step must be one where every sequence has one token."""
     return step.kind == "decode" and shape.group <= _DECODE_GROUP
@@ -124,6 +135,7 @@ def scratch_sizes(
     form: Form, shape: AttentionShape, step: StepShape, pages: LayerPages, device: Device
 ) -> ScratchSizes:
     """What `build_attention` needs for this layer and step."""
+    check_heads(shape.heads.head_dim)
     rows = 4 * step.n_tokens * shape.width if direct_form(form, shape, step, pages, device) != form else 0
     if not _uses_decode(shape, step, pages, device):
         return ScratchSizes(0, 0, rows)

@@ -50,6 +50,7 @@ DEVICE void load_tile(uint16_t* target, const void* pool, const __half* scales, 
                       int first, int end) {
   constexpr int kElements = kType == KV_Q8_0 ? 16 : 8;  // of 16 bytes
   constexpr int kChunks = HEAD / kElements;
+#pragma unroll 4
   for (int i = threadIdx.x; i < COLUMNS * kChunks; i += kThreads) {
     const int row = i / kChunks, column = i % kChunks * kElements, position = begin + row;
     const bool there = position >= first && position < end;
@@ -114,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
   const int* table = page_tables + static_cast<long long>(unit.sequence) * table_stride;
 
   // row r of the tile is token r / GROUP, head r % GROUP; rows past the end are zeros
+#pragma unroll 8
   for (int i = threadIdx.x; i < kRows * (HEAD / 2); i += kThreads) {
     const int r = i / (HEAD / 2), column = i % (HEAD / 2) * 2, token = r / GROUP;
     float2 v = make_float2(0.0f, 0.0f);
