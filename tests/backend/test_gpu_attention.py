@@ -303,7 +303,7 @@ def test_blocks_in_any_order_give_the_same_bits() -> None:
             device.launch(launch)
         results.append(device.values(out.data, np.float32))
         device.close()
-    np.testing.assert_array_equal(*results)
+    np.testing.assert_array_equal(results[0], results[1])
 
 
 def test_heads_that_no_kernel_takes(device: EmulatedDevice) -> None:

@@ -175,4 +175,4 @@ def test_threads_in_any_order_give_the_same_bits() -> None:
             device.launch(launch)
         results.append(read_rows(device, out, 3))
         device.close()
-    np.testing.assert_array_equal(*results)
+    np.testing.assert_array_equal(results[0], results[1])

@@ -80,7 +80,8 @@ class PagedStep:
     def slots_of(self, sequence: int, first: int, end: int) -> Int32:
         """Slots of positions first..end - 1 of a sequence."""
         page, offset = np.divmod(np.arange(first, end), self.block_size)
-        return self.tables[sequence, page] * self.block_size + offset
+        slots: Int32 = self.tables[sequence, page] * self.block_size + offset
+        return slots
 
 
 class Pool:
