@@ -12,7 +12,6 @@ from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
 
 MAX_MATRICES = 3  # of one launch
-_NO_MATRIX = (None, None, None, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +60,9 @@ def _launch(x: Operand, products: Sequence[Product], problem: Problem, cut: Tuni
     layouts = [product.weight.layout for product in products]
     assert all(layout.n_columns == x.width for layout in layouts), problem
     assert all((layout.kind in FLOAT_BYTES) == (x.form == "f32") for layout in layouts), (x.form, problem)
+    matrices: list[tuple[Buffer | None, Buffer | None, Buffer | None, int]]
     matrices = [(p.weight.buffer, p.out, p.bias, p.weight.layout.n_rows) for p in products]
-    matrices += [_NO_MATRIX] * (MAX_MATRICES - len(products))
+    matrices += [(None, None, None, 0)] * (MAX_MATRICES - len(products))
     return Launch(
         gemv_kernel(problem, cut),
         grid=(sum(cut.n_blocks(layout.n_rows) for layout in layouts), 1, 1),

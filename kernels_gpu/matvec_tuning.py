@@ -71,7 +71,8 @@ class Tuning:
         return self.warps // self.split * (32 // self.lanes) * self.rows
 
     def n_blocks(self, n_rows: int) -> int:
-        return -(-(-(-n_rows // self.block_rows)) // self.passes)
+        """Of a matrix of so many rows."""
+        return -(-n_rows // (self.block_rows * self.passes))
 
     def shared_bytes(self, problem: Problem) -> int:
         """Static shared memory of a block: the ring and the sums."""
@@ -105,7 +106,7 @@ def default_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
     return max(tunings, key=lambda tuning: (_fill(problem, tuning, n_sms), tuning.rows))
 
 
-def candidates(problem: Problem, n_sms: int, arch: int, fixed: Tuning | None = None) -> Iterator[Tuning]:
+def candidates(problem: Problem, arch: int, fixed: Tuning | None = None) -> Iterator[Tuning]:
     """What is worth measuring; with `fixed`, the choice for one token, only what adds in the same order."""
     steps = _steps(problem)
     orders = [(fixed.lanes, fixed.split)] if fixed else list(product((8, 16, 32), (1, 2, 4)))

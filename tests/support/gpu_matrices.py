@@ -44,4 +44,5 @@ def _exact(a: Any) -> npt.NDArray[np.float64]:
 def rows_of_x(n: int, columns: int, rng: np.random.RandomState) -> F32:
     """Rows whose blocks of 32 columns differ in size by many orders of magnitude."""
     size = np.repeat(np.exp(rng.uniform(-8, 8, (n, -(-columns // 32)))), 32, axis=1)[:, :columns]
-    return (rng.standard_normal((n, columns)) * size).astype(np.float32)
+    rows: F32 = (rng.standard_normal((n, columns)) * size).astype(np.float32)
+    return rows
