@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -34,29 +35,45 @@ from gpu_models import check_models, check_soak  # noqa: E402
 from gpu_report import Report  # noqa: E402
 from gpu_speed import check_offload, check_speed  # noqa: E402
 
+from pyinfer.errors import BackendError  # noqa: E402
+from pyinfer.kernels_gpu.requirements import usable_gpus  # noqa: E402
+
 LIMITS = {"kernels": 420, "memcheck": 560, "racecheck": 560, "models": 240, "speed": 420, "offload": 200, "soak": 120}
 
 
 def check_kernels(report: Report, options: argparse.Namespace) -> None:
+    """Each file of tests in a process of its own, all at once: most of the time is NVRTC's, on a core each."""
+    if options.file:
+        sys.exit(_run_tests(report, options))
+    began = time.monotonic()
+    command = [sys.executable, __file__, "--section", "kernels", "--out", options.out, "--seed", str(options.seed)]
+    command += ["--label", options.label or "kernels", *(["--first"] if options.first else [])]
+    files = sorted((ROOT / "tests" / "backend").glob("test_gpu_*.py"))
+    running = {path.name: subprocess.Popen([*command, "--file", str(path)]) for path in files}
+    codes = {name: process.wait() for name, process in running.items()}
+    failed = [name for name, code in codes.items() if code]
+    seconds = time.monotonic() - began
+    report.add("kernels", options.label or "kernels", seed=options.seed, seconds=seconds, failed=failed)
+    if failed:
+        sys.exit(1)
+
+
+def _run_tests(report: Report, options: argparse.Namespace) -> int:
     import pytest
     from gpu_device import install
 
-    seed = options.seed
-    install(seed)
-    tests = sorted(str(path) for path in (ROOT / "tests" / "backend").glob("test_gpu_*.py"))
-    collected: dict[str, int] = {}
+    install(options.seed)
+    counts: dict[str, int] = {}
 
     class Count:
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             if report.when == "call" or report.failed:
-                collected[report.outcome] = collected.get(report.outcome, 0) + 1
+                counts[report.outcome] = counts.get(report.outcome, 0) + 1
 
-    began = time.monotonic()
-    code = pytest.main(
-        [*tests, "-q", "-x" if options.first else "-ra", "--timeout=300", "-p", "no:cacheprovider"], plugins=[Count()]
-    )
-    seconds = time.monotonic() - began
-    report.add("kernels", options.label or "on the card", seed=seed, exit=int(code), seconds=seconds, **collected)
+    flags = ["-q", "-x" if options.first else "-ra", "--timeout=300", "-p", "no:cacheprovider"]
+    code = int(pytest.main([options.file, *flags], plugins=[Count()]))
+    report.add("kernels", f"{options.label}: {Path(options.file).name}", exit=code, **counts)
+    return code
 
 
 SECTIONS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
@@ -83,19 +100,23 @@ def main() -> int:
     parser.add_argument("--first", action="store_true", help="kernels: stop at the first failure")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--label", help=argparse.SUPPRESS)
+    parser.add_argument("--file", help=argparse.SUPPRESS)
     options = parser.parse_args()
     report = Report(Path(options.out))
     if options.section:
         SECTIONS[options.section](report, options)
         return 0
+    try:
+        usable_gpus()
+    except BackendError as error:
+        print(error, file=sys.stderr)
+        return 1
     failed = 0
     for section in options.only.split(","):
         failed += _in_process(report, section, section, [], options)
-        if section == "kernels" and options.sanitize:
-            for tool in ("memcheck", "racecheck"):
-                failed += _in_process(
-                    report, section, tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"], options
-                )
+        for tool in ("memcheck", "racecheck") if section == "kernels" and options.sanitize else ():
+            before = ["compute-sanitizer", "--target-processes", "all", "--tool", tool, "--error-exitcode", "9"]
+            failed += _in_process(report, section, tool, before, options)
     return min(failed, 1)
 
 
@@ -113,16 +134,19 @@ def _in_process(report: Report, section: str, label: str, before: list[str], opt
     pairs = [word for pair in values.items() for word in pair]
     command = [*before, sys.executable, __file__, *pairs, *flags, "--models", *options.models]
     try:
-        code = subprocess.run(command, timeout=LIMITS[label], check=False).returncode
+        process = subprocess.Popen(command, start_new_session=True)
+        code = process.wait(LIMITS[label])
+        ended = f"exit code {code}" if code else ""
     except subprocess.TimeoutExpired:
-        report.add(section, label, ended=f"did not end within {LIMITS[label]} s")
-        return 1
+        os.killpg(
+            process.pid, signal.SIGKILL
+        )  # with the processes that it started, which would disturb the next section
+        ended = f"did not end within {LIMITS[label]} s"
     except FileNotFoundError as error:
-        report.add(section, label, ended=str(error))
-        return 1
-    if code:
-        report.add(section, label, ended=f"exit code {code}")
-    return int(code != 0)
+        ended = str(error)
+    if ended:
+        report.add(section, label, ended=ended)
+    return int(bool(ended))
 
 
 if __name__ == "__main__":
