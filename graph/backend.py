@@ -50,6 +50,7 @@ class StageConfig:
     max_sequences: int = 256
     n_ctx: int = 4096  # longest sequence
     n_threads: int = 1
+    gpu_expand: bool = False  # keep float16 copies of packed matrices on a GPU
 
     @property
     def max_blocks(self) -> int:

@@ -28,4 +28,4 @@ class GPUBackend:
         device = CuPyDevice(self._index)
         if progress is not None:
             device.cache.on_compile = lambda name: progress(f"compiling kernel {name}", 0.0)
-        return GPUStage(device, graph, config, progress)
+        return GPUStage(device, graph, config, progress, measure=True)

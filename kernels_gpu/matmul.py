@@ -24,7 +24,9 @@ from pyinfer.kernels_gpu.weights import DeviceWeight
 MAX_MATRICES = 3  # of one launch of matmul_mma
 _NO_MATRIX = (None, None, None, 0)
 _FINISH_THREADS = 128
-_GAIN = 64.0  # of weights made float16: below 6e-5 it would lose digits
+# what weights are multiplied with before they become float16, which below 6e-5 would lose digits
+_GAINS = {"F16": 1.0, "BF16": 1.0}
+_BLOCK_GAIN = 64.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +159,12 @@ def _slice(
     x: Operand, problem: Problem, product: Product, memory: MatmulMemory, first: int, n: int, residual: Buffer | None
 ) -> Iterator[Step]:
     m, columns, width = problem.m, problem.columns, product.weight.layout.n_rows
-    weights, gain = float16_of(product.weight, memory.copies), 1.0
+    gain = gain_of(problem.kind)
+    weights = float16_of(product.weight, memory.copies)
     if weights is not None:
         weights = weights.at(2 * first * columns, 2 * n * columns)
     else:
-        weights, gain = memory.scratch.at(0, 2 * n * columns), 1.0 if problem.kind in FLOAT_KINDS else _GAIN
+        weights = memory.scratch.at(0, 2 * n * columns)
         yield from build_dequantize(weights, product.weight, first, n, gain)
     result = memory.scratch.at(_slice_bytes(n, problem), 4 * m * n)
     yield Gemm(result, x.data, weights, m, n, columns, out_stride=n)
@@ -175,6 +178,11 @@ def _slice(
         ),
         overlap=True,
     )  # fmt: skip
+
+
+def gain_of(kind: str) -> float:
+    """What a matrix of this type is multiplied with on its way to float16."""
+    return _GAINS.get(kind, _BLOCK_GAIN)
 
 
 def is_float16(products: Sequence[Product], copies: Mapping[int, Buffer]) -> bool:

@@ -42,25 +42,26 @@ class Route:
 
 @dataclass(slots=True)
 class RouteTable:
-    """What is known of this GPU; `measured` is filled before programs are lowered."""
+    """What is known of this GPU; `measured` is filled before programs are lowered.
+
+    `is_float16`: cuBLAS can read the matrices as they lie in memory, so nothing has to be made float16.
+    """
 
     gpu: GPU
-    measured: dict[Problem, Route] = field(default_factory=dict)
+    measured: dict[tuple[Problem, bool], Route] = field(default_factory=dict)
 
     def route(self, problem: Problem, *, is_float16: bool) -> Route:
-        """`is_float16`: cuBLAS can read the matrices as they lie in memory, so nothing has to be made float16."""
-        if is_float16:
-            whole = slice_options(problem)[0]
-            return whole if problem.m >= _rows_for_copies(self.gpu) else Route()
-        return self.measured.get(problem) or default_route(problem, self.gpu)
+        return self.measured.get((problem, is_float16)) or default_route(problem, self.gpu, is_float16=is_float16)
 
 
-def default_route(problem: Problem, gpu: GPU) -> Route:
+def default_route(problem: Problem, gpu: GPU, *, is_float16: bool) -> Route:
     """The best by the model."""
     kind, m, widths, columns = problem.kind, problem.m, problem.widths, problem.columns
     best = tilings(kind, m, widths, columns, gpu)[0]
     mma = model_cycles(best, kind, m, widths, columns, gpu)
-    cycles = {option: gemm_cycles(problem, option.slice_rows, gpu) for option in slice_options(problem)}
+    cycles = {
+        option: gemm_cycles(problem, option.slice_rows, gpu, is_float16=is_float16) for option in slice_options(problem)
+    }
     fastest = min(cycles, key=cycles.__getitem__)
     return fastest if cycles[fastest] < mma else Route()
 
@@ -73,9 +74,9 @@ def slice_options(problem: Problem) -> list[Route]:
     return [Route(rows) for rows in dict.fromkeys((whole, min(whole, small)))]
 
 
-def gemm_cycles(problem: Problem, slice_rows: int, gpu: GPU) -> float:
-    """Clock cycles of the whole product through float16, all slices after one another."""
-    return sum(_slice_cycles(problem, n, gpu) for n in _slices(problem, slice_rows))
+def gemm_cycles(problem: Problem, slice_rows: int, gpu: GPU, *, is_float16: bool) -> float:
+    """Clock cycles of the whole product by cuBLAS, all slices after one another."""
+    return sum(_slice_cycles(problem, n, gpu, is_float16) for n in _slices(problem, slice_rows))
 
 
 def _slices(problem: Problem, slice_rows: int) -> Iterator[int]:
@@ -84,25 +85,17 @@ def _slices(problem: Problem, slice_rows: int) -> Iterator[int]:
             yield min(slice_rows, width - first)
 
 
-def _slice_cycles(problem: Problem, n: int, gpu: GPU) -> float:
+def _slice_cycles(problem: Problem, n: int, gpu: GPU, is_float16: bool) -> float:
     m, columns = problem.m, problem.columns
     packed = n * columns * sum(part.row_bytes for part in layout_of(problem.kind, 1, 256).parts) / 256
     halves, results = 2 * n * columns, 4 * n * m
-    stays = halves + results <= 2 * _L2_SHARE
-    through = _L2_BYTES if stays else _MEMORY_BYTES
-    moved = packed / _MEMORY_BYTES + halves / through + results / through + results / _MEMORY_BYTES
+    beside = _L2_BYTES if halves + results <= 2 * _L2_SHARE else _MEMORY_BYTES
+    unpack = 0.0 if is_float16 else (packed / _MEMORY_BYTES + halves / beside) / gpu.n_sms + _START_CYCLES
+    read = halves / (_MEMORY_BYTES if is_float16 else beside) / gpu.n_sms
+    flops = _FLOPS_A_CYCLE.get(gpu.arch, 1800)
     waves = ceil(ceil(m / _GEMM_TILE[0]) * ceil(n / _GEMM_TILE[1]) / gpu.n_sms)
-    multiply = waves * 2 * _GEMM_TILE[0] * _GEMM_TILE[1] * columns / _FLOPS_A_CYCLE.get(gpu.arch, 1800)
-    least = 2 * m * n * columns / _FLOPS_A_CYCLE.get(gpu.arch, 1800) / gpu.n_sms
-    # few tiles: cuBLAS cuts columns as well, which costs some
-    return (
-        moved / gpu.n_sms
-        + min(multiply, 1.5 * least + _START_CYCLES)
-        + halves / through / gpu.n_sms
-        + 3 * _START_CYCLES
-    )
-
-
-def _rows_for_copies(gpu: GPU) -> int:
-    """From here on reading float16, up to four times the bytes, costs less than the slower kernel."""
-    return 64 if gpu.arch >= 80 else 32
+    tiled = waves * 2 * _GEMM_TILE[0] * _GEMM_TILE[1] * columns / flops
+    least = 2 * max(m, _GEMM_TILE[0] // 2) * n * columns / flops / gpu.n_sms
+    multiply = min(tiled, 1.5 * least + _START_CYCLES)  # of few tiles cuBLAS cuts the columns too, which costs some
+    finish = (results / beside + results / _MEMORY_BYTES) / gpu.n_sms
+    return unpack + max(read, multiply) + finish + 2 * _START_CYCLES

@@ -17,8 +17,10 @@ from pyinfer.kernels_gpu.attention import StepKind
 from pyinfer.kernels_gpu.batch_parts import split_batch
 from pyinfer.kernels_gpu.buckets import bucket_of, output_buckets, sequence_buckets, token_buckets
 from pyinfer.kernels_gpu.device import Device
+from pyinfer.kernels_gpu.expand import make_copies
 from pyinfer.kernels_gpu.launch import Buffer, Launch
 from pyinfer.kernels_gpu.lower import Program, ProgramShape, lower
+from pyinfer.kernels_gpu.route_measure import RouteCache, measure_routes
 from pyinfer.kernels_gpu.sample import MAX_EDITS, MAX_LOGPROBS
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.kernels_gpu.stage_sampling import MAX_STEPS, StageSampling
@@ -39,7 +41,16 @@ class GPUStage:
 
     max_edits, max_logprobs = MAX_EDITS, MAX_LOGPROBS
 
-    def __init__(self, device: Device, graph: Graph, config: StageConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        graph: Graph,
+        config: StageConfig,
+        progress: Progress | None = None,
+        *,
+        measure: bool = False,
+    ) -> None:
+        """With `measure` large products are timed once on this kind of GPU (`route_measure`)."""
         graph.check()
         self._device, self._graph, self._config = device, graph, config
         self._max_outputs = max(_MAX_OUTPUTS, config.max_sequences)
@@ -47,6 +58,10 @@ class GPUStage:
         try:
             self._memory = StageMemory(device, graph, config)
             self._memory.weights.load(progress)
+            if config.gpu_expand:
+                self._memory.copies.update(make_copies(device, graph, self._memory.weights))
+            if measure:
+                measure_routes(self._memory, token_buckets(config.max_tokens), RouteCache(device.name))
             largest = self._largest()
             program = lower(self._memory, largest)  # first, as the workspace is made for it
             self._results = device.alloc_pinned(4 * self._result_rows(largest) * graph.logits.width)

@@ -20,6 +20,7 @@ from pyinfer.kernels_gpu.matmul import (
     build_gemm,
     build_matmul,
     build_mma,
+    gain_of,
     mma_kernel,
     problems_of,
     scratch_bytes,
@@ -200,7 +201,7 @@ def test_a_kept_copy_is_multiplied(device: EmulatedDevice) -> None:
     x, scales = case.x.data, case.x.scales
     assert scales is not None
     rows = device.values(x, np.float16, 12, 96).astype(np.float32) * device.values(scales, np.float32, 12, 1)
-    case.expected[0] = rows @ copy.astype(np.float32).T
+    case.expected[0] = rows @ copy.astype(np.float32).T / np.float32(gain_of("Q8_0"))
     check(device, case)
 
 
