@@ -1,6 +1,6 @@
 """Machine code of kernels, compiled once for each architecture and kept on disk.
 
-The key is a hash of the whole source text with its headers, the defines, the options and NVRTC's version: an edited kernel
+The key is a hash of the whole source text with its headers, the defines, the flags and NVRTC's version: an edited kernel
 never meets its old code. A file holds the sha256 of its content, so half of one is never loaded.
 """
 
@@ -14,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pyinfer.kernels_gpu.launch import Defines, Kernel
-from pyinfer.kernels_gpu.nvrtc import NVRTC, load_nvrtc
+from pyinfer.kernels_gpu.nvrtc import FLAGS, NVRTC, load_nvrtc
 from pyinfer.kernels_gpu.sources import with_includes
 from pyinfer.paths import kernels_dir
 
 Unit = tuple[str, Defines]  # a source file with its defines: the kernels in it are compiled together
-OPTIONS = ("--extra-device-vectorization",)
 
 
 def unit_of(kernel: Kernel) -> Unit:
@@ -55,13 +54,13 @@ class KernelCache:
     def _load(self, unit: Unit) -> bytes:
         nvrtc = self._find_nvrtc()
         text = unit_text(unit)
-        key = hashlib.sha256(f"{nvrtc.version} {self.arch} {OPTIONS} {text}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{nvrtc.version} {FLAGS} {self.arch} {text}".encode()).hexdigest()[:32]
         path = (self._folder or kernels_dir() / f"cuda-sm_{self.arch}") / f"{Path(unit[0]).stem}-{key}.bin"
         code = _read(path)
         if code is None:
             if self.on_compile is not None:
                 self.on_compile(Path(unit[0]).stem)
-            code = nvrtc.compile(text, unit[0], self.arch, OPTIONS).code
+            code = nvrtc.compile(text, unit[0], self.arch).code
             _write(path, code)
         return code
 

@@ -31,6 +31,7 @@ _FLOPS_A_CYCLE = {75: 512, 80: 2048, 86: 1024, 89: 1024, 90: 2500}  # of a multi
 _L2_BYTES, _MEMORY_BYTES = 40.0, 21.0  # a cycle and multiprocessor
 _SHARED_BYTES = 128.0
 _CYCLES_A_WEIGHT = 4 / 128  # decoding
+_STATIC_SHARED = 64  # bytes that the kernel declares, beside the rings
 _START_CYCLES, _SPLIT_CYCLES = 3000, 2000  # filling the ring; meeting in the workspace
 
 
@@ -159,7 +160,7 @@ def _staged(kind: str, rows: int, warps: int, fragments: int, units: int, gpu: G
                 if x_stages - 1 > (w_stages - 1) * steps or (w_stages > 2 and steps > 2):
                     continue
                 cut = Tiling(rows, fragments, warps, units, x_columns, w_stages, x_stages, blocks, 1)
-                if blocks * (cut.shared_bytes(kind) + 1024) <= gpu.shared_bytes + 1024:
+                if blocks * (cut.shared_bytes(kind) + _STATIC_SHARED + 1024) <= gpu.shared_bytes + 1024:
                     return cut
     return None
 

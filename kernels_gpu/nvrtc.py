@@ -19,6 +19,7 @@ from pyinfer.errors import BackendError
 
 _INSTALL = "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
 _HEADER = "cuda_fp16.h"
+FLAGS = ("--std=c++17", "--device-as-default-execution-space")  # the latter for constexpr functions
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class NVRTC:
             raise BackendError(f"NVRTC {self.dotted_version} knows no GPU as old as compute capability {arch / 10:.1f}")
         exact = arch in targets
         target = f"sm_{arch}" if exact else f"compute_{targets[-1]}"
-        flags = ("--std=c++17", f"--gpu-architecture={target}", f"--include-path={self.include}", *options)
+        flags = (*FLAGS, f"--gpu-architecture={target}", f"--include-path={self.include}", *options)
         program = ctypes.c_void_p()
         self._check(
             self._library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None),
