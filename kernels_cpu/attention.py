@@ -1,8 +1,8 @@
 """Attention over pages: float32 arithmetic, keys and values widened in registers.
 
 Every query row reduces over partitions of 256 absolute positions, each with its own maximum, sum and weighted V, merged in
-ascending order (online softmax, arXiv:1805.02867). Rows of one sequence and KV head are computed 8, 4, 2 or 1 at a time with
-the same operations in the same order for each row; a mask or a window only contributes exact zeros. So a row's result is the
+ascending order (online softmax, arXiv:1805.02867). Rows of one sequence and KV head are computed up to 8 at a time with the
+same operations in the same order for each row; a mask or a window only contributes exact zeros. So a row's result is the
 same in decode, in a chunk and in a whole prompt. With fewer heads than threads a sequence's partitions are shared out in
 spans: each partition's part is stored, and `attention_merge` merges them in the same order.
 """
@@ -16,7 +16,7 @@ from pyinfer.kernels_cpu.kv_format import kv_format
 from pyinfer.kernels_cpu.opcode import StepField
 from pyinfer.kernels_cpu.simd import Emitter, Reg, i32, i64
 
-ROW_TILES = (8, 4, 2, 1)
+ROW_TILES = (8, 4, 2, 1)  # and as many rows as a token has, so that its keys and values are read once
 
 
 def scratch_bytes(head_dim: int) -> int:
@@ -24,13 +24,15 @@ def scratch_bytes(head_dim: int) -> int:
     return 4 * (8 * head_dim + 8 * PARTITION + 8 * head_dim)
 
 
-def attention_body(head_dim: int, k_dtype: str, v_dtype: str) -> Body:
+def attention_body(head_dim: int, k_dtype: str, v_dtype: str, token_rows: int) -> Body:
+    """For tasks of which one token is `token_rows` query rows."""
     keys, values = kv_format(k_dtype, head_dim), kv_format(v_dtype, head_dim)
 
     def body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
         b = e.b
         kernels = {}
-        for rows in ROW_TILES:
+        row_tiles = sorted({*ROW_TILES, min(token_rows, ROW_TILES[0])}, reverse=True)
+        for rows in row_tiles:
             inner, fn = define(b.module, f"attend_{rows}", e.isa, 8, internal=True)
             AttentionRows(inner, rows, head_dim, keys, values, fn.args).emit()
             inner.b.ret_void()
@@ -60,10 +62,10 @@ def attention_body(head_dim: int, k_dtype: str, v_dtype: str) -> Body:
             with e.loop(full, start, 8) as row:
                 call(8, row)
             at, left = full, b.sub(end, full)
-            for rows in ROW_TILES[1:]:
-                some = b.and_(left, e.c(rows))
+            for rows in row_tiles[1:]:
+                some = b.select(b.icmp_signed(">=", left, e.c(rows)), e.c(rows), e.c(0))
                 with e.when(b.icmp_signed("!=", some, e.c(0))):
                     call(rows, at)
-                at = b.add(at, some)
+                at, left = b.add(at, some), b.sub(left, some)
 
     return body

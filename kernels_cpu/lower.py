@@ -313,8 +313,9 @@ class _Lowering:
             AttentionArg.TABLES_AT: 4 * self._kv_group(op) * self.config.max_sequences * self.config.max_blocks,
         }  # fmt: skip
         k_type, v_type = split_kv_dtype(self.config.kv_dtype)
-        body = attention_body(layer.head_dim, k_type, v_type)
-        kernel = self.compiler.kernel(f"attention_{layer.head_dim}_{k_type}_{v_type}", body)
+        token_rows = -(-group // parts)
+        body = attention_body(layer.head_dim, k_type, v_type, token_rows)
+        kernel = self.compiler.kernel(f"attention_{layer.head_dim}_{k_type}_{v_type}_{token_rows}", body)
         reads = {q.address, self.pages.key_address(op.layer)}
         tasks = layer.n_kv_heads * parts
         writes = {out.address, self.partials.address}

@@ -152,8 +152,10 @@ class Pages:
             page_table_stride=tables.strides[1], attention_tiles=tiles.ctypes.data, n_attention=len(tiles) * shares,
             n_spans=shares, n_merged=len(positions),
         )  # fmt: skip
+        token_rows = -(-s.group // parts)
         kernel = compiler(self.isa).kernel(
-            f"attention_{s.head_dim}_{s.dtype}_{s.dtype}", attention_body(s.head_dim, s.dtype, s.dtype)
+            f"attention_{s.head_dim}_{s.dtype}_{s.dtype}_{token_rows}",
+            attention_body(s.head_dim, s.dtype, s.dtype, token_rows),
         )
         n_tasks = len(tiles) * s.n_kv_heads * parts * shares
         call(kernel, arguments, step, n_tasks, cuts=cuts, scratch_bytes=scratch_bytes(s.head_dim))

@@ -41,7 +41,7 @@ def test_matmul_uses_the_dot_instruction(name: str, kind: str) -> None:
 
 def test_neon_attention_compiles_without_library_calls() -> None:
     isa, triple, _ = TARGETS["neon"]
-    code = assembly(isa, triple, emit_ir("kernel", isa, attention_body(64, "f16", "f16")))
+    code = assembly(isa, triple, emit_ir("kernel", isa, attention_body(64, "f16", "f16", 3)))
     assert "fcvtl" in code and "extendhfsf" not in code
 
 
