@@ -7,8 +7,7 @@ numbers are the same whatever number of others is decoded with it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 
 MAX_TOKENS = 8
 STATIC_SHARED_BYTES = 48 << 10  # of a block
@@ -81,7 +80,17 @@ class Tuning:
         return self.warps * (32 * self.depth * self.rows * tile + sums)
 
 
-# (compute capability * 10, kinds, rows, columns) -> for 1, 2, .. tokens; `benchmarks/gpu_check.py --tune` measures
+# what `neighbours` tries
+_VALUES: dict[str, tuple[int, ...]] = {
+    "rows": (1, 2, 4),
+    "min_blocks": (2, 3, 4, 5, 6, 8, 10),
+    "depth": (2, 3, 4, 6, 8),
+    "passes": (1, 2, 3, 4, 8),
+    "split": (1, 2, 4, 8),
+    "lanes": (8, 16, 32),
+    "warps": (4, 8),
+}
+# (compute capability * 10, kinds, rows, columns) -> for 1, 2, .. tokens; `benchmarks/gpu_tune.py` measures
 TUNED: dict[tuple[int, tuple[str, ...], int, int], tuple[Tuning, ...]] = {}
 
 
@@ -106,20 +115,15 @@ def default_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
     return max(tunings, key=lambda tuning: (_fill(problem, tuning, n_sms), tuning.rows))
 
 
-def candidates(problem: Problem, arch: int, fixed: Tuning | None = None) -> Iterator[Tuning]:
-    """What is worth measuring; with `fixed`, the choice for one token, only what adds in the same order."""
-    steps = _steps(problem)
-    orders = [(fixed.lanes, fixed.split)] if fixed else list(product((8, 16, 32), (1, 2, 4)))
-    for (lanes, split), rows, depth, passes, min_blocks in product(
-        orders, (1, 2, 4), (2, 3, 4, 6, 8), (1, 2, 4, 8), (2, 3, 4, 6, 8, 10)
-    ):
-        tuning = Tuning(lanes, split, rows, depth, passes, 4, min_blocks)
-        rounds = -(-steps // (lanes * split)) * passes
-        fits = tuning.shared_bytes(problem) <= STATIC_SHARED_BYTES and min_blocks <= _blocks_in_shared(
-            problem, tuning, arch
-        )
-        if fits and depth <= max(2, rounds) and rows * depth >= 3 and (passes == 1 or problem.n_rows > 4096):
-            yield tuning
+def neighbours(tuning: Tuning, problem: Problem, arch: int) -> Iterator[Tuning]:
+    """Those that differ in one thing and fit; more than one token's add in the same order."""
+    for name, values in _VALUES.items():
+        if problem.n_tokens > 1 and name in ("lanes", "split"):
+            continue
+        for value in values:
+            other = replace(tuning, **{name: value})
+            if other != tuning and other.warps % other.split == 0 and _fits(problem, other, arch):
+                yield other
 
 
 def _tuning(problem: Problem, n_sms: int, arch: int, lanes: int, split: int, rows: int) -> Tuning:
@@ -133,16 +137,22 @@ def _tuning(problem: Problem, n_sms: int, arch: int, lanes: int, split: int, row
     depth = min(max(depth, 2), 8, max(2, -(-_steps(problem) // (lanes * split)) * passes))
     while depth > 2:
         tuning = Tuning(lanes, split, rows, depth, passes, 4, min_blocks)
-        if tuning.shared_bytes(problem) <= STATIC_SHARED_BYTES and min_blocks <= _blocks_in_shared(
-            problem, tuning, arch
-        ):
+        if _fits(problem, tuning, arch):
             break
         depth -= 1
     return Tuning(lanes, split, rows, depth, passes, 4, min_blocks)
 
 
-def _blocks_in_shared(problem: Problem, tuning: Tuning, arch: int) -> int:
-    return _SHARED_KIB.get(arch, 100) * 1024 // (tuning.shared_bytes(problem) + _BLOCK_OVERHEAD)
+def _fits(problem: Problem, tuning: Tuning, arch: int) -> bool:
+    """Shared memory of a block, of all blocks of a multiprocessor, and at least 32 registers a thread."""
+    shared = tuning.shared_bytes(problem)
+    room = _SHARED_KIB.get(arch, 100) * 1024
+    threads = 32 * tuning.warps * tuning.min_blocks
+    return (
+        shared <= STATIC_SHARED_BYTES
+        and tuning.min_blocks * (shared + _BLOCK_OVERHEAD) <= room
+        and threads * 32 <= 65536
+    )
 
 
 def _bits(kind: str) -> float:

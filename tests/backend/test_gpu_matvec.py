@@ -19,8 +19,8 @@ from pyinfer.kernels_gpu.matvec_tuning import (
     TUNED,
     Problem,
     Tuning,
-    candidates,
     default_tuning,
+    neighbours,
     step_columns,
     tile_bytes,
 )
@@ -210,14 +210,16 @@ def test_defaults_fit_every_gpu_and_add_in_one_order(arch: int, n_sms: int) -> N
             assert tuning.n_blocks(problem.n_rows) * tuning.passes * tuning.block_rows >= problem.n_rows
 
 
-def test_candidates_fit_and_keep_the_order() -> None:
+def test_neighbours_fit_and_keep_the_order_of_more_tokens() -> None:
     for problem in PROBLEMS:
-        some = list(candidates(problem, ARCH))
-        assert len(some) >= 10 and len(set(some)) == len(some)
-        assert all(t.shared_bytes(problem) <= STATIC_SHARED_BYTES for t in some)
-        fixed = default_tuning(problem, SMS, ARCH)
-        same = list(candidates(replace(problem, n_tokens=5), ARCH, fixed))
-        assert same and all((t.lanes, t.split) == (fixed.lanes, fixed.split) for t in same)
+        for n in (1, 5):
+            more = replace(problem, n_tokens=n)
+            start = default_tuning(more, SMS, ARCH)
+            others = list(neighbours(start, more, ARCH))
+            assert len(others) >= 8 and len(set(others)) == len(others) and start not in others
+            assert all(t.shared_bytes(more) <= STATIC_SHARED_BYTES and t.warps % t.split == 0 for t in others)
+            orders = {(t.lanes, t.split) for t in others}
+            assert (len(orders) > 1) == (n == 1)
 
 
 def test_measured_tunings_add_in_one_order() -> None:
