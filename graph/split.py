@@ -61,6 +61,17 @@ def weights_of(graph: Graph) -> Iterable[QuantTensor]:
     return seen.values()
 
 
+def expandable_weights(graph: Graph) -> Iterable[QuantTensor]:
+    """Matrices that a GPU may keep in float16 beside their packed form: those that all rows of a step are multiplied with."""
+    seen: dict[int, QuantTensor] = {}
+    for op in graph.ops:
+        if isinstance(op, MatMul) and op.outs[0].rows == "tokens":
+            for weight in op.weights:
+                if weight.codec.name not in ("F32", "F16"):
+                    seen.setdefault(id(weight.data), weight)
+    return seen.values()
+
+
 def _part(graph: Graph, ops: Sequence[Op], result: Value) -> Graph:
     """These ops with the KV layers that they use, counted anew from 0; all groups stay, as the batch has their tables."""
     layers = sorted({op.layer for op in ops if isinstance(op, StoreKV | Attention)})

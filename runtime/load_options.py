@@ -9,7 +9,7 @@ from typing import Any
 
 from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import split_kv_dtype
-from pyinfer.runtime.offload import GPULayers, check_layers
+from pyinfer.runtime.offload import GPU_EXPAND, GPUExpand, GPULayers, check_layers
 from pyinfer.runtime.policy import POLICIES
 from pyinfer.runtime.preemption_cost import PREEMPTION_MODES
 
@@ -21,6 +21,9 @@ class LoadOptions:
     n_ctx: int = 0  # 0: the model's, or what the KV pool holds
     n_gpu_layers: GPULayers = 0  # blocks; more than there are, or "all": everything; "auto": what fits
     gpu_memory_utilization: float = 0.9  # share of each GPU's memory that may be in use
+    gpu_expand: GPUExpand = (
+        "auto"  # float16 copies of packed matrices on GPUs, for prompts; auto: if there is much room
+    )
     n_threads: int | None = None  # None: physical cores this process may use
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
@@ -53,7 +56,11 @@ class LoadOptions:
         if self.n_threads is not None and self.n_threads < 1:
             raise ConfigError(f"n_threads is {self.n_threads}; it must be at least 1", param="n_threads")
         split_kv_dtype(self.kv_cache_dtype)
-        for name, known_values in (("scheduling_policy", POLICIES), ("preemption_mode", PREEMPTION_MODES)):
+        for name, known_values in (
+            ("scheduling_policy", POLICIES),
+            ("preemption_mode", PREEMPTION_MODES),
+            ("gpu_expand", GPU_EXPAND),
+        ):
             if getattr(self, name) not in known_values:
                 known = ", ".join(known_values)
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {known}", param=name)

@@ -8,7 +8,7 @@ those whose logits are asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -16,10 +16,12 @@ from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import DeviceInfo, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import Embed, MatMul
-from pyinfer.graph.split import block_cuts, split_graph
+from pyinfer.graph.split import block_cuts, expandable_weights, split_graph
 from pyinfer.runtime.sizes import format_binary
 
 GPULayers = int | Literal["auto", "all"]
+GPUExpand = Literal["auto", "on", "off"]
+GPU_EXPAND: tuple[GPUExpand, ...] = ("auto", "on", "off")
 # CUDA context, cuBLAS workspace, CUDA graphs and loaded kernels
 _FIXED = 384 << 20
 _ALIGNMENT = 1.02  # packed weights end at multiples of 16 and of 256 bytes
@@ -49,9 +51,10 @@ class StagePlan:
     weight_bytes: int
     page_bytes: int  # of one KV page
     buffer_bytes: int
+    copy_bytes: int = 0  # float16 copies of matrices (`StageConfig.gpu_expand`)
 
     def n_bytes(self, n_pages: int) -> int:
-        return self.weight_bytes + self.buffer_bytes + n_pages * self.page_bytes
+        return self.weight_bytes + self.copy_bytes + self.buffer_bytes + n_pages * self.page_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +93,8 @@ class OffloadPlan:
         for stage in self.stages:
             device = "CPU" if stage.device is None else f"GPU {stage.device.index} ({stage.device.name})"
             parts = [f"weights {format_binary(stage.weight_bytes)}"]
+            if stage.copy_bytes:
+                parts.append(f"float16 copies {format_binary(stage.copy_bytes)}")
             if stage.page_bytes:
                 parts.append(f"KV {format_binary(n_pages * stage.page_bytes)}")
             if stage.device is not None:
@@ -194,6 +199,30 @@ def weight_bytes(graph: Graph) -> int:
     return int(total * _ALIGNMENT)
 
 
+def copies_bytes(graph: Graph) -> int:
+    """Of float16 copies of the matrices."""
+    return sum(2 * weight.n_elements for weight in expandable_weights(graph))
+
+
+def keeps_copies(
+    graph: Graph,
+    config: StageConfig,
+    devices: Sequence[DeviceInfo],
+    offload: Offload,
+    utilization: float,
+    mode: GPUExpand,
+) -> bool:
+    """Whether GPUs keep float16 copies: `auto` if they take at most a quarter of what the pages of `config` leave."""
+    if mode != "auto" or not offload.n_layers:
+        return mode == "on"
+    plan = make_plan(graph, replace(config, gpu_expand=False), devices, offload, utilization)
+    return all(
+        4 * copies_bytes(stage.graph) <= room(stage.device, utilization) - stage.n_bytes(config.n_pages)
+        for stage in plan.stages
+        if stage.device is not None
+    )
+
+
 def buffer_bytes(graph: Graph, config: StageConfig) -> int:
     """An upper bound for activations, the largest matrix in float16 and what the libraries take."""
     last_read = {id(value): index for index, op in enumerate(graph.ops) for value in op.inputs}
@@ -214,7 +243,8 @@ def _page_bytes(graph: Graph, config: StageConfig) -> int:
 
 def _stage(graph: Graph, device: DeviceInfo | None, what: str, config: StageConfig) -> StagePlan:
     buffers = 0 if device is None else buffer_bytes(graph, config)
-    return StagePlan(graph, device, what, weight_bytes(graph), _page_bytes(graph, config), buffers)
+    copies = copies_bytes(graph) if device is not None and config.gpu_expand else 0
+    return StagePlan(graph, device, what, weight_bytes(graph), _page_bytes(graph, config), buffers, copies)
 
 
 def _name(start: int, end: int, n: int) -> str:

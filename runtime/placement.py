@@ -14,7 +14,8 @@ from pyinfer.runtime.backends import gpus, open_backend
 from pyinfer.runtime.kv_size import MAX_KV_MEMORY, plan_sizes
 from pyinfer.runtime.load_options import LoadOptions
 from pyinfer.runtime.memory import memory
-from pyinfer.runtime.offload import Offload, OffloadPlan, candidates, make_plan, wanted
+from pyinfer.runtime.offload import Offload, OffloadPlan, candidates, keeps_copies, make_plan, wanted
+from pyinfer.runtime.page_layout import PageLayout
 from pyinfer.runtime.stage_chain import StageChain
 
 _log = logging.getLogger(__name__)
@@ -102,21 +103,23 @@ def size_pool(
         return plan_sizes(graph, file_bytes, options)
     page_bytes = kv_page_bytes(graph, options.block_size, options.kv_cache_dtype)
     n_ctx = options.n_ctx or min(graph.n_ctx_train, _LEAST_CONTEXT)
-    a_sequence = len(graph.kv_groups) * -(-n_ctx // options.block_size)
-    least = options.kv_cache_memory // page_bytes if options.kv_cache_memory else a_sequence
+    layout = PageLayout(graph.kv_groups, options.block_size, options.max_num_batched_tokens)
+    least = options.kv_cache_memory // page_bytes if options.kv_cache_memory else layout.most_pages(n_ctx)
     config = plan_sizes(graph, 0, replace(options, n_ctx=0, kv_cache_memory=max(1, least) * page_bytes))
-    plan = make_plan(graph, config, devices, offload, options.gpu_memory_utilization)
+    share = options.gpu_memory_utilization
+    expand = keeps_copies(graph, config, devices, offload, share, options.gpu_expand)
+    plan = make_plan(graph, replace(config, gpu_expand=expand), devices, offload, share)
     n_pages = plan.max_pages()
     if n_pages < least:
         return None
     if options.kv_cache_memory:
         n_pages = least
     elif plan.is_all:
-        blocks = -(-(options.n_ctx or graph.n_ctx_train) // options.block_size)
-        n_pages = min(n_pages, options.max_num_seqs * len(graph.kv_groups) * blocks)
+        n_pages = min(n_pages, options.max_num_seqs * layout.most_pages(options.n_ctx or graph.n_ctx_train))
     else:
         n_pages = min(n_pages, _host_pages(plan))
-    return plan_sizes(graph, 0, replace(options, kv_cache_memory=max(1, n_pages * page_bytes)))
+    config = plan_sizes(graph, 0, replace(options, kv_cache_memory=max(1, n_pages * page_bytes)))
+    return replace(config, gpu_expand=expand)
 
 
 def _host_pages(plan: OffloadPlan) -> int:

@@ -60,6 +60,7 @@ _NUMBERS = checked(parse_numbers)
     "threads",
     "n_gpu_layers",
     "gpu_memory_utilization",
+    "gpu_expand",
     "kv_cache_dtype",
     "max_num_batched_tokens",
     "block_size",
@@ -112,12 +113,13 @@ def _run(
     from pyinfer.runtime.load_options import LoadOptions
     from pyinfer.runtime.model_info import model_info
     from pyinfer.runtime.models.registry import build_graph
-    from pyinfer.runtime.offload import make_plan
+    from pyinfer.runtime.offload import keeps_copies, make_plan
     from pyinfer.runtime.placement import place
     from pyinfer.runtime.threads import default_threads
 
     graph = build_graph(file)
     n_threads = engine.n_threads or default_threads()
+    options = LoadOptions(**engine.as_kwargs())
     config = StageConfig(
         n_pages=max(pages_needed(test, engine.block_size, len(graph.kv_groups)) for test in tests),
         block_size=engine.block_size,
@@ -129,14 +131,17 @@ def _run(
     )
 
     def sizes(offload: Offload, devices: Sequence[DeviceInfo]) -> StageConfig | None:
-        plan = make_plan(graph, config, devices, offload, engine.gpu_memory_utilization)
-        if plan.max_pages() < config.n_pages:
+        share = engine.gpu_memory_utilization
+        expand = keeps_copies(graph, config, devices, offload, share, options.gpu_expand)
+        sized = dataclasses.replace(config, gpu_expand=expand)
+        plan = make_plan(graph, sized, devices, offload, share)
+        if plan.max_pages() < sized.n_pages:
             return None
-        _check_memory(plan, config)
-        return config
+        _check_memory(plan, sized)
+        return sized
 
     line = LoadingLine()
-    placed = place(graph, LoadOptions(**engine.as_kwargs()), sizes, line)
+    placed = place(graph, options, sizes, line)
     stage = placed.stage
     try:
         runner = BenchRunner(

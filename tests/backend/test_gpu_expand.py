@@ -16,8 +16,9 @@ from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceStage
+from pyinfer.graph.split import expandable_weights
 from pyinfer.kernels_gpu import route_measure
-from pyinfer.kernels_gpu.expand import copied_weights, copies_bytes, make_copies
+from pyinfer.kernels_gpu.expand import make_copies
 from pyinfer.kernels_gpu.matmul import gain_of
 from pyinfer.kernels_gpu.matmul_route import Problem, Route, RouteTable, default_route, slice_options
 from pyinfer.kernels_gpu.mma_tiling import GPU
@@ -26,6 +27,7 @@ from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime.models.registry import build_graph
+from pyinfer.runtime.offload import copies_bytes
 
 pytestmark = [pytest.mark.backend, pytest.mark.skipif(not has_compiler, reason="the emulator needs g++")]
 
@@ -66,7 +68,7 @@ def test_copies_are_the_weights(graph: Graph, device: EmulatedDevice) -> None:
     memory = StageMemory(device, graph, CONFIG)
     memory.weights.load()
     copies = make_copies(device, graph, memory.weights)
-    tensors = list(copied_weights(graph))
+    tensors = list(expandable_weights(graph))
     assert len(copies) == len(tensors) > 4 and not any(tensor.name.split(".")[0] == "output" for tensor in tensors)
     assert copies_bytes(graph) == sum(copy.n_bytes for copy in copies.values())
     for tensor in tensors:

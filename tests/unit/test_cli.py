@@ -244,6 +244,11 @@ class TestOptions:
         for text in ("0", "1.5", "nan", "much"):
             assert cli("probe", "--gpu-memory-utilization", text)[0] == 2
 
+    def test_gpu_expand(self, seen: list[EngineOptions], cli: Cli) -> None:
+        assert cli("probe", "--gpu-expand", "off")[0] == 0
+        assert seen[0].gpu_expand == "off"
+        assert cli("probe", "--gpu-expand", "some")[0] == 2
+
     def test_gpu_layers_nonsense(self) -> None:
         with pytest.raises(ConfigError):
             parse_gpu_layers("-1")

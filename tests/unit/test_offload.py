@@ -14,6 +14,7 @@ from pyinfer import LLM, SamplingParams
 from pyinfer.errors import BackendError, ConfigError, DeviceMemoryError
 from pyinfer.graph.backend import Backend, DeviceInfo, Progress, Stage, StageConfig
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.ops import MatMul
 from pyinfer.graph.reference import ReferenceBackend
 from pyinfer.kernels_gpu.requirements import NoGPUError
 from pyinfer.quant.gguf import GGUFFile
@@ -21,11 +22,14 @@ from pyinfer.runtime import backends, placement
 from pyinfer.runtime.load_options import LoadOptions
 from pyinfer.runtime.models.registry import build_graph
 from pyinfer.runtime.offload import (
+    GPUExpand,
     GPULayers,
     Offload,
     buffer_bytes,
     candidates,
+    copies_bytes,
     divide,
+    keeps_copies,
     make_plan,
     plan_offload,
     room,
@@ -225,6 +229,36 @@ def test_the_pool_takes_what_the_gpus_have_when_all_is_there(path: Path, fake: C
     fixed = replace(options, kv_cache_memory=40 * plan.page_bytes)
     sized = placement.size_pool(graph, 0, fixed, Offload(3), [with_room(GIB)])
     assert sized is not None and sized.n_pages == 40
+
+
+def test_float16_copies_are_planned_for(path: Path) -> None:
+    graph = build_graph(GGUFFile.open(path))
+    everything = Offload(N, True, True)
+    copies = copies_bytes(graph)
+    assert copies == 2 * sum(op.x.width * out.width for op in graph.ops if isinstance(op, MatMul)
+                             for out in op.outs if out.rows == "tokens")  # fmt: skip
+    for layers in (everything, Offload(2)):
+        large, small = (
+            [with_room(GIB)],
+            [with_room(make_plan(graph, CONFIG, [CARD], layers, 1.0).stages[-1].n_bytes(40))],
+        )
+        cases: list[tuple[list[DeviceInfo], GPUExpand, bool]] = [
+            (large, "auto", True), (small, "auto", False), (small, "on", True), (large, "off", False),
+        ]  # fmt: skip
+        for devices, mode, expected in cases:
+            assert keeps_copies(graph, CONFIG, devices, layers, 1.0, mode) == expected
+    with_copies = make_plan(graph, replace(CONFIG, gpu_expand=True), [CARD], everything, 1.0)
+    assert with_copies.stages[0].copy_bytes == copies and "float16 copies" in with_copies.lines(32)[0]
+    assert with_copies.max_pages() < make_plan(graph, CONFIG, [CARD], everything, 1.0).max_pages()
+    assert not keeps_copies(graph, CONFIG, [], Offload(0), 1.0, "auto")
+    for options, kept in (
+        (LoadOptions(n_gpu_layers="all", gpu_expand="on"), True),
+        (LoadOptions(n_gpu_layers="all", gpu_expand="off"), False),
+    ):
+        sized = placement.size_pool(graph, 0, options, everything, [with_room(GIB)])
+        assert sized is not None and sized.gpu_expand == kept
+    with pytest.raises(ConfigError, match="gpu_expand"):
+        LoadOptions(gpu_expand="much")  # type: ignore[arg-type]
 
 
 def test_auto_goes_on_without_a_gpu_and_a_number_does_not(
