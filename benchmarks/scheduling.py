@@ -12,6 +12,8 @@ import statistics
 import time
 from dataclasses import dataclass
 
+from pyinfer.graph.kv_groups import KVGroup
+from pyinfer.runtime.page_manager import ONE_GROUP
 from pyinfer.runtime.plan import SchedulerConfig
 from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.sampling_params import SamplingParams
@@ -113,10 +115,10 @@ def policy_outcomes(policy: str, jobs: list[Job], max_aging: float) -> list[Outc
     return Simulation(config, 100_000).run(jobs)
 
 
-def step_cost(n: int = 256, n_steps: int = 2000) -> float:
+def step_cost(groups: tuple[KVGroup, ...] = ONE_GROUP, n: int = 256, n_steps: int = 2000) -> float:
     """Mean microseconds of processor time of `schedule` and `advance` for a step of n decoding requests."""
     config = SchedulerConfig(max_tokens=8192, max_sequences=n)
-    scheduler = Scheduler(config, n * (n_steps // 16 + 4))
+    scheduler = Scheduler(config, len(groups) * n * (n_steps // 16 + 4), groups=groups)
     for i in range(n):
         request = Request(str(i), [i] * 16, SamplingParams(), i)
         scheduler.add(Sequence(request, 0, limit=n_steps + 32))
@@ -140,7 +142,11 @@ def main() -> None:
     parser.add_argument("--max-aging", type=int, default=4000, help="steps")
     args = parser.parse_args()
     if args.cost:
-        print(f"{step_cost():.0f} microseconds a step at 256 running requests")
+        gemma = (KVGroup((0,)), *(KVGroup((i,), 512) for i in range(1, 6)))
+        for groups in (ONE_GROUP, gemma):
+            print(
+                f"{step_cost(groups):.0f} microseconds a step at 256 running requests, {len(groups)} groups of layers"
+            )
         return
     queue = uneven_queue()
     print(f"uneven queue: static batching {static_steps(queue, 8)} steps, continuous {continuous_steps(queue, 8)}")

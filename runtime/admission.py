@@ -24,6 +24,7 @@ class Admission:
     def __init__(self, scheduler: Scheduler, max_wait: float | None) -> None:
         self._scheduler = scheduler
         self._max_wait = max_wait
+        self.n_refused = 0
         self._seconds_per_step: float | None = None
 
     def note_step(self, n_tokens: int, n_sequences: int, seconds: float) -> None:
@@ -39,6 +40,7 @@ class Admission:
         wait = self.predicted_wait(sequence)
         if wait > self._max_wait:
             seconds = max(1, math.ceil(wait - self._max_wait))
+            self.n_refused += 1
             raise OverloadedError(
                 f"this request would wait about {wait:.0f} s, and the limit is {self._max_wait:g} s; "
                 f"try again in {seconds} s",

@@ -360,6 +360,7 @@ class Engine:
             requests_finished=self._n_finished,
             steps=self._n_steps,
             swaps=scheduler.swap.n_swaps,
+            refusals=self.admission.n_refused,
         )
 
     def check(self) -> None:

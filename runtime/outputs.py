@@ -121,6 +121,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     requests_finished: int
     steps: int
     swaps: int = 0  # of the preemptions, those that kept the pages in host memory
+    refusals: int = 0  # requests that would have waited longer than allowed
 
 
 FloatMatrix = npt.NDArray[np.float32]

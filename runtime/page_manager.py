@@ -39,7 +39,7 @@ class PageManager:
     def admit(self, sequence: Sequence, n_running: int, moves: list[Move]) -> bool:
         """Give a waiting sequence the blocks of all its tokens, shared where the prefix is known; False if they lack.
 
-        Of sliding kinds it gets those that its first step needs; later ones come as it gives back what is behind.
+        Of sliding kinds it gets as many as it ever needs at one time; later ones come as it gives back what is behind.
         """
         n_tokens, block_size, layout, pool = len(sequence.tokens), self._block_size, self.layout, self.pool
         reads_cache = self._config.prefix_caching and sequence.reads_cache
@@ -55,8 +55,8 @@ class PageManager:
         for kind, span in enumerate(layout.spans):
             first, known = layout.first_block(kind, n_computed), pool.known(kind)
             table = [NO_BLOCK] * first + [known[digest] for digest in digests[first:n_found]]
-            end = n_tokens if layout.kinds[kind].window is None else min(n_tokens, n_computed + layout.max_tokens)
-            counts.append(-(-end // block_size) - len(table))
+            end = min(-(-n_tokens // block_size), first + layout.most_blocks(kind, n_tokens))
+            counts.append(end - len(table))
             needed += span * counts[-1] + pool.n_kept_among(table[first:], kind)
             tables.append(table)
             firsts.append(first)
@@ -131,10 +131,16 @@ class PageManager:
 
         First gives back what is behind the windows. False, with nothing else done, if the pool has too few pages.
         """
-        pool, tables = self.pool, sequence.tables
+        pool, tables, block_size = self.pool, sequence.tables, self._block_size
         if self.layout.sliding:
             self._give_back_behind(sequence)
-        index, n_blocks = sequence.n_computed // self._block_size, -(-end // self._block_size)
+        index, n_blocks = sequence.n_computed // block_size, -(-end // block_size)
+        if index == len(tables[0]) == n_blocks - 1 and pool.n_available >= self.layout.n_groups:
+            # what most steps of decoding need: the next block, of all kinds
+            for kind, table in enumerate(tables):
+                table.append(pool.allocate(kind))
+            sequence.n_writable = n_blocks * block_size
+            return True
         needed, shared = 0, False
         for table, span in zip(tables, self.layout.spans, strict=True):
             if index < len(table) and pool.references[table[index]] > 1:
@@ -181,10 +187,13 @@ class PageManager:
         block_size = self._block_size
         n_full = sequence.n_computed // block_size
         if n_full > sequence.n_remembered:
-            digests = sequence.page_digests(n_full, block_size)
-            for kind, (table, first) in enumerate(zip(sequence.tables, sequence.firsts, strict=True)):
-                for i in range(max(first, sequence.n_remembered), n_full):
-                    self.pool.remember(table[i], digests[i], kind)
+            sequence.extend_digests(n_full, block_size)
+            remember = self.pool.remember
+            for i in range(sequence.n_remembered, n_full):
+                digest = sequence.digests[i + 1]
+                for kind, table in enumerate(sequence.tables):
+                    if table[i] != NO_BLOCK:
+                        remember(table[i], digest, kind)
             sequence.n_remembered = n_full
         return (n_full + 1) * block_size
 
@@ -228,6 +237,7 @@ class PageManager:
 
     def _check_tables(self, sequence: Sequence) -> None:
         layout, block_size, n_computed = self.layout, self._block_size, sequence.n_computed
+        assert all(len(table) <= len(sequence.tables[0]) for table in sequence.tables)
         assert sequence.n_remembered * block_size <= n_computed
         assert len(sequence.tables) == len(sequence.firsts) == len(layout.kinds)
         for kind, (table, first) in enumerate(zip(sequence.tables, sequence.firsts, strict=True)):

@@ -73,9 +73,13 @@ class PagePool:
         span, free = self._spans[kind], self._free
         while len(free) < span:
             self._forget()
-        block = free.pop()
-        if span > 1:
-            self._pages_of[block] = (block, *(free.pop() for _ in range(span - 1)))
+        if span == 1:
+            block = free.pop()
+        else:
+            pages = tuple(free[: -span - 1 : -1])
+            del free[-span:]
+            block = pages[0]
+            self._pages_of[block] = pages
         self.references[block] = 1
         return block
 

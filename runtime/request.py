@@ -105,10 +105,14 @@ class Sequence:
 
     def page_digests(self, n: int, block_size: int) -> list[bytes]:
         """Digests of the first n blocks, which must be full of known tokens."""
+        self.extend_digests(n, block_size)
+        return self.digests[1 : n + 1]
+
+    def extend_digests(self, n: int, block_size: int) -> None:
+        """Those of the first n blocks are known from now on."""
         digests = self.digests
-        for page in range(len(digests) - 1, n):
-            digests.append(page_digest(digests[-1], self.tokens[page * block_size : (page + 1) * block_size]))
-        return digests[1 : n + 1]
+        for block in range(len(digests) - 1, n):
+            digests.append(page_digest(digests[-1], self.tokens[block * block_size : (block + 1) * block_size]))
 
     @property
     def is_held(self) -> bool:

@@ -29,6 +29,7 @@ _COUNTERS = (
     ("prefix_cache_queries", "prefix_queries", "Prompt tokens looked up in the prefix cache."),
     ("prefix_cache_hits", "prefix_hits", "Prompt tokens found in the prefix cache."),
     ("num_preemptions", "preemptions", "Times that a sample gave its pages to another."),
+    ("num_refused_requests", "refusals", "Requests refused as they would have waited longer than --max-queue-wait."),
 )
 _HISTOGRAMS = (
     ("time_to_first_token_seconds", "time_to_first_token", "From a request's arrival to its first token."),

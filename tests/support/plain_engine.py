@@ -20,19 +20,23 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(N_VOCAB), k=length)
 
 
-def alone(prompt: list[int], params: SamplingParams, index: int = 0, n_ctx: int = 256) -> list[int]:
+def alone(
+    prompt: list[int], params: SamplingParams, index: int = 0, n_ctx: int = 256, stage: FakeStage = _STAGE
+) -> list[int]:
     """The output of one sample."""
     sampler = SequenceSampler(params, seed=params.seed or 0, index=index, n_prompt=len(prompt), eog_ids=[END])
     tokens = list(prompt)
     while len(tokens) - len(prompt) < (params.max_tokens or n_ctx) and len(tokens) < n_ctx:
-        tokens.append(sampler.next(_STAGE.logits_after(np.array(tokens)), tokens))
+        tokens.append(sampler.next(stage.logits_after(np.array(tokens)), tokens))
         ended = tokens[-1] in (params.stop_token_ids or []) or (tokens[-1] == END and not params.ignore_eos)
         if ended and len(tokens) - len(prompt) >= params.min_tokens:
             break
     return tokens[len(prompt) :]
 
 
-def beams_alone(prompt: list[int], params: BeamSearchParams, n_ctx: int = 256) -> list[tuple[list[int], float]]:
+def beams_alone(
+    prompt: list[int], params: BeamSearchParams, n_ctx: int = 256, stage: FakeStage = _STAGE
+) -> list[tuple[list[int], float]]:
     """vLLM's loop, ended early only if asked for: outputs and their logprobs, best first."""
     beams = [(list(prompt), 0.0)]
     done: list[tuple[list[int], float, float]] = []
@@ -43,7 +47,7 @@ def beams_alone(prompt: list[int], params: BeamSearchParams, n_ctx: int = 256) -
     for _ in range(min(params.max_tokens, n_ctx - len(prompt))):
         grown = []
         for tokens, total in beams:
-            logprobs = _log_softmax(_STAGE.logits_after(np.array(tokens)))
+            logprobs = _log_softmax(stage.logits_after(np.array(tokens)))
             for token in np.argsort(-logprobs, kind="stable")[: 2 * params.beam_width].tolist():
                 if token == END and not params.ignore_eos:
                     done.append((tokens, total + logprobs[token], score(tokens, total + logprobs[token])))
