@@ -8,29 +8,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
 
 from pyinfer.kernels_cpu.compiler import Body, Compiler
 from pyinfer.kernels_cpu.memory import address, allocate
 from pyinfer.kernels_cpu.opcode import OP_WORDS, STEP_WORDS, OpField, StepField
 from pyinfer.kernels_cpu.pool import Pool, Program
-from pyinfer.kernels_cpu.simd import Emitter, Reg, vector
+from pyinfer.kernels_cpu.simd import Emitter, Reg
 
 MAX_OPS = 256
 _READ_CHUNK = 64 << 10
 _ACCUMULATORS, _DOTS_A_LOOP, _DOT_LOOPS = 16, 32, 100_000
 _ARG = int(OpField.ARGS)
-
-
-class _BFloat(type(ir.HalfType())):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite's IR layer does not name."""
-
-    intrinsic_name = "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    _to_string = __str__
 
 
 def read_body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
@@ -70,11 +58,7 @@ def _product_body(kind: str) -> Body:
 
 
 def _product(e: Emitter, kind: str, acc: Reg, left: Reg, right: Reg) -> Reg:
-    if kind == "int8":
-        return e.dot4(acc, left, right, 15)
-    pairs = vector(_BFloat(), 2 * e.L)
-    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * e.L}"
-    return e.call(name, e.vf, [acc, e.b.bitcast(left, pairs), e.b.bitcast(right, pairs)])
+    return e.dot4(acc, left, right, 15) if kind == "int8" else e.dot_bfloat(acc, left, right)
 
 
 class PeakMeter:
@@ -119,7 +103,7 @@ class PeakMeter:
         """10^9 operations a second, two a product, of "int8" or "bf16"; None where there is no bf16 instruction."""
         per_lane = 4
         if kind == "bf16":
-            if "+avx512bf16" not in self.compiler.isa.features or self.compiler.isa.lanes != 16:
+            if not self.compiler.isa.bfloat:
                 return None
             per_lane = 2
         kernel = self.compiler.kernel(f"peak_{kind}", _product_body(kind))
