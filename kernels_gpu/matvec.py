@@ -60,15 +60,18 @@ def _launch(x: Operand, products: Sequence[Product], problem: Problem, cut: Tuni
     layouts = [product.weight.layout for product in products]
     assert all(layout.n_columns == x.width for layout in layouts), problem
     assert all((layout.kind in FLOAT_BYTES) == (x.form == "f32") for layout in layouts), (x.form, problem)
-    matrices: list[tuple[Buffer | None, Buffer | None, Buffer | None, int]]
-    matrices = [(p.weight.buffer, p.out, p.bias, p.weight.layout.n_rows) for p in products]
-    matrices += [(None, None, None, 0)] * (MAX_MATRICES - len(products))
+    matrices: list[tuple[Buffer | None, Buffer | None, Buffer | None, int, int]]
+    blocks = [cut.n_blocks(layout.n_rows) for layout in layouts]
+    matrices = [
+        (p.weight.buffer, p.out, p.bias, p.weight.layout.n_rows, n) for p, n in zip(products, blocks, strict=True)
+    ]
+    matrices += [(None, None, None, 0, 0)] * (MAX_MATRICES - len(products))
     return Launch(
         gemv_kernel(problem, cut),
-        grid=(sum(cut.n_blocks(layout.n_rows) for layout in layouts), 1, 1),
+        grid=(sum(blocks), 1, 1),
         block=(32 * cut.warps, 1, 1),
         args=(
-            x.data, x.scales, x.sums, x.width, residual, cut.passes, *(value for matrix in matrices for value in matrix),
+            x.data, x.scales, x.sums, x.width, residual, *(value for matrix in matrices for value in matrix),
         ),
         overlap=True,
     )  # fmt: skip

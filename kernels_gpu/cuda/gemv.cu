@@ -3,7 +3,7 @@
 //
 // A warp owns 32 / LANES * ROWS rows of w; LANES lanes go along a row together. Each lane has a ring of DEPTH * ROWS tiles in
 // shared memory that cp.async fills; it reads only what it asked for itself, so the ring needs no barrier, and nothing waits
-// between the end of some rows and the next `passes`: their tiles are on the way. SPLIT warps share the same rows and add their
+// between the end of some rows and the next that the warp takes: their tiles are on the way. SPLIT warps share the same rows and add their
 // sums in a fixed order. The order of additions depends on LANES and SPLIT only, so a row of x gives the same numbers whatever
 // comes with it.
 //
@@ -22,8 +22,6 @@ constexpr int kOutputsOfLane = (kOutputs + 32 * SPLIT - 1) / (32 * SPLIT);
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
 constexpr int kRingBytes = DEPTH * ROWS * 32 * max_of(TYPE0::kTileBytes, max_of(TYPE1::kTileBytes, TYPE2::kTileBytes));
 static_assert(WARPS % SPLIT == 0 && (LANES & (LANES - 1)) == 0 && LANES <= 32, "whole groups of warps and lanes");
-
-DEVICE int blocks_of(int n, int passes) { return ceil_div(ceil_div(n, kBlockRows), passes); }
 
 struct Segment {
   const void* w;
@@ -152,7 +150,6 @@ DEVICE void multiply(const Segment& s, int block, const Input& x, const float* r
   const int warp = threadIdx.x / 32, lane = lane_id();
   const int share = warp % SPLIT, group = warp / SPLIT;
   const int row_stride = s.n_blocks * kBlockRows, block_row = block * kBlockRows;
-  const int passes = ceil_div(ceil_div(s.n, kBlockRows) - block, s.n_blocks);
   const int steps = ceil_div(x.columns, T::kColumns), rounds = ceil_div(steps, kStride);
   const int first_step = share * LANES + lane % LANES;
   const int lane_row = group * kWarpRows + lane / LANES * ROWS;
@@ -162,8 +159,9 @@ DEVICE void multiply(const Segment& s, int block, const Input& x, const float* r
   for (int d = 0; d < DEPTH; d++) supply.ask();
   wait_for_previous();
 
-  for (int pass = 0; pass < passes; pass++) {
-    const int group_row = block_row + pass * row_stride + group * kWarpRows;
+  int buffer = 0;
+  for (int first_row = block_row; first_row < s.n; first_row += row_stride) {
+    const int group_row = first_row + group * kWarpRows;
     // what is added to the sums is there when they are done
     float extra[kOutputsOfLane];
 #pragma unroll
@@ -192,7 +190,8 @@ DEVICE void multiply(const Segment& s, int block, const Input& x, const float* r
       else multiply_int8<T>(tiles, x, step, sums);
     }
 
-    float(*mine)[kOutputs] = partial[pass & 1];  // the others may still read the last pass's
+    float(*mine)[kOutputs] = partial[buffer];
+    buffer ^= 1;  // the other warps may still read this one when the next sums come
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
 #pragma unroll
@@ -222,24 +221,26 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
-// x is int8 [TOKENS, columns] with scales and sums, or float [TOKENS, columns]; a missing matrix has no rows.
+// x is int8 [TOKENS, columns] with scales and sums, or float [TOKENS, columns]; a missing matrix has no rows. Each
+// matrix is worked on by so many blocks, which take kBlockRows rows in turns.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-    gemv(const void* x, const float* x_scales, const float* x_sums, int columns, const float* residual, int passes,
-         const void* w0, float* out0, const float* bias0, int n0, const void* w1, float* out1, const float* bias1, int n1,
-         const void* w2, float* out2, const float* bias2, int n2) {
+    gemv(const void* x, const float* x_scales, const float* x_sums, int columns, const float* residual,
+         const void* w0, float* out0, const float* bias0, int n0, int blocks0,
+         const void* w1, float* out1, const float* bias1, int n1, int blocks1,
+         const void* w2, float* out2, const float* bias2, int n2, int blocks2) {
   __shared__ __align__(16) uint8_t ring[WARPS * kRingBytes];
   __shared__ float partial[2][WARPS][kOutputs];
   let_next_start();
   const Input in{x, x_scales, x_sums, columns};
-  Segment s{w0, out0, bias0, n0, blocks_of(n0, passes)};
+  Segment s{w0, out0, bias0, n0, blocks0};
   int block = blockIdx.x, which = 0;
   if (SEGMENTS > 1 && block >= s.n_blocks) {
     block -= s.n_blocks;
-    s = {w1, out1, bias1, n1, blocks_of(n1, passes)};
+    s = {w1, out1, bias1, n1, blocks1};
     which = 1;
     if (SEGMENTS > 2 && block >= s.n_blocks) {
       block -= s.n_blocks;
-      s = {w2, out2, bias2, n2, blocks_of(n2, passes)};
+      s = {w2, out2, bias2, n2, blocks2};
       which = 2;
     }
   }
