@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Literal
 
 from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import DeviceInfo, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Embed, MatMul
-from pyinfer.graph.split import block_cuts, expandable_weights, split_graph
+from pyinfer.graph.split import block_cuts, expandable_weights, split_graph, weights_of
 from pyinfer.runtime.sizes import format_binary
 
 GPULayers = int | Literal["auto", "all"]
 GPUExpand = Literal["auto", "on", "off"]
 GPU_EXPAND: tuple[GPUExpand, ...] = ("auto", "on", "off")
-# CUDA context, cuBLAS workspace, CUDA graphs and loaded kernels
-_FIXED = 384 << 20
+# CUDA context, cuBLAS workspace, CUDA graphs, loaded kernels, slices of matrices in float16, attention's partial sums
+_FIXED = 512 << 20
+_OUTPUTS = 256  # rows that go through the head at once, if there are not more sequences
 _ALIGNMENT = 1.02  # packed weights end at multiples of 16 and of 256 bytes
 
 
@@ -191,12 +190,8 @@ def check_layers(layers: object) -> None:
 
 
 def weight_bytes(graph: Graph) -> int:
-    """Of the matrices as they lie on a device; a table that is looked up in and multiplied with lies there twice."""
-    total = 0
-    for op in graph.ops:
-        weights = (op.table,) if isinstance(op, Embed) else op.weights if isinstance(op, MatMul) else ()
-        total += sum(weight.data.nbytes for weight in weights)
-    return int(total * _ALIGNMENT)
+    """Of the matrices as they lie on a device, each once."""
+    return int(sum(weight.data.nbytes for weight in weights_of(graph)) * _ALIGNMENT)
 
 
 def copies_bytes(graph: Graph) -> int:
@@ -224,17 +219,17 @@ def keeps_copies(
 
 
 def buffer_bytes(graph: Graph, config: StageConfig) -> int:
-    """An upper bound for activations, the largest matrix in float16 and what the libraries take."""
+    """An upper bound for activations and what the libraries take. Few of a step's rows go through the head."""
+    rows = {"tokens": config.max_tokens, "outputs": min(config.max_tokens, max(_OUTPUTS, config.max_sequences))}
     last_read = {id(value): index for index, op in enumerate(graph.ops) for value in op.inputs}
     last_read[id(graph.logits)] = len(graph.ops)
     alive: dict[int, int] = {}
     peak = 0
     for index, op in enumerate(graph.ops):
-        alive |= {id(value): 4 * value.width for value in op.outputs}
+        alive |= {id(value): 4 * value.width * rows[value.rows] for value in op.outputs}
         peak = max(peak, sum(alive.values()))
         alive = {key: size for key, size in alive.items() if last_read.get(key, -1) > index}
-    largest = max((prod(w.shape) for op in graph.ops if isinstance(op, MatMul) for w in op.weights), default=0)
-    return _FIXED + peak * config.max_tokens + 2 * largest
+    return _FIXED + 2 * peak
 
 
 def _page_bytes(graph: Graph, config: StageConfig) -> int:

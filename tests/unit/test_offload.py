@@ -217,17 +217,17 @@ def test_what_cannot_fit_is_said_before_loading(
 
 def test_the_pool_takes_what_the_gpus_have_when_all_is_there(path: Path, fake: Callable[..., list[str]]) -> None:
     graph = build_graph(GGUFFile.open(path))
-    fake(with_room(GIB))
+    fake(with_room(2 * GIB))
     options = LoadOptions(n_gpu_layers="all", max_num_seqs=2)
-    sized = placement.size_pool(graph, 0, options, Offload(N, True, True), [with_room(GIB)])
+    sized = placement.size_pool(graph, 0, options, Offload(N, True, True), [with_room(2 * GIB)])
     assert sized is not None and sized.n_pages == 2 * 512 // 16  # no more than can ever be used
     many = replace(options, max_num_seqs=100_000, gpu_memory_utilization=0.5)
-    sized = placement.size_pool(graph, 0, many, Offload(N, True, True), [with_room(GIB)])
+    sized = placement.size_pool(graph, 0, many, Offload(N, True, True), [with_room(2 * GIB)])
     assert sized is not None
-    plan = make_plan(graph, sized, [with_room(GIB)], Offload(N, True, True), 0.5)
-    assert 0 <= GIB // 2 - plan.stages[0].n_bytes(sized.n_pages) < plan.page_bytes
+    plan = make_plan(graph, sized, [with_room(2 * GIB)], Offload(N, True, True), 0.5)
+    assert 0 <= GIB - plan.stages[0].n_bytes(sized.n_pages) < plan.page_bytes
     fixed = replace(options, kv_cache_memory=40 * plan.page_bytes)
-    sized = placement.size_pool(graph, 0, fixed, Offload(3), [with_room(GIB)])
+    sized = placement.size_pool(graph, 0, fixed, Offload(3), [with_room(2 * GIB)])
     assert sized is not None and sized.n_pages == 40
 
 
