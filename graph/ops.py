@@ -7,7 +7,7 @@ were asked for (`rows="outputs"`). Ops are frozen and refer to values, weights s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,15 +36,26 @@ class Value:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Op:
-    """Base of all ops."""
+    """Base of all ops. `READS` and `WRITES` name the fields that hold values: one, several, or None."""
+
+    READS: ClassVar[tuple[str, ...]] = ()
+    WRITES: ClassVar[tuple[str, ...]] = ("out",)
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        raise AssertionError(type(self))
+        return self._values(self.READS)
 
     @property
     def outputs(self) -> tuple[Value, ...]:
-        raise AssertionError(type(self))
+        return self._values(self.WRITES)
+
+    def _values(self, names: tuple[str, ...]) -> tuple[Value, ...]:
+        found: list[Value] = []
+        for name in names:
+            held: Value | tuple[Value, ...] | None = getattr(self, name)
+            if held is not None:
+                found += held if isinstance(held, tuple) else (held,)
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,28 +66,12 @@ class Embed(Op):
     table: QuantTensor  # (n_vocab, width)
     scale: float = 1.0
 
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return ()
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.out,)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hidden(Op):
     """out = batch.hidden: the rows that the stage before this one ended with. The first op of every stage but the first."""
 
     out: Value
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return ()
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.out,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,39 +81,30 @@ class RMSNorm(Op):
     A weight shorter than the row normalizes each head by itself (qwen3, gemma3). `out` may be "a8" or "bf16".
     """
 
+    READS = ("x",)
+
     out: Value
     x: Value
     weight: F32Array
     eps: float
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return (self.x,)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.out,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantize(Op):
     """out = x rounded to the dtype of out, "a8" or "bf16"."""
 
+    READS = ("x",)
+
     out: Value
     x: Value
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return (self.x,)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.out,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatMul(Op):
     """outs[i] = x @ weights[i].T + biases[i] (+ residual, only with a single output)."""
+
+    READS = ("x", "residual")
+    WRITES = ("outs",)
 
     outs: tuple[Value, ...]
     x: Value
@@ -126,48 +112,29 @@ class MatMul(Op):
     biases: tuple[F32Array | None, ...]
     residual: Value | None = None
 
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return (self.x,) if self.residual is None else (self.x, self.residual)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return self.outs
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ApplyRope(Op):
     """out = x with each head of `head_dim` columns rotated to its token's position."""
+
+    READS = ("x",)
 
     out: Value
     x: Value
     head_dim: int
     rope: Rope
 
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return (self.x,)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.out,)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoreKV(Op):
     """Write this batch's keys and values of one layer into its pages; orders before the layer's `Attention`."""
 
+    READS = ("k", "v")
+    WRITES = ()
+
     k: Value
     v: Value
     layer: int  # index into Graph.kv_layers
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return (self.k, self.v)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,67 +144,43 @@ class Attention(Op):
     A layer with a window attends to positions p with 0 <= pos - p < window. `out` may be "a8" or "bf16".
     """
 
+    READS = ("q",)
+
     out: Value
     q: Value
     layer: int  # index into Graph.kv_layers, which holds n_kv_heads, head_dim and window
     n_heads: int
     scale: float
 
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return (self.q,)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.out,)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GatedActivation(Op):
     """out = activation(gate) * up (arXiv:2002.05202). `out` may be "a8" or "bf16"."""
+
+    READS = ("gate", "up")
 
     out: Value
     gate: Value
     up: Value
     activation: Activation
 
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return (self.gate, self.up)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.out,)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Add(Op):
     """out = a + b."""
 
+    READS = ("a", "b")
+
     out: Value
     a: Value
     b: Value
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return (self.a, self.b)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.out,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SelectRows(Op):
     """out (rows="outputs") = x[batch.output_rows]: only these tokens go through what follows."""
 
+    READS = ("x",)
+
     out: Value
     x: Value
-
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return (self.x,)
-
-    @property
-    def outputs(self) -> tuple[Value, ...]:
-        return (self.out,)
