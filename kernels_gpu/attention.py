@@ -28,8 +28,7 @@ _MAX_HEAD = 256
 _DECODE_GROUP = 8  # query heads that a block of the decode kernel holds in registers
 _PREFILL_GROUP = 16
 _MAX_SPLITS = 64
-_FEW_TOKENS = 4  # in a mixed step a sequence with no more of them is decoded
-_BLOCKS_PER_SM = 3  # of the decode kernel, by its registers
+FEW_TOKENS = 4  # in a mixed step a sequence with no more of them is decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,15 +194,15 @@ def _common_defines(shape: AttentionShape, pages: LayerPages) -> Defines:
 def _plan_decode(shape: AttentionShape, step: StepShape, pages: LayerPages, device: Device) -> _Decode:
     group = min(shape.group, _DECODE_GROUP)
     passes = -(-shape.group // group)
-    max_tokens = _FEW_TOKENS if _uses_prefill(shape, step, pages, device) else 0
+    max_tokens = FEW_TOKENS if _uses_prefill(shape, step, pages, device) else 0
     rows = min(step.n_tokens, step.n_sequences * max_tokens) if max_tokens else step.n_tokens
     lanes = 1 << (shape.heads.head_dim // 8 - 1).bit_length()
     at_once = 32 // lanes
-    wide = "f32" in (pages.k_type, pages.v_type)
-    unroll = max(1, min((4 if group > 4 else 8) // (2 if wide else 1), 32 // at_once))
+    registers = group * (2 if "f32" in (pages.k_type, pages.v_type) else 1)  # what a position more would take
+    unroll = max(1, min(8 if at_once == 1 and registers <= 4 else 4 if registers <= 8 else 2, 32 // at_once))
     tile = _WARPS * unroll * at_once
     blocks = rows * shape.heads.n_kv_heads * passes
-    wanted = _BLOCKS_PER_SM * device.n_sms
+    wanted = (3 if group <= 4 else 2) * device.n_sms  # that fit at a time, by their registers
     splits = max(4, wanted // blocks)  # a long sequence among many short ones would be one block's alone
     span = 128 if blocks * 8 <= wanted else 256  # positions that are worth a split
     min_tiles = max(1, span // tile)
@@ -283,7 +282,7 @@ def _prefill(
     defines: Defines = (
         *_common_defines(shape, pages), ("GROUP", group), ("TOKENS", tokens), ("WARPS", tiles.warps),
         ("ROW_TILES", tiles.row_tiles), ("COLUMNS", tiles.columns), ("STAGES", tiles.stages),
-        ("MIN_TOKENS", _FEW_TOKENS + 1 if step.kind == "mixed" else 1), ("OUT", FORMS.index(out.form)),
+        ("MIN_TOKENS", FEW_TOKENS + 1 if step.kind == "mixed" else 1), ("OUT", FORMS.index(out.form)),
     )  # fmt: skip
     n_tiles = -(-step.n_tokens // tokens) + step.n_sequences
     return Launch(

@@ -2,8 +2,8 @@
 // blog post of October 2023), float32 throughout. A block takes one token, one kv head and one span of positions, for GROUP
 // query heads at once, so that keys and values are read once. Bound by reading them.
 //
-// LANES lanes hold a vector of HEAD columns, eight each; a warp has kTile positions in flight, all of whose loads are issued
-// first. Each warp keeps its own running maximum, sum and weighted values; warps are merged at the end, then splits in
+// kLanes lanes hold a vector of HEAD columns, eight each. A warp has kTile positions of keys and of values in flight: the
+// next ones are asked for as soon as these have been used, and the first ones before anything else. Each warp keeps its own running maximum, sum and weighted values; warps are merged at the end, then splits in
 // ascending order by whichever block of the token and kv head ends last.
 //
 // Defines: HEAD, N_KV, PER_KV (query heads of a kv head), GROUP (at most 8), BLOCK, K_TYPE, V_TYPE, WINDOW (0: none), WARPS,
@@ -153,26 +153,65 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
     return;
   }
 
+  // tiles of this warp; the first one's keys and values are asked for before the queries are made ready
+  const int* table = page_tables + static_cast<long long>(sequence) * table_stride;
+  const int column = 8 * part < HEAD ? 8 * part : 0;
+  const int tile_end = min(min((split + 1) * tiles, n_tiles), ceil_div(length - start - warp * kTile, kBlockTile));
+  int tile = split * tiles;
+  Raw8<K_TYPE> keys[UNROLL];
+  Raw8<V_TYPE> values[UNROLL];
+  int vectors[UNROLL];
+  const auto locate = [&](int at) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      // what is masked reads a position that exists: pages behind the window are others' by now
+      const int seen = max(first, min(start + at * kBlockTile + warp * kTile + u * kAtOnce + group, length - 1));
+      vectors[u] = static_cast<int>(kv_vector(table[seen / BLOCK], kv_head, seen % BLOCK));
+    }
+  };
+  const auto load_keys = [&] {
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) keys[u].load(k_pages, k_scales, vectors[u], column);
+  };
+  const auto load_values = [&] {
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) values[u].load(v_pages, v_scales, vectors[u], column);
+  };
+  if (tile < tile_end) {
+    locate(tile);
+    load_keys();
+    load_values();
+  }
+
   const float* q_row = q + (static_cast<long long>(row) * (N_KV * PER_KV) + q_head) * HEAD;
 #if FUSED
   const float2* turns = angles + static_cast<long long>(row) * (N_DIMS / 2);
   // the newest position lies in the last split: only it reads what it stores here
+  const int newest = static_cast<int>(kv_vector(slot / BLOCK, kv_head, slot % BLOCK));
   if (split == n_used - 1) {
-    const long long vector = kv_vector(slot / BLOCK, kv_head, slot % BLOCK);
     const long long at = (static_cast<long long>(row) * N_KV + kv_head) * HEAD;
     float* scratch = shared.outputs[warp];
     if (warp == 0) {
-      rotate_head<NORM, true>(k + at, k_weight, eps, turns, scratch);
-      store_vector<K_TYPE>(scratch, k_pages, k_scales, vector);
+      rotate_head<NORM>(k + at, k_weight, eps, turns, scratch);
+      store_vector<K_TYPE>(scratch, k_pages, k_scales, newest);
     }
     if (warp == WARPS - 1) {
-      rotate_head<false, false>(v + at, nullptr, 0.0f, turns, scratch);
-      store_vector<V_TYPE>(scratch, v_pages, v_scales, vector);
+      copy_head(v + at, scratch);
+      store_vector<V_TYPE>(scratch, v_pages, v_scales, newest);
     }
   }
-  for (int h = warp; h < n_heads; h += WARPS) rotate_head<NORM, true>(q_row + h * HEAD, q_weight, eps, turns, shared.rotated[h]);
+  for (int h = WARPS - 1 - warp; h < n_heads; h += WARPS)
+    rotate_head<NORM>(q_row + h * HEAD, q_weight, eps, turns, shared.rotated[h]);
   __syncthreads();
   q_row = shared.rotated[0];
+  if (split == n_used - 1 && tile < tile_end) {  // what was loaded of the newest position was not there yet
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++)
+      if (vectors[u] == newest) {
+        keys[u].load(k_pages, k_scales, newest, column);
+        values[u].load(v_pages, v_scales, newest, column);
+      }
+  }
 #endif
   float query[GROUP][8];
 #pragma unroll
@@ -188,28 +227,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
 
   float acc[GROUP][8] = {};
   float running = kNothing, sum = 0.0f;  // of head lane % kHeads, over the positions this lane has weighed
-  const int* table = page_tables + static_cast<long long>(sequence) * table_stride;
-  const int column = 8 * part < HEAD ? 8 * part : 0;
-  const int tile_end = min((split + 1) * tiles, n_tiles);
   float(*scores)[kHeads] = shared.scores[warp];
-  for (int tile = split * tiles; tile < tile_end; tile++) {
+  for (; tile < tile_end; tile++) {
     const int base = start + tile * kBlockTile + warp * kTile;
-    if (base >= length) break;
-    if (base + kTile <= first) continue;
-    Raw8<K_TYPE> keys[UNROLL];
-    Raw8<V_TYPE> values[UNROLL];
-    long long vectors[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      // what is masked reads a position that exists: pages behind the window are others' by now
-      const int position = max(first, min(base + u * kAtOnce + group, length - 1));
-      vectors[u] = kv_vector(table[position / BLOCK], kv_head, position % BLOCK);
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) keys[u].load(k_pages, k_scales, vectors[u], column);
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) values[u].load(v_pages, v_scales, vectors[u], column);
-
+    const bool goes_on = tile + 1 < tile_end;
     float dots[UNROLL * GROUP];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
@@ -222,6 +243,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
         for (int i = 0; i < 8; i++) dot += query[h][i] * key[i];
         dots[u * GROUP + h] = dot;
       }
+    }
+    if (goes_on) {
+      locate(tile + 1);
+      load_keys();
     }
     int index = 0, count = UNROLL * GROUP;
     Fold<UNROLL * GROUP, kLanes / 2, UNROLL * GROUP>::run(dots, index, count);
@@ -273,6 +298,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
         for (int i = 0; i < 8; i++) acc[h][i] += weight * value[i];
       }
     }
+    if (goes_on) load_values();
     __syncwarp();
   }
 

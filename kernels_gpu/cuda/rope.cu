@@ -1,6 +1,6 @@
 // Rotary embedding (arXiv:2104.09864), fused with the norm of each head and with writing keys and values into their pages.
 // Bound by launch latency in decode, by memory in prompts.
-// Defines: HEAD, N_DIMS, PAIRING, NORM, ROTATE (0: only store), N_KV, BLOCK, K_TYPE, V_TYPE, WARPS.
+// Defines: HEAD, N_DIMS, PAIRING, NORM (1: each head is normalized first), ROTATE (0: only store), N_KV, BLOCK, K_TYPE, V_TYPE, WARPS.
 // Without them only rope_angles is there.
 #include "ptx.cuh"
 #ifdef HEAD
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) rope_store(
   float* rotated = heads[warp];
   const float2* turns = angles + static_cast<long long>(row) * (N_DIMS / 2);
   if (head < n_q) {
-    rotate_head<NORM, ROTATE>(q + (static_cast<long long>(row) * n_q + head) * HEAD, q_weight, eps, turns, rotated);
+    rotate_head<NORM>(q + (static_cast<long long>(row) * n_q + head) * HEAD, q_weight, eps, turns, rotated);
     float* target = q_out + (static_cast<long long>(row) * n_q + head) * HEAD;
 #pragma unroll
     for (int column = lane_id(); column < HEAD; column += 32) target[column] = rotated[column];
@@ -54,11 +54,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) rope_store(
   if (slot < 0) return;
   head -= n_q;
   if (head < n_kv) {
-    rotate_head<NORM, ROTATE>(k + (static_cast<long long>(row) * N_KV + head) * HEAD, k_weight, eps, turns, rotated);
+    const float* source = k + (static_cast<long long>(row) * N_KV + head) * HEAD;
+    if (ROTATE) rotate_head<NORM>(source, k_weight, eps, turns, rotated);
+    else copy_head(source, rotated);
     store_vector<K_TYPE>(rotated, k_pages, k_scales, kv_vector(slot / BLOCK, head, slot % BLOCK));
   } else {
     head -= n_kv;
-    rotate_head<false, false>(v + (static_cast<long long>(row) * N_KV + head) * HEAD, nullptr, 0.0f, turns, rotated);
+    copy_head(v + (static_cast<long long>(row) * N_KV + head) * HEAD, rotated);
     store_vector<V_TYPE>(rotated, v_pages, v_scales, kv_vector(slot / BLOCK, head, slot % BLOCK));
   }
 }

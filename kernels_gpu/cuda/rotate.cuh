@@ -1,50 +1,69 @@
 // One head through its norm and its rotation, by one warp, into shared memory.
-// Defines: HEAD, N_DIMS (columns that rotate, even), PAIRING, NORM (1: each head is normalized first).
+// Defines: HEAD, N_DIMS (columns that rotate, even), PAIRING.
 #pragma once
 #include "ptx.cuh"
 
 #define PAIRING_INTERLEAVED 0
 #define PAIRING_HALF 1
 
-// x: HEAD floats; weight: HEAD, with NORM; angles: (cos, sin) [N_DIMS/2] of the head's token.
-template <bool kNorm, bool kRotate>
-DEVICE void rotate_head(const float* x, const float* weight, float eps, const float2* angles, float* out) {
-  constexpr int kHalf = N_DIMS / 2, kColumns = (HEAD + 31) / 32, kPairs = (kHalf + 31) / 32;
+// HEAD columns as they are.
+DEVICE void copy_head(const float* x, float* out) {
 #pragma unroll
-  for (int i = 0; i < kColumns; i++) {
-    const int column = lane_id() + 32 * i;
-    if (column < HEAD) out[column] = x[column];
-  }
+  for (int column = 0; column < HEAD; column += 32)
+    if (column + lane_id() < HEAD) out[column + lane_id()] = x[column + lane_id()];
   __syncwarp();
-  if (kNorm) {
-    float sum = 0.0f;
+}
+
+// x: HEAD floats; weight: HEAD, with kNorm; angles: (cos, sin) [N_DIMS/2] of the head's token. A lane works on pairs lane,
+// lane + 32, ... and on as many of the columns that do not rotate; all loads come first.
+template <bool kNorm>
+DEVICE void rotate_head(const float* x, const float* weight, float eps, const float2* angles, float* out) {
+  constexpr int kHalf = N_DIMS / 2, kPairs = (kHalf + 31) / 32, kRest = (HEAD - N_DIMS + 31) / 32;
+  const auto first_of = [](int pair) { return PAIRING == PAIRING_HALF ? pair : 2 * pair; };
+  const auto second_of = [](int pair) { return PAIRING == PAIRING_HALF ? pair + kHalf : 2 * pair + 1; };
+  float u[kPairs], v[kPairs], rest[kRest + 1];
+  float2 turns[kPairs];
+  float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kColumns; i++) {
-      const int column = lane_id() + 32 * i;
-      const float v = column < HEAD ? out[column] : 0.0f;
-      sum += v * v;
-    }
+  for (int i = 0; i < kPairs; i++) {
+    const int pair = lane_id() + 32 * i;
+    const bool there = pair < kHalf;
+    u[i] = there ? x[first_of(pair)] : 0.0f;
+    v[i] = there ? x[second_of(pair)] : 0.0f;
+    turns[i] = there ? angles[pair] : make_float2(0.0f, 0.0f);
+  }
+#pragma unroll
+  for (int i = 0; i < kRest; i++) {
+    const int column = N_DIMS + lane_id() + 32 * i;
+    rest[i] = column < HEAD ? x[column] : 0.0f;
+  }
+  if (kNorm) {
+#pragma unroll
+    for (int i = 0; i < kPairs; i++) sum += u[i] * u[i] + v[i] * v[i];
+#pragma unroll
+    for (int i = 0; i < kRest; i++) sum += rest[i] * rest[i];
     const float factor = 1.0f / sqrtf(warp_sum(sum) / HEAD + eps);
 #pragma unroll
-    for (int i = 0; i < kColumns; i++) {
-      const int column = lane_id() + 32 * i;
-      if (column < HEAD) out[column] = out[column] * factor * weight[column];
-    }
-    __syncwarp();
-  }
-  if (kRotate) {
-#pragma unroll
     for (int i = 0; i < kPairs; i++) {
-      const int pair = lane_id() + 32 * i;
-      if (pair < kHalf) {
-        const int first = PAIRING == PAIRING_HALF ? pair : 2 * pair;
-        const int second = PAIRING == PAIRING_HALF ? pair + kHalf : 2 * pair + 1;
-        const float2 turn = angles[pair];
-        const float u = out[first], v = out[second];
-        out[first] = u * turn.x - v * turn.y;
-        out[second] = u * turn.y + v * turn.x;
-      }
+      const int pair = min(lane_id() + 32 * i, kHalf - 1);
+      u[i] *= factor * weight[first_of(pair)];
+      v[i] *= factor * weight[second_of(pair)];
     }
-    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kRest; i++) rest[i] *= factor * weight[min(N_DIMS + lane_id() + 32 * i, HEAD - 1)];
   }
+#pragma unroll
+  for (int i = 0; i < kPairs; i++) {
+    const int pair = lane_id() + 32 * i;
+    if (pair < kHalf) {
+      out[first_of(pair)] = u[i] * turns[i].x - v[i] * turns[i].y;
+      out[second_of(pair)] = u[i] * turns[i].y + v[i] * turns[i].x;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRest; i++) {
+    const int column = N_DIMS + lane_id() + 32 * i;
+    if (column < HEAD) out[column] = rest[i];
+  }
+  __syncwarp();
 }
