@@ -177,6 +177,16 @@ class Add(Op):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AllReduce(Op):
+    """out = the sum of the ranks' x, the same on each; for graphs that `graph.tensor_split` made."""
+
+    READS = ("x",)
+
+    out: Value
+    x: Value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SelectRows(Op):
     """out (rows="outputs") = x[batch.output_rows]: only these tokens go through what follows."""
 

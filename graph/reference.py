@@ -15,6 +15,7 @@ from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import (
     Activation,
     Add,
+    AllReduce,
     ApplyRope,
     Attention,
     Embed,
@@ -48,10 +49,20 @@ class ReferenceStage:
     """Float32 copies of all weights and the pages of keys and values."""
 
     def __init__(
-        self, graph: Graph, config: StageConfig, progress: Progress | None = None, *, keep_weights: bool = True
+        self,
+        graph: Graph,
+        config: StageConfig,
+        progress: Progress | None = None,
+        *,
+        keep_weights: bool = True,
+        all_reduce: Callable[[F32Array], F32Array] | None = None,
     ) -> None:
-        """Without `keep_weights` a weight is dequantized at every use: slower, and in the memory of one matrix."""
+        """Without `keep_weights` a weight is dequantized at every use: slower, and in the memory of one matrix.
+
+        `all_reduce` gives the sum of what the ranks of a tensor split call it with.
+        """
         graph.check()
+        self._all_reduce = all_reduce
         self._graph = graph
         self._config = config
         self._weights = _dequantize_weights(graph, progress) if keep_weights else {}
@@ -143,6 +154,9 @@ class ReferenceStage:
                 rows[op.out] = activate(rows[op.gate], op.activation) * rows[op.up]
             case Add():
                 rows[op.out] = rows[op.a] + rows[op.b]
+            case AllReduce():
+                assert self._all_reduce is not None
+                rows[op.out] = self._all_reduce(rows[op.x])
             case SelectRows():
                 rows[op.out] = rows[op.x][batch.output_rows]
             case _:

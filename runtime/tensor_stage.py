@@ -1,0 +1,48 @@
+"""`TensorStage`: the ranks of a tensor split as one stage. All work on every step at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from typing import TypeVar
+
+import numpy as np
+
+from pyinfer.graph.backend import PageData, Stage
+from pyinfer.graph.batch import Batch
+from pyinfer.graph.ops import F32Array
+
+T = TypeVar("T")
+
+
+class TensorStage:
+    """See `graph.backend.Stage`. Each rank holds its heads' part of every page, and its columns of the logits."""
+
+    def __init__(self, ranks: Sequence[Stage]) -> None:
+        self.ranks = list(ranks)
+        self._threads = ThreadPoolExecutor(len(ranks), "pyinfer-rank")
+        self._ends: list[int] = []  # of each rank's bytes in a page's
+
+    def run(self, batch: Batch) -> F32Array:
+        return np.concatenate(self._all(lambda rank: rank.run(batch)), axis=1)
+
+    def copy_page(self, source: int, target: int) -> None:
+        self._all(lambda rank: rank.copy_page(source, target))
+
+    def read_pages(self, pages: Sequence[int]) -> PageData:
+        parts = self._all(lambda rank: rank.read_pages(pages))
+        self._ends = list(accumulate(part.shape[1] for part in parts))
+        return np.concatenate(parts, axis=1)
+
+    def write_pages(self, pages: Sequence[int], data: PageData) -> None:
+        for rank, start, end in zip(self.ranks, [0, *self._ends], self._ends, strict=False):
+            rank.write_pages(pages, np.ascontiguousarray(data[:, start:end]))
+
+    def close(self) -> None:
+        self._all(lambda rank: rank.close())
+        self._threads.shutdown()
+
+    def _all(self, work: Callable[[Stage], T]) -> list[T]:
+        """Each rank's, on a thread of its own: they wait for each other inside."""
+        return [job.result() for job in [self._threads.submit(work, rank) for rank in self.ranks]]
