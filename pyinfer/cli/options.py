@@ -190,7 +190,14 @@ def _engine_options(
         int, typer.Option(min=1, metavar="N", help="Tokens in one step of the engine.", rich_help_panel=_ENGINE_PANEL)
     ] = 512,
     block_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens in one page of the KV cache.", rich_help_panel=_ENGINE_PANEL)
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            metavar="N",
+            help="Tokens in one page of the KV cache: 16, 32 or 64 on the CPU.",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
     ] = 16,
     seed: Annotated[
         int,

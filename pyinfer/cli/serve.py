@@ -227,13 +227,13 @@ class _Runner:
         from pyinfer.runtime.sizes import format_binary
 
         config = loaded.config
-        tokens = config.n_pages * config.block_size
+        pages = f"{config.n_pages} pages of {config.block_size} tokens"
         print_facts(
             f"Serving {self._service.names[0]}: {self._url}",
             [
                 ("model", edge.info.model_type),
                 ("context", f"{loaded.limits.n_ctx} tokens of {edge.info.n_ctx_train}"),
-                ("KV cache", f"{format_binary(loaded.kv_bytes)}, {tokens} tokens, {config.kv_dtype}"),
+                ("KV cache", f"{format_binary(loaded.kv_bytes)}, {pages}, {config.kv_dtype}"),
                 ("threads", config.n_threads),
                 *((device, what) for device, _, what in (line.partition(": ") for line in loaded.placement)),
                 ("chat template", None if edge.chat_template else "none; give one with --chat-template FILE"),

@@ -130,6 +130,29 @@ def test_timeline_says_who_took_the_pages(small_server: str) -> None:
     assert preempted[0][0] != preempted[0][1]
 
 
+def test_refused_requests_are_counted(tiny_model: Any, start_server: Any) -> None:
+    with load_model(tiny_model(), n_threads=1, max_num_seqs=1, max_queue_wait=0.0) as loaded:
+        client = EngineClient.in_process(loaded.engine)
+        service = Service(["small"])
+        service.set_ready(
+            ServedModel(client, loaded.tokenizer, loaded.chat_template, loaded.n_ctx, 512, loaded.chat_params)
+        )
+        url, stop = start_server(service)
+        complete(url, max_tokens=30)  # how long a step takes must be known
+
+        def ask(_: int) -> int:
+            body = {"prompt": "the sea is", "ignore_eos": True, "max_tokens": 400}
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code
+
+        with ThreadPoolExecutor(6) as pool:
+            codes = list(pool.map(ask, range(6)))
+        assert set(codes) == {200, 429}
+        complete(url, max_tokens=2)  # a refusal is reported with the step after it
+        assert scrape(url)["num_refused_requests_total"] == codes.count(429)
+        stop()
+        client.close()
+
+
 def report(outputs: list[RequestOutput], events: list[RequestEvent] | None = None) -> StepReport:
     stats = EngineStats(**dict.fromkeys(EngineStats.__struct_fields__, 0))
     return StepReport(time.monotonic(), 0.0, outputs, events or [], stats)

