@@ -49,7 +49,6 @@ class CuPyDevice:
         )
         self._overlap = self.arch >= 90 and int(runtime.driverGetVersion()) >= _OVERLAP_IN_GRAPHS
         self._blas: int | None = None
-        self._scalars = np.array([0, 1], np.float32)  # beta of a product, and alpha
         self._modules: dict[Unit, int] = {}
         self._functions: dict[Kernel, int] = {}
         self._shared_of: dict[int, int] = {}  # function -> dynamic shared memory that it was allowed
@@ -171,10 +170,11 @@ class CuPyDevice:
         """cuBLAS has columns where we have rows, so it computes out.T = w @ x.T."""
         if self._blas is None:
             self._blas = int(cublas.create())
-        one, beta = self._scalars.ctypes.data + 4, self._scalars.ctypes.data + 4 * gemm.accumulate
+        scalars = np.array([gemm.alpha, gemm.accumulate], np.float32)  # read before the call returns, also in a capture
+        alpha, beta = scalars.ctypes.data, scalars.ctypes.data + 4
         with self._stream:  # gemmEx takes CuPy's current stream
             cublas.gemmEx(
-                self._blas, _OP_T, _OP_N, gemm.n, gemm.m, gemm.k, one,
+                self._blas, _OP_T, _OP_N, gemm.n, gemm.m, gemm.k, alpha,
                 gemm.w.ptr, _R_16F, gemm.k, gemm.x.ptr, _R_16F, gemm.k, beta,
                 gemm.out.ptr, _R_32F, gemm.out_stride, _COMPUTE_32F, _GEMM_DEFAULT,
             )  # fmt: skip

@@ -55,7 +55,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """out = x @ w.T (+ out, with `accumulate`) by cuBLAS: float16 operands, float32 sums and results, rows contiguous."""
+    """out = alpha * x @ w.T (+ out, with `accumulate`) by cuBLAS: float16 operands, float32 sums and results, rows contiguous."""
 
     out: Buffer  # float32 [m, out_stride]
     x: Buffer  # float16 [m, k]
@@ -65,6 +65,7 @@ class Gemm:
     k: int
     out_stride: int  # in elements; at least n
     accumulate: bool = False
+    alpha: float = 1.0
 
 
 Step = Launch | Gemm

@@ -6,9 +6,12 @@ by a copy. Float32 is what everything else reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pyinfer.graph.ops import (
     Add,
@@ -52,6 +55,10 @@ from pyinfer.kernels_gpu.rows import (
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.kernels_gpu.unpack import build_embed
 from pyinfer.kernels_gpu.workspace import ValuePlan
+
+
+# of a norm's results, for float16 without scales: far from its largest number, and from those that lose digits
+_SMALLEST_BOUND, _LARGEST_BOUND = 0.5, 32768.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +147,13 @@ class _Lowering:
         """In the form that its readers want, for ops that can write each."""
         return self._write(value, self._form(value))
 
+    def _write_normed(self, op: RMSNorm) -> Operand:
+        """The same for a norm of whole rows. What it can give is bounded: where float16 holds that, rows need no scales, and
+        cuBLAS writes results that nothing has to be multiplied with any more."""
+        largest = float(np.abs(op.weight).max()) * math.sqrt(op.x.width)
+        scaled = not _SMALLEST_BOUND <= largest <= _LARGEST_BOUND
+        return self.values.write(op.out, self._form(op.out), self._rows(op.out), scaled=scaled)
+
     def _vector(self, values: Any) -> Buffer:
         return self.memory.weights.vector(values)
 
@@ -157,13 +171,13 @@ class _Lowering:
         x, n = self.values[op.x].data, self._rows(op.out)
         weight = self._vector(op.weight)
         if op.weight.size == op.x.width:
-            self.steps += build_rms_norm(self._write_operand(op.out), x, weight, op.eps, n)
+            self.steps += build_rms_norm(self._write_normed(op), x, weight, op.eps, n)
         else:
             self.steps += build_head_norm(self._write(op.out), x, weight, op.weight.size, op.eps, n)
 
     def _norm_group(self, group: NormGroup) -> None:
         x, residual = self.values[group.x].data, self.values[group.residual].data
-        total, out = self._write(group.add.out), self._write_operand(group.norm.out)
+        total, out = self._write(group.add.out), self._write_normed(group.norm)
         first = group.before
         before = BeforeNorm(
             residual, total.data, self._vector(first.weight) if first else None, first.eps if first else 0.0

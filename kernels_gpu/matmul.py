@@ -166,9 +166,12 @@ def _slice(
     else:
         weights = memory.scratch.at(0, 2 * n * columns)
         yield from build_dequantize(weights, product.weight, first, n, gain)
+    out, bias = product.out.at(4 * first), product.bias.at(4 * first) if product.bias else None
+    if x.scales is None and bias is None and residual is None:
+        yield Gemm(out, x.data, weights, m, n, columns, out_stride=width, alpha=1.0 / gain)
+        return
     result = memory.scratch.at(_slice_bytes(n, problem), 4 * m * n)
     yield Gemm(result, x.data, weights, m, n, columns, out_stride=n)
-    out, bias = product.out.at(4 * first), product.bias.at(4 * first) if product.bias else None
     yield Launch(
         Kernel("matmul_finish.cu", "matmul_finish", (("THREADS", _FINISH_THREADS),)),
         grid=(-(-n // (4 * _FINISH_THREADS)), m, 1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import ceil
 
 from pyinfer.kernels_gpu.mma_tiling import GPU, model_cycles, tilings
@@ -54,6 +55,7 @@ class RouteTable:
         return self.measured.get((problem, is_float16)) or default_route(problem, self.gpu, is_float16=is_float16)
 
 
+@lru_cache(maxsize=4096)
 def default_route(problem: Problem, gpu: GPU, *, is_float16: bool) -> Route:
     """The best by the model."""
     kind, m, widths, columns = problem.kind, problem.m, problem.widths, problem.columns

@@ -13,6 +13,7 @@ For Llama-3.1-8B in Q4_K_M (8.0e9 weights, 4.6 GB) that bounds a step of 8 to 32
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 from pyinfer.kernels_gpu.weights_layout import layout_of
@@ -102,7 +103,8 @@ def chunk_units(kind: str, columns: int) -> int:
     return next((units for units in options if waste[units] <= 1.06), min(options, key=lambda units: waste[units]))
 
 
-def tilings(kind: str, m: int, widths: tuple[int, ...], columns: int, gpu: GPU) -> list[Tiling]:
+@lru_cache(maxsize=4096)
+def tilings(kind: str, m: int, widths: tuple[int, ...], columns: int, gpu: GPU) -> tuple[Tiling, ...]:
     """Every sensible way, best first by the model."""
     found: dict[Tiling, float] = {}
     units = chunk_units(kind, columns)
@@ -117,7 +119,7 @@ def tilings(kind: str, m: int, widths: tuple[int, ...], columns: int, gpu: GPU) 
             for share in {even, ceil(n_units / gpu.n_sms), ceil(even / whole) * whole}:
                 shared_out = _with_share(cut, share)
                 found[shared_out] = model_cycles(shared_out, kind, m, widths, columns, gpu)
-    return sorted(found, key=found.__getitem__)
+    return tuple(sorted(found, key=found.__getitem__))
 
 
 def model_cycles(cut: Tiling, kind: str, m: int, widths: tuple[int, ...], columns: int, gpu: GPU) -> float:

@@ -25,7 +25,7 @@ class Operand:
     form: Form
     width: int
     data: Buffer  # float32, int8 or float16 [n, width]
-    scales: Buffer | None = None  # float32: a8 [n, width / 32], h16 [n]
+    scales: Buffer | None = None  # float32: a8 [n, width / 32], h16 [n] or None: all are 1
     sums: Buffer | None = None  # float32, a8 only [n, width / 32]: scale * sum of the block's codes
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from pyinfer.graph.ops import MatMul
@@ -111,6 +112,8 @@ class _Bench:
             "h16", problem.m, problem.columns, plan.scratch(operand_bytes("h16", problem.m, problem.columns))
         )
         memory.device.zero(self._x.data)
+        if len(products) > 1:  # q, k, v and gate, up follow a norm (lower)
+            self._x = replace(self._x, scales=None)
         self._products = [
             Product(product.weight, plan.scratch(4 * problem.m * product.weight.layout.n_rows)) for product in products
         ]

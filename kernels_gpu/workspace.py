@@ -7,6 +7,7 @@ slabs that are large enough, and no step has to allocate.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import Value
@@ -50,9 +51,11 @@ class ValuePlan:
     def __contains__(self, value: Value) -> bool:
         return id(value) in self._operands
 
-    def write(self, value: Value, form: Form, n_rows: int) -> Operand:
-        """Memory for a value that is about to be written."""
+    def write(self, value: Value, form: Form, n_rows: int, *, scaled: bool = True) -> Operand:
+        """Memory for a value that is about to be written; an h16 one without `scaled` has no scales of its rows."""
         operand, slab = self.operand_scratch(form, n_rows, value.width)
+        if form == "h16" and not scaled:
+            operand = replace(operand, scales=None)
         self._operands[id(value)] = (operand, slab)
         self._holders[slab.ptr] += 1
         return operand

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,9 +55,9 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, device: EmulatedDevice, mma: float, gemm: float) -> None:
         self.now, self.runs = 0.0, 0
 
-        def run(executable: list[object]) -> None:
+        def run(executable: list[Any]) -> None:
             self.runs += 1
-            self.now += mma if len(executable) == 4 else gemm
+            self.now += mma if executable[0].kernel.name == "matmul_mma" else gemm
 
         monkeypatch.setattr(device, "run", run)
 

@@ -189,6 +189,23 @@ def test_float16_and_cublas(device: EmulatedDevice, kind: str) -> None:
     check(device, case)
 
 
+def test_nothing_is_left_to_do_without_scales(device: EmulatedDevice) -> None:
+    """Rows that are float16 by themselves, no bias: cuBLAS writes the result; both ways agree."""
+    case = make(device, "Q5_0", 12, (50,), 96)
+    rows = device.values(case.x.data, np.float16, 12, 96).astype(np.float32)
+    assert case.x.scales is not None
+    case.expected[0] = case.expected[0] / device.values(case.x.scales, np.float32, 12, 1)
+    case.x = Operand("h16", 96, device.array(rows.astype(np.float16)))
+    memory = memory_for(device, case, scratch_bytes(case.problem, Route(20), SMALL), 4)
+    steps = build_gemm(case.x, case.problem, case.products, memory, 20)
+    assert len(steps) == 6
+    for step in steps:
+        device.launch(step)
+    check(device, case)
+    run_mma(device, case, cut_of(case))
+    check(device, case)
+
+
 def test_a_kept_copy_is_multiplied(device: EmulatedDevice) -> None:
     case = make(device, "Q8_0", 12, (64,), 96)
     copy = np.random.default_rng(4).standard_normal((64, 96)).astype(np.float16)

@@ -159,7 +159,7 @@ def _gemm(gemm: Gemm) -> None:
 
     assert gemm.out_stride >= gemm.n
     x, w = array(gemm.x, np.float16, (gemm.m, gemm.k)), array(gemm.w, np.float16, (gemm.n, gemm.k))
-    product = x.astype(np.float32) @ w.astype(np.float32).T
+    product = np.float32(gemm.alpha) * (x.astype(np.float32) @ w.astype(np.float32).T)
     for row in range(gemm.m):
         out = array(gemm.out.at(4 * row * gemm.out_stride), np.float32, (1, gemm.n))[0]
         out[:] = product[row] + out if gemm.accumulate else product[row]
