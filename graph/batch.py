@@ -41,13 +41,14 @@ class Batch:
         assert self.token_ids.min() >= 0 and self.token_ids.max() < n_vocab
         assert (self.page_tables >= 0).all() and (self.page_tables < n_pages).all()
         assert self.sequence_starts[0] == 0 and self.sequence_starts[-1] == n
-        for s in range(self.n_sequences):
-            a, b = int(self.sequence_starts[s]), int(self.sequence_starts[s + 1])
-            assert b > a, "a sequence without tokens"
-            positions = self.positions[a:b]
-            assert positions[0] >= 0 and (np.diff(positions) == 1).all()
-            pages = self.page_tables[:, s, positions // block_size]
-            assert (self.slots[:, a:b] == pages * block_size + positions % block_size).all()
+        lengths = np.diff(self.sequence_starts)
+        assert lengths.min() > 0, "a sequence without tokens"
+        goes_on = np.diff(self.positions) == 1
+        goes_on[self.sequence_starts[1:-1] - 1] = True
+        assert self.positions.min() >= 0 and goes_on.all()
+        block, offset = np.divmod(self.positions, block_size)
+        pages = self.page_tables[:, np.repeat(np.arange(self.n_sequences), lengths), block]
+        assert (self.slots == pages * block_size + offset).all()
         assert np.unique(self.slots).size == self.slots.size, "two tokens or groups write to one slot"
         if len(self.output_rows):
             assert (np.diff(self.output_rows) > 0).all()

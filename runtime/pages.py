@@ -135,8 +135,9 @@ class PagePool:
         used = {block for block, count in enumerate(self.references) if count}
         assert min(self.references) >= 0 and not used & self._kept.keys(), "a block is both held and kept"
         assert known.keys() <= used | self._kept.keys(), "a free block is findable"
-        pages = [page for block in (*used, *self._kept) for page in self.pages_of(block)]
-        assert sorted([*pages, *self._free]) == list(range(self.n_pages)), "a page is in two places or in none"
+        further = [page for block, pages in self._pages_of.items() for page in pages if page != block]
+        pages = [*used, *self._kept, *further, *self._free]
+        assert len(pages) == self.n_pages == len(set(pages)), "a page is in two places or in none"
         assert self._pages_of.keys() <= used | self._kept.keys()
         assert all(len(self.pages_of(block)) == self._spans[kind] for block, kind in self._kept.items())
         if held is not None:

@@ -180,11 +180,11 @@ CASES: list[Any] = [
     (1_000, [0, 0, 1, -1], {"n_swap_pages": 30}),
     (1_000, [0], {**SWAP, "policy": "ssjf"}),
     (1_000, [0], {**SWAP, "multi_step": 8}),
-    (2_000, [0], {**SWAP, "n_swap_pages": 40, "layers": "mixed"}),
+    (2_500, [0], {**SWAP, "n_swap_pages": 40, "layers": "mixed"}),
     (1_000, [0], {"preemption_mode": "recompute", "layers": "mixed", "multi_step": 4}),
     (1_000, [0, 0, 1, -1], {"n_swap_pages": 100, "layers": "windows"}),
     (2_000, [0], {**SWAP, "layers": "sliding"}),
-    (1_000, [0], {**SWAP, "n_swap_pages": 400, "layers": "1"}),
+    (500, [0], {**SWAP, "n_swap_pages": 400, "layers": "1"}),
     (1_000, [0], {**SWAP, "prefix_caching": False, "layers": "64"}),
 ]
 LARGE: list[Any] = [
