@@ -28,6 +28,7 @@ _MAX_HEAD = 256
 _DECODE_GROUP = 8  # query heads that a block of the decode kernel holds in registers
 _PREFILL_GROUP = 16
 _MAX_SPLITS = 64
+_MAX_PREFILL_SPLITS = 8
 FEW_TOKENS = 4  # in a mixed step a sequence with no more of them is decoded
 
 
@@ -136,12 +137,19 @@ def scratch_sizes(
     """What `build_attention` needs for this layer and step."""
     check_heads(shape.heads.head_dim)
     rows = 4 * step.n_tokens * shape.width if direct_form(form, shape, step, pages, device) != form else 0
-    if not _uses_decode(shape, step, pages, device):
-        return ScratchSizes(0, 0, rows)
-    plan = _plan_decode(shape, step, pages, device)
-    pairs = plan.rows * shape.heads.n_kv_heads * plan.passes
-    record = -(-plan.group * (shape.heads.head_dim + 2) // 4) * 4
-    return ScratchSizes(4 * pairs * plan.splits * record if plan.splits > 1 else 0, 4 * pairs, rows)
+    partial = tickets = 0
+    if _uses_decode(shape, step, pages, device):
+        plan = _plan_decode(shape, step, pages, device)
+        pairs = plan.rows * shape.heads.n_kv_heads * plan.passes
+        record = -(-plan.group * (shape.heads.head_dim + 2) // 4) * 4
+        partial, tickets = 4 * pairs * plan.splits * record, 4 * pairs
+    if _uses_prefill(shape, step, pages, device):
+        tiles = _plan_prefill(shape, step, pages, device)
+        if tiles.splits > 1:
+            pairs = tiles.grid[0] * tiles.grid[1]
+            record = tiles.rows * (shape.heads.head_dim + 2)
+            partial, tickets = max(partial, 4 * pairs * tiles.splits * record), max(tickets, 4 * pairs)
+    return ScratchSizes(partial, tickets, rows)
 
 
 def build_attention(
@@ -160,7 +168,7 @@ def build_attention(
         target = Operand("f32", out.width, scratch.rows)
     launches = []
     if _uses_prefill(shape, step, pages, device):
-        launches.append(_prefill(target, q, shape, step, fields, pages, device))
+        launches.append(_prefill(target, q, shape, step, fields, pages, device, scratch))
     if _uses_decode(shape, step, pages, device):
         launches.append(_decode(target, q, shape, step, fields, pages, device, scratch, fused))
     return launches if target is out else [*launches, *build_quantize(out, target.data, step.n_tokens)]
@@ -245,6 +253,23 @@ class _Tiles:
     stages: int
     shared_bytes: int
 
+    @property
+    def rows(self) -> int:
+        return 16 * self.warps * self.row_tiles
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    tiles: _Tiles
+    group: int
+    tokens: int
+    splits: int
+    grid: tuple[int, int]
+
+    @property
+    def rows(self) -> int:
+        return self.tiles.rows
+
 
 def _prefill_tiles(shape: AttentionShape, n_tokens: int, pages: LayerPages, device: Device) -> _Tiles | None:
     """The largest tiles that fit; None if none does.
@@ -266,32 +291,37 @@ def _prefill_tiles(shape: AttentionShape, n_tokens: int, pages: LayerPages, devi
     return None
 
 
-def _prefill(
-    out: Operand,
-    q: Buffer,
-    shape: AttentionShape,
-    step: StepShape,
-    fields: StepFields,
-    pages: LayerPages,
-    device: Device,
-) -> Launch:
+def _plan_prefill(shape: AttentionShape, step: StepShape, pages: LayerPages, device: Device) -> _Prefill:
     tiles = _prefill_tiles(shape, step.n_tokens, pages, device)
     assert tiles is not None
     group = min(shape.group, _PREFILL_GROUP)
-    tokens = 16 * tiles.warps * tiles.row_tiles // group
+    tokens = tiles.rows // group
+    y = shape.heads.n_kv_heads * -(-shape.group // group)
+    full = -(-step.n_tokens // tokens)
+    spare = min(_MAX_PREFILL_SPLITS, 2 * device.n_sms // (full * y))
+    splits = 1 << max(1, spare).bit_length() - 1  # a power of two: each is a kernel of its own
+    return _Prefill(tiles, group, tokens, splits, (full + step.n_sequences, y))
+
+
+def _prefill(
+    out: Operand, q: Buffer, shape: AttentionShape, step: StepShape, fields: StepFields, pages: LayerPages, device: Device,
+    scratch: AttentionScratch,
+) -> Launch:  # fmt: skip
+    plan = _plan_prefill(shape, step, pages, device)
+    tiles = plan.tiles
     defines: Defines = (
-        *_common_defines(shape, pages), ("GROUP", group), ("TOKENS", tokens), ("WARPS", tiles.warps),
-        ("ROW_TILES", tiles.row_tiles), ("COLUMNS", tiles.columns), ("STAGES", tiles.stages),
+        *_common_defines(shape, pages), ("GROUP", plan.group), ("TOKENS", plan.tokens), ("WARPS", tiles.warps),
+        ("ROW_TILES", tiles.row_tiles), ("COLUMNS", tiles.columns), ("STAGES", tiles.stages), ("SPLITS", plan.splits),
         ("MIN_TOKENS", FEW_TOKENS + 1 if step.kind == "mixed" else 1), ("OUT", FORMS.index(out.form)),
     )  # fmt: skip
-    n_tiles = -(-step.n_tokens // tokens) + step.n_sequences
     return Launch(
         Kernel("attention_prefill.cu", "attention_prefill", defines),
-        grid=(n_tiles, shape.heads.n_kv_heads * -(-shape.group // group), 1),
+        grid=(*plan.grid, plan.splits),
         block=(32 * tiles.warps, 1, 1),
         args=(
             q, shape.scale * math.log2(math.e), *kv_args(pages), fields.positions, fields.sequence_starts,
-            step.n_sequences, fields.page_tables, fields.table_stride, step.n_tokens, out.data, out.scales,
+            step.n_sequences, fields.page_tables, fields.table_stride, step.n_tokens, scratch.partial, scratch.tickets,
+            out.data, out.scales,
         ),
         shared_bytes=tiles.shared_bytes,
         overlap=True,

@@ -7,7 +7,8 @@
 //
 // Defines: HEAD (a multiple of 16), N_KV, PER_KV (query heads of a kv head), GROUP, TOKENS, BLOCK, K_TYPE, V_TYPE (not f32),
 // WINDOW (0: none), WARPS, ROW_TILES (of 16 rows, for each warp), COLUMNS (positions at once, a multiple of 16), STAGES (of
-// shared memory: 2 loads ahead), MIN_TOKENS (a sequence with fewer in the step is the decode kernel's), OUT (f32, h16).
+// shared memory: 2 loads ahead), MIN_TOKENS (a sequence with fewer in the step is the decode kernel's), SPLITS, OUT (f32, h16).
+// With SPLITS > 1 blocks share a tile's positions, for few tokens behind many; the last to end merges them in order.
 #include "kv.cuh"
 #include "sequences.cuh"
 
@@ -22,6 +23,8 @@ constexpr int kDimTiles = HEAD / 8, kColumnTiles = COLUMNS / 8;
 constexpr bool kWideK = K_TYPE == KV_BF16, kWideV = V_TYPE == KV_BF16;
 constexpr int kQueryParts = kWideK ? 2 : 1;  // high, low
 constexpr bool kKeepQuery = ROW_TILES * kQueryParts == 1 && HEAD <= 128;  // in registers
+constexpr int kRecord = kRows * (HEAD + 2);  // floats that a split leaves: weighted values, maxima, sums
+constexpr int kMinBlocks = 4;                // of COLUMNS positions; less is not split
 constexpr float kNothing = -3.0e38f;  // a score below all others
 static_assert(TOKENS * GROUP <= kRows && COLUMNS % 16 == 0 && HEAD % 16 == 0, "sizes");
 
@@ -77,14 +80,15 @@ DEVICE void load_tile(uint16_t* target, const void* pool, const __half* scales, 
   }
 }
 
-// q: float32 rows, already rotated; scale_log2: the scale of scores times log2(e). Grid (tiles, N_KV * passes) with tiles
-// >= n_tokens / TOKENS + n_sequences. sequence_starts [n_sequences + 1]: sequences that are not there are empty; tokens from
+// q: float32 rows, already rotated; scale_log2: the scale of scores times log2(e). Grid (tiles, N_KV * passes, SPLITS), tiles
+// >= n_tokens / TOKENS + n_sequences. partial: [tiles][N_KV * passes][SPLITS][kRecord]; tickets: [tiles][N_KV *
+// passes], zero before and after; both only with SPLITS > 1. sequence_starts [n_sequences + 1]: sequences that are not there are empty; tokens from
 // the last start on are padding and get zeros. Dynamic shared memory: queries, then STAGES times
 // (keys, values), each row of kStride halves.
 extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
     const float* q, float scale_log2, const void* k_pages, const __half* k_scales, const void* v_pages,
     const __half* v_scales, const int* positions, const int* sequence_starts, int n_sequences, const int* page_tables,
-    int table_stride, int n_tokens, void* out, float* scales) {
+    int table_stride, int n_tokens, float* partial, int* tickets, void* out, float* scales) {
   DYNAMIC_SHARED(uint16_t, shared);
   constexpr int kWidth = N_KV * PER_KV * HEAD, kTile = COLUMNS * kStride;
   uint16_t* queries = shared;
@@ -99,6 +103,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
   const Unit unit = find_unit(gridDim.x - 1 - blockIdx.x, sequence_starts, n_sequences,
                               [](int count) { return count >= MIN_TOKENS ? ceil_div(count, TOKENS) : 0; });
   if (unit.sequence < 0) {
+    if (blockIdx.z) return;
     const int padding = sequence_starts[n_sequences] + unit.local * TOKENS;
     for (int row = padding; row < min(padding + TOKENS, n_tokens); row++)
       for (int c = threadIdx.x; c < n_heads * HEAD; c += kThreads) {
@@ -112,6 +117,11 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
   const int first_token = unit.from + unit.local * TOKENS, n_mine = min(TOKENS, unit.count - unit.local * TOKENS);
   const int from = positions[first_token], end = from + n_mine;
   const int first = WINDOW ? max(0, from - WINDOW + 1) : 0;
+  const int origin = first / COLUMNS * COLUMNS, n_blocks = ceil_div(end - origin, COLUMNS);
+  const int blocks = SPLITS == 1 ? n_blocks : max(kMinBlocks, ceil_div(n_blocks, SPLITS));  // of each split
+  const int n_used = SPLITS == 1 ? 1 : ceil_div(n_blocks, blocks), split = blockIdx.z;
+  if (split >= n_used) return;
+  const int begin = origin + split * blocks * COLUMNS, stop = min(end, begin + blocks * COLUMNS);
   const int* table = page_tables + static_cast<long long>(unit.sequence) * table_stride;
 
   // row r of the tile is token r / GROUP, head r % GROUP; rows past the end are zeros
@@ -149,18 +159,17 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
 
   uint32_t kept[kKeepQuery ? HEAD / 16 : 1][4];
   const uint16_t* query_row = queries + (warp * ROW_TILES * 16 + lane % 16) * kStride + lane / 16 * 8;
-  const int begin = first / COLUMNS * COLUMNS;
   if (STAGES == 2) load(begin, 0);
   if (kKeepQuery) {
     __syncthreads();
 #pragma unroll
     for (int d = 0; d < HEAD / 16; d++) ldmatrix_x4(kept[d], query_row + d * 16);
   }
-  for (int at = begin, stage = 0; at < end; at += COLUMNS) {
+  for (int at = begin, stage = 0; at < stop; at += COLUMNS) {
     if (STAGES == 1) {
       load(at, 0);
       cp_async_wait<0>();
-    } else if (at + COLUMNS < end) {
+    } else if (at + COLUMNS < stop) {
       load(at + COLUMNS, stage ^ 1);
       cp_async_wait<1>();
     } else {
@@ -270,6 +279,10 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
     if (STAGES == 2) stage ^= 1;
   }
 
+#if SPLITS > 1
+  const int pair = blockIdx.x * gridDim.y + y;
+  float* records = partial + static_cast<long long>(pair) * SPLITS * kRecord;
+#endif
 #pragma unroll
   for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
@@ -277,8 +290,18 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
       float total = sum[m][i];
       total += __shfl_xor_sync(FULL_WARP, total, 1);
       total += __shfl_xor_sync(FULL_WARP, total, 2);
-      const float inverse = 1.0f / total;
       const int r = (warp * ROW_TILES + m) * 16 + g + 8 * i, token = r / GROUP;
+#if SPLITS > 1
+      if (n_used > 1) {
+        float* record = records + static_cast<long long>(split) * kRecord;
+#pragma unroll
+        for (int n = 0; n < kDimTiles; n++)
+          *reinterpret_cast<float2*>(record + r * HEAD + 8 * n + 2 * t) = make_float2(acc[m][n][2 * i], acc[m][n][2 * i + 1]);
+        if (t == 0) record[kRows * HEAD + r] = highest[m][i], record[kRows * (HEAD + 1) + r] = total;
+        continue;
+      }
+#endif
+      const float inverse = 1.0f / total;
       if (token >= n_mine || r % GROUP >= n_heads) continue;
       const long long place = static_cast<long long>(first_token + token) * kWidth + first_column + r % GROUP * HEAD + 2 * t;
 #pragma unroll
@@ -289,6 +312,48 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
       }
     }
   // a mean of float16 values fits float16 as it is
-  if (OUT == OUT_H16 && y == 0)
+  if (OUT == OUT_H16 && y == 0 && split == 0)
     for (int token = threadIdx.x; token < n_mine; token += kThreads) scales[first_token + token] = 1.0f;
+#if SPLITS > 1
+  if (n_used == 1) return;
+  __shared__ int is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(&tickets[pair], 1) == n_used - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  if (threadIdx.x == 0) tickets[pair] = 0;
+  // loads go past the L1, which does not know what other blocks have written
+  for (int i = threadIdx.x; i < n_mine * GROUP * (HEAD / 4); i += kThreads) {
+    const int r = i / (HEAD / 4), column = i % (HEAD / 4) * 4;
+    if (r % GROUP >= n_heads) continue;
+    float top[SPLITS], total = 0.0f, most = kNothing;
+    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) {
+      top[s] = s < n_used ? __ldcg(&records[s * kRecord + kRows * HEAD + r]) : kNothing;
+      most = fmaxf(most, top[s]);
+    }
+#pragma unroll 4
+    for (int s = 0; s < SPLITS; s++) {
+      if (top[s] == kNothing) continue;  // none of its positions is seen by the row
+      const float weight = exp2_approx(top[s] - most);
+      const float4 other = __ldcg(reinterpret_cast<const float4*>(&records[s * kRecord + r * HEAD + column]));
+      total += weight * __ldcg(&records[s * kRecord + kRows * (HEAD + 1) + r]);
+      value.x += weight * other.x;
+      value.y += weight * other.y;
+      value.z += weight * other.z;
+      value.w += weight * other.w;
+    }
+    const float inverse = 1.0f / total;
+    const long long place = static_cast<long long>(first_token + r / GROUP) * kWidth + first_column + r % GROUP * HEAD + column;
+    if (OUT == OUT_H16)
+      *reinterpret_cast<uint2*>(static_cast<__half*>(out) + place) =
+          make_uint2(pack<false>(value.x * inverse, value.y * inverse), pack<false>(value.z * inverse, value.w * inverse));
+    else
+      *reinterpret_cast<float4*>(static_cast<float*>(out) + place) =
+          make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
+  }
+#endif
 }

@@ -271,6 +271,17 @@ def test_decode_on_a_large_card() -> None:
     device.close()
 
 
+@pytest.mark.parametrize("form", ["f32", "h16"])
+def test_few_new_tokens_behind_many(form: Form) -> None:
+    """A prompt that goes on far into its sequence is split over the multiprocessors too; rows of the same tile may see nothing
+    of a split."""
+    device = EmulatedDevice(n_sms=132)
+    run(device, Case([Span(1500, 20), Span(3, 6)], "prompt", n_heads=4, head_dim=32, form=form, padding=6))
+    run(device, Case([Span(1500, 10), Span(900)], "mixed", n_heads=4, head_dim=32, form=form, window=700))
+    run(device, Case([Span(600, 40)], "prompt", n_heads=3, n_kv_heads=3, head_dim=32, form=form, window=100))
+    device.close()
+
+
 @pytest.mark.parametrize("kind", ["decode", "prompt"])
 def test_small_shared_memory_and_old_cards(kind: StepKind) -> None:
     device = EmulatedDevice(arch=75, shared_bytes=64 << 10)
