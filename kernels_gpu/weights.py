@@ -12,8 +12,11 @@ from pyinfer.graph.graph import Graph
 from pyinfer.graph.split import weights_of
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.launch import Buffer
+from pyinfer.kernels_gpu.repack import build_repack, can_repack
 from pyinfer.kernels_gpu.weights_layout import WeightLayout, layout_of, pack
 from pyinfer.quant.tensor import QuantTensor
+
+_STAGING_BYTES = 8 << 20  # of a file's rows on the device, before they are repacked there
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +48,35 @@ class DeviceWeights:
         self._vectors: dict[int, tuple[npt.NDArray[np.float32], Buffer]] = {}
 
     def load(self, progress: Progress | None = None) -> None:
-        """Pack and upload; the file's pages are let go of behind it."""
+        """Copy every matrix and pack it on the device; the file's pages are let go of behind it."""
         total, done = sum(tensor.n_bytes for tensor in self._tensors), 0
+        row_bytes = max((tensor.data.shape[-1] for tensor in self._tensors), default=0)
+        staging = self._device.alloc(max(_STAGING_BYTES, row_bytes))
         for tensor in self._tensors:
             if progress is not None:
                 progress("loading weights", done / total)
-            target = self._weights[id(tensor.data)].buffer
-            for offset, data in pack(tensor):
-                self._device.upload(target, np.ascontiguousarray(data), offset)
+            weight = self._weights[id(tensor.data)]
+            if can_repack(weight.layout):
+                self._repack(tensor, weight, staging)
+            else:
+                for offset, data in pack(tensor):
+                    self._device.upload(weight.buffer, np.ascontiguousarray(data), offset)
             tensor.release()
             done += tensor.n_bytes
         self._device.synchronize()
         if progress is not None:
             progress("loading weights", 1.0)
+
+    def _repack(self, tensor: QuantTensor, weight: DeviceWeight, staging: Buffer) -> None:
+        """The rows as they are go to the device some at a time, and from there into their layout."""
+        self._device.zero(weight.buffer)  # the padding
+        n_rows, row_bytes = tensor.data.shape
+        step = staging.n_bytes // row_bytes
+        for first in range(0, n_rows, step):
+            rows = np.ascontiguousarray(tensor.data[first : first + step])
+            self._device.upload(staging, rows)
+            for launch in build_repack(weight.buffer, weight.layout, staging, first, len(rows)):
+                self._device.launch(launch)
 
     def __getitem__(self, tensor: QuantTensor) -> DeviceWeight:
         return self._weights[id(tensor.data)]
