@@ -15,8 +15,11 @@ def token_buckets(max_tokens: int) -> tuple[int, ...]:
 
 
 def output_buckets(n_tokens: int) -> tuple[int, ...]:
-    """Ascending: how many rows of a step of `n_tokens` may go through the head. 0: a prompt's chunk that is not its last."""
-    return (0, *(size for size in _SMALL if size < n_tokens), n_tokens)
+    """Ascending: how many rows of a step of `n_tokens` may go through the head. 0: a prompt's chunk that is not its last.
+
+    Few, as each is a program: in decode all tokens are outputs, and of prompts one a sequence.
+    """
+    return (*(size for size in (0, 1, DECODE_ROWS, 32, 128, 256) if size < n_tokens), n_tokens)
 
 
 def bucket_of(n: int, buckets: tuple[int, ...]) -> int:

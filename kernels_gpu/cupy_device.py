@@ -14,13 +14,13 @@ from typing import Any
 import cupy
 import numpy as np
 import numpy.typing as npt
-from cupy.cuda import cublas, driver, runtime
+from cupy.cuda import cublas, driver, nccl, runtime
 
 from pyinfer.errors import BackendError, DeviceMemoryError
 from pyinfer.kernels_gpu.cuda_launch import Launcher
 from pyinfer.kernels_gpu.device import Bytes
 from pyinfer.kernels_gpu.kernel_cache import KernelCache, Unit, unit_of
-from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Step
+from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Reduce, Step
 
 _ALIGNMENT = 256
 _CHUNK = 32 << 20  # small buffers share chunks of this size; larger ones are allocated by themselves
@@ -31,11 +31,23 @@ _OVERLAP_IN_GRAPHS = 12030  # the first CUDA whose graphs keep programmatic depe
 _R_32F, _R_16F, _COMPUTE_32F, _OP_N, _OP_T, _GEMM_DEFAULT = 0, 2, 68, 0, 1, -1  # library_types.h, cublas_api.h
 
 
+def rank_communicators(indices: Sequence[int]) -> list[Any]:
+    """NCCL's, one for each of these GPUs; BackendError says what to install."""
+    if not nccl.available:
+        raise BackendError(
+            "CuPy finds no NCCL, which a tensor split over GPUs needs; pip install nvidia-nccl-cu12, or use --gpu-split layer",
+            param="gpu_split",
+        )
+    return list(nccl.NcclCommunicator.initAll(list(indices)))
+
+
 class CuPyDevice:
     """See `kernels_gpu.device.Device`."""
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, communicator: Any = None) -> None:
+        """`communicator`: this device's of `rank_communicators`, if it is one of several that add up what they have."""
         self.index = index
+        self._communicator = communicator
         self._enter()
         properties = runtime.getDeviceProperties(index)
         self.name: str = properties["name"].decode()
@@ -159,6 +171,10 @@ class CuPyDevice:
         self._enter()
         if isinstance(step, Gemm):
             self._gemm(step)
+            return
+        if isinstance(step, Reduce):
+            data = step.data.ptr
+            self._communicator.allReduce(data, data, step.n, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, self._stream.ptr)
             return
         function = self._function(step.kernel)
         if step.shared_bytes > self._shared_of.get(function, _SHARED_WITHOUT_ASKING):

@@ -29,7 +29,7 @@ class Device(Protocol):
         ...
 
     def alloc(self, n_bytes: int) -> Buffer:
-        """Memory of unknown content; BackendError when there is not enough."""
+        """Memory of unknown content; DeviceMemoryError when there is not enough."""
         ...
 
     def alloc_pinned(self, n_bytes: int) -> Bytes:

@@ -28,41 +28,48 @@ def unit_of(kernel: Kernel) -> Unit:
 class KernelCache:
     """Compiles units for one architecture.
 
-    `on_compile` is told the kernel's name before each compilation that no file saved.
+    `on_compile` is told, by the calling thread, the name of what was not in a file, and the share done.
     """
 
     def __init__(self, arch: int, folder: Path | None = None, find_nvrtc: Callable[[], NVRTC] = load_nvrtc) -> None:
         self.arch = arch
-        self.on_compile: Callable[[str], None] | None = None
+        self.on_compile: Callable[[str, float], None] | None = None
         self._folder = folder
         self._find_nvrtc = find_nvrtc
         self._binaries: dict[Unit, bytes] = {}
 
     def binary(self, unit: Unit) -> bytes:
         """What `cuModuleLoadData` takes."""
-        if unit not in self._binaries:
-            self._binaries[unit] = self._load(unit)
+        self.prepare([unit])
         return self._binaries[unit]
 
     def prepare(self, units: Iterable[Unit]) -> None:
-        """Compile what is missing, on several threads."""
-        missing = [unit for unit in dict.fromkeys(units) if unit not in self._binaries]
+        """Load what is in files and compile the rest, on several threads."""
+        missing = []
+        for unit in dict.fromkeys(units):
+            if unit not in self._binaries:
+                code = _read(self._path(unit))
+                if code is None:
+                    missing.append(unit)
+                else:
+                    self._binaries[unit] = code
+        if not missing:
+            return
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for unit, code in zip(missing, pool.map(self._load, missing), strict=True):
+            for done, (unit, code) in enumerate(zip(missing, pool.map(self._compile, missing), strict=True)):
                 self._binaries[unit] = code
+                if self.on_compile is not None:
+                    self.on_compile(Path(unit[0]).stem, (done + 1) / len(missing))
 
-    def _load(self, unit: Unit) -> bytes:
-        nvrtc = self._find_nvrtc()
-        text = unit_text(unit)
-        key = hashlib.sha256(f"{nvrtc.version} {FLAGS} {self.arch} {text}".encode()).hexdigest()[:32]
-        path = (self._folder or kernels_dir() / f"cuda-sm_{self.arch}") / f"{Path(unit[0]).stem}-{key}.bin"
-        code = _read(path)
-        if code is None:
-            if self.on_compile is not None:
-                self.on_compile(Path(unit[0]).stem)
-            code = nvrtc.compile(text, unit[0], self.arch).code
-            _write(path, code)
+    def _compile(self, unit: Unit) -> bytes:
+        code = self._find_nvrtc().compile(unit_text(unit), unit[0], self.arch).code
+        _write(self._path(unit), code)
         return code
+
+    def _path(self, unit: Unit) -> Path:
+        text = f"{self._find_nvrtc().version} {FLAGS} {self.arch} {unit_text(unit)}"
+        key = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return (self._folder or kernels_dir() / f"cuda-sm_{self.arch}") / f"{Path(unit[0]).stem}-{key}.bin"
 
 
 def unit_text(unit: Unit) -> str:

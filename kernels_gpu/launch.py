@@ -68,4 +68,12 @@ class Gemm:
     alpha: float = 1.0
 
 
-Step = Launch | Gemm
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """data = the sum of the ranks' data, float32 [n], in place, by NCCL. Every rank comes to the same ones in the same order."""
+
+    data: Buffer
+    n: int
+
+
+Step = Launch | Gemm | Reduce

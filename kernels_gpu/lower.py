@@ -15,6 +15,7 @@ import numpy as np
 
 from pyinfer.graph.ops import (
     Add,
+    AllReduce,
     ApplyRope,
     Attention,
     Embed,
@@ -38,8 +39,8 @@ from pyinfer.kernels_gpu.attention import (
     can_fuse_rope,
     scratch_sizes,
 )
-from pyinfer.kernels_gpu.fusion import AttentionGroup, Group, NormGroup, SingleOp, group_ops
-from pyinfer.kernels_gpu.launch import Buffer, Step
+from pyinfer.kernels_gpu.fusion import AttentionGroup, Group, NormGroup, SingleOp
+from pyinfer.kernels_gpu.launch import Buffer, Reduce, Step
 from pyinfer.kernels_gpu.operand import Form, Operand
 from pyinfer.kernels_gpu.products import build_products, operand_form
 from pyinfer.kernels_gpu.rope import HeadNorms, HeadShape, build_rope, build_rope_angles, build_rope_store, build_store
@@ -55,7 +56,6 @@ from pyinfer.kernels_gpu.rows import (
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.kernels_gpu.unpack import build_embed
 from pyinfer.kernels_gpu.workspace import ValuePlan
-
 
 # of a norm's results, for float16 without scales: far from its largest number, and from those that lose digits
 _SMALLEST_BOUND, _LARGEST_BOUND = 0.5, 32768.0
@@ -81,7 +81,7 @@ class Program:
 def lower(memory: StageMemory, shape: ProgramShape) -> Program:
     """The launches of one step. Without outputs, what works on output rows only is left out."""
     lowering = _Lowering(memory, shape)
-    for group in group_ops(memory.graph):
+    for group in memory.groups:
         lowering.lower(group)
     return lowering.finish()
 
@@ -104,6 +104,7 @@ class _Lowering:
             Attention: self._attention,
             GatedActivation: self._gated,
             Add: self._add,
+            AllReduce: self._all_reduce,
             SelectRows: self._select_rows,
             AttentionGroup: self._attention_group,
             NormGroup: self._norm_group,
@@ -131,7 +132,7 @@ class _Lowering:
 
     def _form(self, value: Value) -> Form:
         """What the readers of a value want: its matmuls' form if nothing else reads it, else float32."""
-        readers = self.graph.consumers(value)
+        readers = self.memory.readers(value)
         forms = {
             operand_form(op.weights[0], self._rows(value))
             if isinstance(op, MatMul) and op.residual is not value
@@ -213,6 +214,10 @@ class _Lowering:
     def _add(self, op: Add) -> None:
         a, b = self.values[op.a].data, self.values[op.b].data
         self.steps += build_add(self._write_operand(op.out), a, b, self._rows(op.out))
+
+    def _all_reduce(self, op: AllReduce) -> None:
+        self.values.share(op.out, op.x)
+        self.steps.append(Reduce(self.values[op.x].data, self._rows(op.x) * op.x.width))
 
     def _select_rows(self, op: SelectRows) -> None:
         if self.shape.all_rows:

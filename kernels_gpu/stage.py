@@ -13,12 +13,12 @@ from pyinfer.graph.backend import PageData, Progress, StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.sampling import Int32, RowSampling, Sampled
-from pyinfer.kernels_gpu.attention import StepKind
+from pyinfer.kernels_gpu.attention import FEW_TOKENS, StepKind
 from pyinfer.kernels_gpu.batch_parts import split_batch
 from pyinfer.kernels_gpu.buckets import bucket_of, output_buckets, sequence_buckets, token_buckets
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.expand import make_copies
-from pyinfer.kernels_gpu.launch import Buffer, Launch
+from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
 from pyinfer.kernels_gpu.lower import Program, ProgramShape, lower
 from pyinfer.kernels_gpu.route_measure import RouteCache, measure_routes
 from pyinfer.kernels_gpu.sample import MAX_EDITS, MAX_LOGPROBS
@@ -27,13 +27,19 @@ from pyinfer.kernels_gpu.stage_sampling import MAX_STEPS, StageSampling
 
 F32Array = npt.NDArray[np.float32]
 _MAX_OUTPUTS = 256  # rows that go through the head in one program; its logits take much memory
-_FEW_TOKENS = 4  # a sequence with more of them in a step is a prompt
+_MAX_PROGRAMS = 128  # captured ones that are kept; the one unused for longest goes first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Captured:
     program: Program
     executable: Any
+
+
+def _kernels_of(programs: Sequence[Program]) -> list[Kernel]:
+    return list(
+        dict.fromkeys(step.kernel for program in programs for step in program.steps if isinstance(step, Launch))
+    )
 
 
 class GPUStage:
@@ -62,10 +68,10 @@ class GPUStage:
                 self._memory.copies.update(make_copies(device, graph, self._memory.weights))
             if measure:
                 measure_routes(self._memory, token_buckets(config.max_tokens), RouteCache(device.name))
-            largest = self._largest()
-            program = lower(self._memory, largest)  # first, as the workspace is made for it
-            self._results = device.alloc_pinned(4 * self._result_rows(largest) * graph.logits.width)
-            device.prepare([step.kernel for step in program.steps if isinstance(step, Launch)])
+            usual = [lower(self._memory, shape) for shape in self._usual_shapes()]  # makes room in the workspace
+            self._kernels = _kernels_of(usual)
+            device.prepare(_kernels_of(usual[:1]))
+            self._results = device.alloc_pinned(4 * self._max_results() * graph.logits.width)
             self._sampling = StageSampling(self._memory, self._max_outputs) if self.can_sample else None
         except BaseException:
             device.close()
@@ -112,7 +118,8 @@ class GPUStage:
         """Start a step; its rows will be in this buffer of the device, float32, padded. At most 256 or as many outputs as
         there may be sequences."""
         shape = self._shape(batch)
-        captured = self._programs.get(shape) or self._capture(shape)
+        captured = self._programs.pop(shape) if shape in self._programs else self._capture(shape)
+        self._programs[shape] = captured  # as the latest
         self._memory.step.upload(batch, shape.n_tokens, shape.n_outputs)
         if self._memory.hidden is not None:
             assert batch.hidden is not None
@@ -130,21 +137,32 @@ class GPUStage:
         if len(counts) == n:
             return ProgramShape("decode", n_tokens, outputs, n_tokens, all_rows=n_outputs == n)
         sequences = bucket_of(len(counts), sequence_buckets(self._config.max_sequences))
-        kind: StepKind = "prompt" if counts.min() > _FEW_TOKENS else "mixed"
+        kind: StepKind = "prompt" if counts.min() > FEW_TOKENS else "mixed"
         return ProgramShape(kind, n_tokens, outputs, sequences)
 
-    def _largest(self) -> ProgramShape:
-        config = self._config
-        outputs = bucket_of(min(config.max_tokens, self._max_outputs), output_buckets(config.max_tokens))
-        return ProgramShape("mixed", config.max_tokens, outputs, config.max_sequences)
+    def prepare(self) -> None:
+        """Compile what decoding and prompts take, so that no step has to wait for it."""
+        self._device.prepare([*self._kernels, *(self._sampling.kernels() if self._sampling else ())])
 
-    def _result_rows(self, largest: ProgramShape) -> int:
-        return largest.n_tokens if self._graph.logits.rows == "tokens" else largest.n_outputs
+    def _usual_shapes(self) -> list[ProgramShape]:
+        """Of steps that only decode, of one prompt, and of both; the largest first."""
+        config = self._config
+        rows = [n for n in token_buckets(config.max_tokens) if n > FEW_TOKENS][::-1]
+        decode = token_buckets(min(config.max_tokens, config.max_sequences))
+        outputs = [bucket_of(min(n, self._max_outputs), output_buckets(n)) for n in rows]
+        shapes = [ProgramShape("mixed", n, m, config.max_sequences) for n, m in zip(rows, outputs, strict=True)]
+        shapes += [ProgramShape("prompt", n, 1, 1) for n in rows]
+        return [*shapes, *(ProgramShape("decode", n, n, n, all_rows=True) for n in decode)]
+
+    def _max_results(self) -> int:
+        n = self._config.max_tokens
+        return n if self._graph.logits.rows == "tokens" else bucket_of(min(n, self._max_outputs), output_buckets(n))
 
     def _capture(self, shape: ProgramShape) -> _Captured:
         program = lower(self._memory, shape)
-        self._programs[shape] = _Captured(program, self._device.capture(program.steps))
-        return self._programs[shape]
+        while len(self._programs) >= _MAX_PROGRAMS:
+            self._programs.pop(next(iter(self._programs)))
+        return _Captured(program, self._device.capture(program.steps))
 
     def copy_page(self, source: int, target: int) -> None:
         self._memory.pages.copy(source, target)

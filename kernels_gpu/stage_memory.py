@@ -8,9 +8,10 @@ import numpy as np
 
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Hidden
+from pyinfer.graph.ops import Hidden, Op, Value
 from pyinfer.graph.rope import Rope
 from pyinfer.kernels_gpu.device import Device
+from pyinfer.kernels_gpu.fusion import group_ops
 from pyinfer.kernels_gpu.launch import Buffer
 from pyinfer.kernels_gpu.matmul_route import RouteTable
 from pyinfer.kernels_gpu.mma_tiling import GPU
@@ -49,6 +50,8 @@ class StageMemory:
         self.workspace = Workspace(device)
         self.routes = RouteTable(GPU(device.arch, device.n_sms, device.shared_bytes))
         self.copies: dict[int, Buffer] = {}  # address of a packed matrix -> the same in float16, where that is kept
+        self.groups = group_ops(graph)
+        self._readers = {id(value): graph.consumers(value) for op in graph.ops for value in op.outputs}
         self._counters = _Kept()
         self._ropes: dict[int, tuple[Rope, Buffer, Buffer]] = {}
         first = graph.ops[0]
@@ -56,6 +59,10 @@ class StageMemory:
         if isinstance(first, Hidden):
             self.hidden = device.alloc(4 * config.max_tokens * first.out.width)
             device.zero(self.hidden)
+
+    def readers(self, value: Value) -> list[Op]:
+        """The ops that read a value."""
+        return self._readers[id(value)]
 
     def layer_fields(self, layer: int) -> StepFields:
         """The step's arrays as a KV layer's kernels see them."""

@@ -267,6 +267,8 @@ def test_arguments_are_checked_against_the_function(device: EmulatedDevice, run:
         run("past_end", x, 1, threads=1)
     with pytest.raises(EmulatorError, match="arguments are pfi"):
         run("past_end", x, 1.0, 1, threads=1)
+    with pytest.raises(EmulatorError, match=r"232448 \+ 256 bytes of shared memory, of 232448"):
+        run("no_barrier", x, shared=227 << 10)
     with pytest.raises(EmulatorError, match="2048 threads"):
         run("past_end", x, 0, 1, threads=2048)
 

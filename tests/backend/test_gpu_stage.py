@@ -228,6 +228,7 @@ def test_launches_of_a_decode_step(tiny_model: TinyModel, opened: Callable[..., 
     for arch, kind, a_layer in (("qwen2", "Q8_0", 8), ("qwen3", "BF16", 8), ("gemma3", "Q4_0", 8)):
         graph, device = graph_of(tiny_model(arch, kind)), EmulatedDevice()
         stage = opened(graph, device)
+        device.launches.clear()
         stage.run(make_batch([Piece(IDS[:1], pages(0, graph))], 16))
         n_ropes = len({id(op.rope) for op in graph.ops if hasattr(op, "rope")})
         counts = dict(device.launches)

@@ -72,7 +72,7 @@ def test_the_cache_compiles_once(nvrtc: NVRTC, tmp_path: Path) -> None:
 
     def cache() -> KernelCache:
         cache = KernelCache(80, tmp_path / "cache")
-        cache.on_compile = compiled.append
+        cache.on_compile = lambda name, _share: compiled.append(name)
         return cache
 
     code = cache().binary(unit)

@@ -24,6 +24,7 @@ FLAGS = (
     "-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique",
     "-fno-weak", "-Wl,-Bsymbolic", "-U_FORTIFY_SOURCE", "-fno-stack-protector", "-fcf-protection=none",
 )  # fmt: skip
+NICE = ("nice", "-n", "15") if shutil.which("nice") else ()
 has_compiler = shutil.which("g++") is not None
 
 
@@ -58,8 +59,8 @@ def _compile(name: str, text: str, options: Sequence[str]) -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         source, target = Path(folder) / "source.cpp", Path(folder) / "kernel.so"
         source.write_text(text)
-        command = ["g++", *FLAGS, *host_flags(), *options, f"-I{HERE}", "-o", str(target), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: os.nice(15))
+        command = [*NICE, "g++", *FLAGS, *host_flags(), *options, f"-I{HERE}", "-o", str(target), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise EmulatorError(f"g++ cannot compile {name}:\n{done.stderr[:6000]}")
         os.replace(target, path)
@@ -86,6 +87,7 @@ class CompiledKernel:
         self._library = ctypes.CDLL(str(path))
         self._library.emulator_signature.restype = ctypes.c_char_p
         self.signature: str = self._library.emulator_signature().decode()
+        self.static_shared: int = self._library.emulator_static_shared()
         self.call = ctypes.cast(self._library.emulator_call, ctypes.c_void_p)
         self.poison = ctypes.cast(self._library.emulator_poison, ctypes.c_void_p)
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cuda_emulator.build import EmulatorError, compile_all, compiled, runtime
+from cuda_emulator.build import CompiledKernel, EmulatorError, compile_all, compiled, runtime
 from pyinfer.errors import DeviceMemoryError
 from pyinfer.kernels_gpu.cuda_launch import as_word, kind_of
-from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Step
+from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Reduce, Step
 
+STATIC_SHARED = 48 << 10  # what a function may declare
+_EMULATOR = threading.RLock()  # it knows one launch at a time
 MAX_THREADS, MAX_GRID = 1024, (2**31 - 1, 65535, 65535)
 
 
@@ -31,7 +34,10 @@ class EmulatedDevice:
         n_bytes: int = 1 << 30,
         descending: bool = False,
         shared_bytes: int = 227 << 10,
+        all_reduce: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]] | None = None,
     ) -> None:
+        """`all_reduce` sums over the devices of a tensor split, which are threads and run their kernels in turn."""
+        self.all_reduce = all_reduce
         self.name, self.arch, self.n_sms, self.shared_bytes = "emulated", arch, n_sms, shared_bytes
         self.descending = descending
         self.launches: dict[str, int] = {}
@@ -70,17 +76,28 @@ class EmulatedDevice:
         ctypes.memset(target.ptr, 0, target.n_bytes)
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:
-        compile_all(list(dict.fromkeys(kernels)))
+        with _EMULATOR:
+            compile_all(list(dict.fromkeys(kernels)))
 
     def launch(self, step: Step) -> None:
         if isinstance(step, Gemm):
             self._count("gemm")
             _gemm(step)
             return
+        if isinstance(step, Reduce):
+            self._count("reduce")
+            self._reduce(step)
+            return
         self._count(step.kernel.name)
-        self._run(step)
+        with _EMULATOR:
+            self._run(step)
+
+    def _reduce(self, step: Reduce) -> None:
+        assert self.all_reduce is not None, "one device alone"
+        self.upload(step.data, self.all_reduce(self.values(step.data, np.float32, step.n)))
 
     def capture(self, steps: Sequence[Step]) -> list[Step]:
+        self.prepare([step.kernel for step in steps if isinstance(step, Launch)])
         return list(steps)
 
     def run(self, executable: list[Step]) -> None:
@@ -120,7 +137,7 @@ class EmulatedDevice:
 
     def _run(self, launch: Launch) -> None:
         kernel = compiled(launch.kernel)
-        problem = check_limits(launch, kernel.signature, self.shared_bytes)
+        problem = check_limits(launch, kernel, self.shared_bytes)
         if problem is None:
             words = [as_word(arg) for arg in launch.args]
             pointers = (ctypes.c_void_p * len(words))(*(ctypes.addressof(word) for word in words))
@@ -136,18 +153,20 @@ class EmulatedDevice:
             )
 
 
-def check_limits(launch: Launch, signature: str, shared_bytes: int) -> str | None:
+def check_limits(launch: Launch, kernel: CompiledKernel, shared_bytes: int) -> str | None:
     """What a GPU would refuse, and arguments that are not what the function takes."""
     kinds = "".join(kind_of(arg) for arg in launch.args)
-    if kinds != signature:
-        return f"arguments are {kinds}, the function takes {signature} (p pointer, i int, l long long, f float)"
+    if kinds != kernel.signature:
+        return f"arguments are {kinds}, the function takes {kernel.signature} (p pointer, i int, l long long, f float)"
     threads = launch.block[0] * launch.block[1] * launch.block[2]
     if not 0 < threads <= MAX_THREADS or launch.block[2] > 64:
         return f"a block of {threads} threads"
     if any(not 0 < size <= limit for size, limit in zip(launch.grid, MAX_GRID, strict=True)):
         return "a grid out of its limits"
-    if launch.shared_bytes > shared_bytes:
-        return f"{launch.shared_bytes} bytes of shared memory, of {shared_bytes}"
+    if kernel.static_shared > STATIC_SHARED:
+        return f"{kernel.static_shared} bytes of shared memory are declared, of {STATIC_SHARED}"
+    if launch.shared_bytes + kernel.static_shared > shared_bytes:
+        return f"{launch.shared_bytes} + {kernel.static_shared} bytes of shared memory, of {shared_bytes}"
     return None
 
 

@@ -7,7 +7,7 @@
 
 #include "runtime.h"
 
-#define __global__
+#define __global__ inline  // so that only the kernel that is asked for is compiled
 #define __device__
 #define __host__
 #define __forceinline__ inline

@@ -27,6 +27,7 @@ extern "C" {
 extern char __start_pyinfer_shared[] __attribute__((weak)), __stop_pyinfer_shared[] __attribute__((weak));
 void emulator_call(void** args) { emulator_apply(EMULATOR_KERNEL, args); }
 const char* emulator_signature() { return emulator_codes(EMULATOR_KERNEL); }
+int emulator_static_shared() { return __start_pyinfer_shared ? int(__stop_pyinfer_shared - __start_pyinfer_shared) : 0; }
 void emulator_poison(unsigned char value) {
   if (__start_pyinfer_shared) memset(__start_pyinfer_shared, value, size_t(__stop_pyinfer_shared - __start_pyinfer_shared));
 }
