@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pyinfer.errors import BackendError
 from pyinfer.graph.backend import Backend, DeviceInfo
 
@@ -26,6 +28,13 @@ def open_backend(name: str, device: int = 0) -> Backend:
 
         return ReferenceBackend()
     raise BackendError(f"backend {name!r} is not known; known: {', '.join(BACKENDS)}", param="backend")
+
+
+def open_ranks(devices: Sequence[int]) -> list[Backend]:
+    """A backend for each of several GPUs that add up what they have (`graph.tensor_split`)."""
+    from pyinfer.kernels_gpu.backend import rank_backends
+
+    return list(rank_backends(devices))
 
 
 def gpus() -> list[DeviceInfo]:

@@ -14,11 +14,15 @@ from typing import Literal
 from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import DeviceInfo, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.passes import optimize
 from pyinfer.graph.split import block_cuts, expandable_weights, split_graph, weights_of
+from pyinfer.graph.tensor_split import shard_graph
 from pyinfer.runtime.sizes import format_binary
 
 GPULayers = int | Literal["auto", "all"]
 GPUExpand = Literal["auto", "on", "off"]
+GPUSplit = Literal["layer", "tensor"]
+GPU_SPLIT: tuple[GPUSplit, ...] = ("layer", "tensor")
 GPU_EXPAND: tuple[GPUExpand, ...] = ("auto", "on", "off")
 # CUDA context, cuBLAS workspace, CUDA graphs, loaded kernels, slices of matrices in float16, attention's partial sums
 _FIXED = 512 << 20
@@ -63,6 +67,7 @@ class OffloadPlan:
     offload: Offload
     stages: tuple[StagePlan, ...]
     utilization: float
+    is_tensor: bool = False  # the stages are ranks of a tensor split, which work at the same time
 
     @property
     def host_weight_bytes(self) -> int:
@@ -137,10 +142,20 @@ def plan_offload(
     raise AssertionError("nothing on a GPU always fits")
 
 
+def make_tensor_plan(
+    graph: Graph, config: StageConfig, devices: Sequence[DeviceInfo], offload: Offload, utilization: float
+) -> OffloadPlan:
+    """An equal part of every block on each GPU, of a graph that is not yet optimized; ConfigError if that is not possible."""
+    shards = [optimize(shard) for shard in shard_graph(graph, len(devices))]
+    what = f"1/{len(devices)} of every block and of the head"
+    stages = (_stage(shard, device, what, config) for shard, device in zip(shards, devices, strict=True))
+    return OffloadPlan(offload, tuple(stages), utilization, is_tensor=True)
+
+
 def make_plan(
     graph: Graph, config: StageConfig, devices: Sequence[DeviceInfo], offload: Offload, utilization: float
 ) -> OffloadPlan:
-    """Where everything goes for this offload, whether it fits or not."""
+    """Where everything goes for this offload, whether it fits or not; blocks are shared out over the GPUs."""
     n = len(graph.kv_layers)
     if not offload.n_layers:
         return OffloadPlan(offload, (_stage(graph, None, "all", config),), utilization)

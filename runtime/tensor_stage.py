@@ -9,11 +9,30 @@ from typing import TypeVar
 
 import numpy as np
 
-from pyinfer.graph.backend import PageData, Stage
+from pyinfer.graph.backend import Backend, PageData, Progress, Stage, StageConfig
 from pyinfer.graph.batch import Batch
+from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import F32Array
 
 T = TypeVar("T")
+
+
+def open_tensor_stage(
+    ranks: Sequence[Backend], graphs: Sequence[Graph], config: StageConfig, progress: Progress | None = None
+) -> TensorStage:
+    """Open all ranks at once: what one does while it opens may need the others."""
+    with ThreadPoolExecutor(len(ranks), "pyinfer-rank") as threads:
+        jobs = [
+            threads.submit(rank.open_stage, graph, config, progress if number == 0 else None)
+            for number, (rank, graph) in enumerate(zip(ranks, graphs, strict=True))
+        ]
+    failed = [error for job in jobs if (error := job.exception()) is not None]
+    if failed:
+        for job in jobs:
+            if job.exception() is None:
+                job.result().close()
+        raise failed[0]
+    return TensorStage([job.result() for job in jobs])
 
 
 class TensorStage:
