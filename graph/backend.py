@@ -51,6 +51,8 @@ class StageConfig:
     n_ctx: int = 4096  # longest sequence
     n_threads: int = 1
     gpu_expand: bool = False  # keep float16 copies of packed matrices on a GPU
+    repack_cache: int = 0  # bytes that repacked weights may take on disk; 0 keeps none
+    weights_id: str = ""  # what the weights are read from: files, sizes and times
 
     @property
     def max_blocks(self) -> int:

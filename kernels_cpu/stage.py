@@ -16,13 +16,14 @@ from pyinfer.kernels_cpu.attention import scratch_bytes
 from pyinfer.kernels_cpu.attention_args import PARTITION
 from pyinfer.kernels_cpu.attention_merge import MAX_SPLIT_TOKENS
 from pyinfer.kernels_cpu.buffers import Buffer
-from pyinfer.kernels_cpu.compiler import compiler_for
+from pyinfer.kernels_cpu.compiler import Compiler, compiler_for, source_hash
 from pyinfer.kernels_cpu.isa import current_isa
 from pyinfer.kernels_cpu.lower import lower, matrices
 from pyinfer.kernels_cpu.memory import address
 from pyinfer.kernels_cpu.opcode import STEP_WORDS, StepField
 from pyinfer.kernels_cpu.pages import KVPages
 from pyinfer.kernels_cpu.pool import Pool, Program
+from pyinfer.kernels_cpu.repack_cache import RepackCache
 from pyinfer.kernels_cpu.rope_tables import RopeTables
 from pyinfer.kernels_cpu.weights import WeightArena
 
@@ -55,12 +56,27 @@ class CPUStage:
         self._program = Program(ops, self._step)
         scratch = max((scratch_bytes(layer.head_dim) for layer in graph.kv_layers), default=64)
         self._pool = Pool(config.n_threads, scratch, isa, len(ops))
+        self._repack_cache: RepackCache | None = None
         try:
-            self._weights.load(self._pool, compiler, progress)
+            self._load_weights(compiler, progress)
         except BaseException:
             self._pool.close()
             raise
         self._make_step_arrays()
+
+    def _load_weights(self, compiler: Compiler, progress: Progress | None) -> None:
+        config, weights = self._config, self._weights
+        if not (config.repack_cache and config.weights_id):
+            weights.load(self._pool, compiler, progress)
+            return
+        made_from = f"{config.weights_id}\n{source_hash()} {compiler.isa.bfloat}\n{weights.description}"
+        cache = RepackCache(config.repack_cache, made_from)
+        if cache.read(weights.memory, config.n_threads):
+            weights.release_files()
+            return
+        weights.load(self._pool, compiler, progress)
+        cache.write(weights.memory)
+        self._repack_cache = cache
 
     def _make_step_arrays(self) -> None:
         n, n_groups, pages = self._config.max_tokens, len(self._graph.kv_groups), self._config.max_blocks
@@ -137,4 +153,6 @@ class CPUStage:
 
     def close(self) -> None:
         """Stop the threads; the memory goes with the object."""
+        if self._repack_cache is not None:
+            self._repack_cache.close()
         self._pool.close()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pyinfer.errors import ModelError
 from pyinfer.graph.backend import Progress
@@ -86,6 +87,22 @@ class WeightArena:
 
     def address(self, weight: QuantTensor) -> int:
         return address(self._memory) + self[weight].offset
+
+    @property
+    def description(self) -> str:
+        """What lies where: equal for equal layouts of the same tensors."""
+        places = (f"{weight.name} {weight.shape} {self[weight]}" for weight in self._tensors)
+        return "\n".join(places)
+
+    @property
+    def memory(self) -> npt.NDArray[np.uint8]:
+        """All matrices, one behind the other."""
+        return self._memory[: self.n_bytes]
+
+    def release_files(self) -> None:
+        """Let go of the pages of the file."""
+        for weight in self._tensors:
+            weight.release()
 
     def load(self, pool: Pool, compiler: Compiler, progress: Progress | None = None) -> None:
         """Repack every tensor on all threads, letting go of the file's pages behind it."""

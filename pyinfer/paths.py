@@ -26,6 +26,11 @@ def models_dir() -> Path:
     return home() / "models"
 
 
+def repack_dir() -> Path:
+    """Repacked weights, if the user wants them kept."""
+    return home() / "repack"
+
+
 def kernels_dir() -> Path:
     """Compiled kernels, one folder per source hash and ISA."""
     return home() / "kernels"

@@ -39,6 +39,12 @@ class GGUFFile:
         for mapping, header in shards:
             _add_tensors(self.tensors, mapping, header)
 
+    @property
+    def identity(self) -> str:
+        """The files with their sizes and times of change: equal while none was written again."""
+        stats = [(mapping.path.resolve(), mapping.path.stat()) for mapping in self._mappings]
+        return "; ".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
         """Open a file, or every shard of a split model given any of them; GGUFError says what is wrong and where."""

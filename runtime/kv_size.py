@@ -51,4 +51,5 @@ def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, availab
         max_sequences=options.max_num_seqs,
         n_ctx=n_ctx,
         n_threads=options.n_threads or default_threads(),
+        repack_cache=options.repack_cache,
     )

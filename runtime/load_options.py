@@ -38,6 +38,7 @@ class LoadOptions:
     num_scheduler_steps: int = 1  # most steps of decoding that are decided at once, while nobody comes or goes
     swap_space: int | None = None  # bytes of host memory for swapped pages; None: a quarter of the KV pool
     backend: str = "cpu"
+    repack_cache: int = 0  # bytes that repacked weights may take on disk, for faster starts; 0 keeps none
     chat_template: Path | None = None  # a Jinja file that replaces the model's own
 
     def __post_init__(self) -> None:
@@ -68,6 +69,8 @@ class LoadOptions:
             raise ConfigError(f"max_queue_wait is {self.max_queue_wait}; it must be 0 or more", param="max_queue_wait")
         if self.swap_space is not None and self.swap_space < 0:
             raise ConfigError("swap_space must be a number of bytes, or 0 for none", param="swap_space")
+        if self.repack_cache < 0:
+            raise ConfigError("repack_cache must be a number of bytes, or 0 for none", param="repack_cache")
         if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
             raise ConfigError("kv_cache_memory must be a positive number of bytes", param="kv_cache_memory")
 

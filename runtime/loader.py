@@ -112,7 +112,7 @@ def open_engine(
     from pyinfer.runtime.placement import place, size_pool
 
     built = build_graph(file)
-    placed = place(built, options, partial(size_pool, built, file.size, options), progress)
+    placed = place(built, options, partial(size_pool, built, file.size, options), progress, file.identity)
     stage, graph, config = placed.stage, placed.graph, placed.config
     n_swap_pages = config.n_pages // 4 if options.swap_space is None else options.swap_space // placed.plan.page_bytes
     try:

@@ -45,7 +45,7 @@ class Placed:
 Sizes = Callable[[Offload, Sequence[DeviceInfo]], StageConfig | None]
 
 
-def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress | None) -> Placed:
+def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress | None, weights_id: str = "") -> Placed:
     """Plan, then load; what does not fit after all is planned anew with fewer layers on the GPU, and a warning.
 
     `graph` is as the model's builder made it.
@@ -58,6 +58,7 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
         config = sizes(offload, devices) if offload.n_blocks <= most else None
         if config is None:
             continue
+        config = replace(config, weights_id=weights_id)
         whole = optimize(for_context(graph, config.n_ctx))
         plan = make_plan(whole, config, devices, offload, options.gpu_memory_utilization)
         if layers != "auto" and offload != asked and most == asked.n_blocks:

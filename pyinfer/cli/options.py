@@ -42,6 +42,7 @@ ONE_USER = (
     "max_num_batched_tokens",
     "block_size",
     "seed",
+    "repack_cache",
 )
 
 
@@ -66,10 +67,16 @@ class EngineOptions:
     swap_space: int | None = None  # bytes; None: a quarter of the KV pool
     max_queue_wait: float | None = None  # seconds; None: no limit
     num_scheduler_steps: int = 1
+    repack_cache: int = 0  # bytes; 0: off
 
     def as_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `LLM` and `load_model`."""
         return dataclasses.asdict(self)
+
+
+def parse_cache_size(text: str) -> int:
+    """Bytes; "off" is 0."""
+    return 0 if text.strip().lower() == "off" else parse_size(text)
 
 
 def parse_kv_dtype(text: str) -> str:
@@ -253,6 +260,15 @@ def _engine_options(
             rich_help_panel=_SCHEDULER_PANEL,
         ),
     ] = 1,
+    repack_cache: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE|off",
+            callback=checked(parse_cache_size),
+            help="Disk that repacked weights may take under PYINFER_HOME, for faster starts.",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = "off",
 ) -> EngineOptions:
     return EngineOptions(
         n_threads=threads,
@@ -272,6 +288,7 @@ def _engine_options(
         swap_space=None if swap_space is None else parse_size(swap_space),
         max_queue_wait=max_queue_wait,
         num_scheduler_steps=num_scheduler_steps,
+        repack_cache=parse_cache_size(repack_cache),
     )
 
 

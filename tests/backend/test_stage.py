@@ -52,7 +52,7 @@ def graph_of(path: Path) -> Graph:
     return one_table(optimize(build_graph(GGUFFile.open(path))))
 
 
-def config(kv_dtype: str = "f16", n_threads: int = 1, **sizes: int) -> StageConfig:
+def config(kv_dtype: str = "f16", n_threads: int = 1, **sizes: Any) -> StageConfig:
     sizes = {"n_pages": N_PAGES, "n_ctx": 512, "max_tokens": 512, **sizes}
     return StageConfig(kv_dtype=kv_dtype, n_threads=n_threads, **sizes)
 
@@ -374,6 +374,30 @@ def test_closing_joins_the_threads_and_may_be_repeated(tiny_model: TinyModel) ->
     stage.close()
     with pytest.raises(AssertionError):
         run_prompt(stage, PROMPT, PAGES, 16)
+
+
+def test_repacked_weights_are_kept_and_read_again(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyinfer.kernels_cpu.repack_cache.repack_dir", lambda: tmp_path)
+    path = tiny_model("llama", mixed)
+    kept = config(n_threads=2, repack_cache=1 << 30, weights_id="these files")
+    results = []
+    for chosen in (config(n_threads=2), kept):
+        with opened(path, chosen) as stage:
+            results.append(run_prompt(stage, PROMPT, PAGES, 16))
+    assert len(list(tmp_path.glob("*.weights"))) == 1
+
+    def load(*_: object) -> None:
+        raise AssertionError("repacked again")
+
+    monkeypatch.setattr("pyinfer.kernels_cpu.weights.WeightArena.load", load)
+    with opened(path, kept) as stage:
+        results.append(run_prompt(stage, PROMPT, PAGES, 16))
+    np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
+    with pytest.raises(AssertionError, match="repacked again"), opened(path, replace(kept, weights_id="other files")):
+        pass
 
 
 def test_opening_tells_its_progress(tiny_model: TinyModel) -> None:

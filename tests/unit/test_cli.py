@@ -160,6 +160,7 @@ class TestOptions:
 
     def test_scheduler_options(self, seen: list[EngineOptions], cli: Cli) -> None:
         words = "--scheduling-policy ssjf --preemption-mode swap --swap-space 1G --max-queue-wait 2.5 --num-scheduler-steps 8"
+        words += " --repack-cache 2G"
         assert cli("probe", *words.split(), "--no-enable-prefix-caching")[0] == 0
         assert seen == [
             EngineOptions(
@@ -169,6 +170,7 @@ class TestOptions:
                 max_queue_wait=2.5,
                 num_scheduler_steps=8,
                 enable_prefix_caching=False,
+                repack_cache=2 << 30,
             )
         ]
         assert cli("probe", "--scheduling-policy", "lifo")[0] == cli("probe", "--max-queue-wait", "-1")[0] == 2
