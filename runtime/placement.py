@@ -59,8 +59,9 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
         if config is None:
             continue
         config = replace(config, weights_id=weights_id)
-        whole = optimize(for_context(graph, config.n_ctx))
-        plan = make_plan(whole, config, devices, offload, options.gpu_memory_utilization)
+        whole = for_context(graph, config.n_ctx)
+        plan = plan_for(whole, config, devices, offload, options)
+        whole = optimize(whole)
         if layers != "auto" and offload != asked and most == asked.n_blocks:
             _log.warning("there is no room for %s on the GPU; %s", _layers(asked), _instead(offload))
         try:

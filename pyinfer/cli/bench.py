@@ -60,6 +60,7 @@ _NUMBERS = checked(parse_numbers)
     "threads",
     "n_gpu_layers",
     "gpu_memory_utilization",
+    "gpu_split",
     "gpu_expand",
     "kv_cache_dtype",
     "max_num_batched_tokens",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rank_sum import RankSum
 from tiny_models import TinyShape
 
 from pyinfer import LLM, SamplingParams
@@ -15,7 +16,7 @@ from pyinfer.errors import BackendError, ConfigError, DeviceMemoryError
 from pyinfer.graph.backend import Backend, DeviceInfo, Progress, Stage, StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import MatMul
-from pyinfer.graph.reference import ReferenceBackend
+from pyinfer.graph.reference import ReferenceBackend, ReferenceStage
 from pyinfer.kernels_gpu.requirements import NoGPUError
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime import backends, placement
@@ -187,6 +188,35 @@ def test_two_gpus_run_one_model(path: Path, fake: Callable[..., list[str]]) -> N
     tokens, lines = answer(path, n_gpu_layers="all")
     assert tokens == expected and opened == ["gpu:3", "gpu:3"]
     assert [line[:5] for line in lines] == ["GPU 0", "GPU 1"]
+
+
+def test_a_tensor_split_over_two_gpus(
+    path: Path, fake: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each has a part of every block; where that is not asked of everything, or does not fit, it is not done."""
+    expected, _ = answer(path)
+    cards = (with_room(40 * GIB, 0), with_room(40 * GIB, 1))
+    fake(*cards)
+    total = RankSum(2)
+
+    class Rank(FakeGPU):
+        def __init__(self, number: int) -> None:
+            super().__init__(99, [])
+            self._number = number
+
+        def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> Stage:
+            return ReferenceStage(graph, config, progress, all_reduce=total.of(self._number))
+
+    monkeypatch.setattr(placement, "open_ranks", lambda devices: [Rank(number) for number in devices])
+    tokens, lines = answer(path, n_gpu_layers="all", gpu_split="tensor")
+    assert tokens == expected and total.n_calls > 0
+    assert [line.partition(";")[0] for line in lines] == [
+        f"GPU {i} (small): 1/2 of every block and of the head" for i in range(2)
+    ]
+    with pytest.raises(ConfigError, match="gpu_split"):
+        answer(path, n_gpu_layers=2, gpu_split="tensor")
+    fake(CARD)
+    assert answer(path, n_gpu_layers="all", gpu_split="tensor")[0] == expected  # one GPU has nothing to share
 
 
 @pytest.mark.parametrize("layers", ["all", 5, "auto"])
