@@ -51,7 +51,7 @@ def build_matmul(
     """One of `problems_of` by its route. `residual` is added to the only out, which it may be."""
     if route.slice_rows:
         return build_gemm(x, problem, products, memory, route.slice_rows, residual=residual)
-    return build_mma(x, problem, products, memory, gpu, residual=residual)
+    return build_mma(x, problem, products, memory, tiling_of(problem, route, gpu), residual=residual)
 
 
 def problems_of(products: Sequence[Product], m: int) -> list[tuple[Problem, list[Product]]]:
@@ -70,16 +70,16 @@ def problems_of(products: Sequence[Product], m: int) -> list[tuple[Problem, list
 def scratch_bytes(problem: Problem, route: Route, gpu: GPU) -> int:
     if route.slice_rows:
         return _slice_bytes(route.slice_rows, problem) + 4 * problem.m * route.slice_rows
-    cut = tiling_of(problem, gpu)
+    cut = tiling_of(problem, route, gpu)
     return cut.n_blocks(problem.m, problem.widths, problem.columns) * cut.partial_bytes
 
 
 def arrival_bytes(problem: Problem, route: Route, gpu: GPU) -> int:
-    return 4 if route.slice_rows else 4 * tiling_of(problem, gpu).n_tiles(problem.m, problem.widths)
+    return 4 if route.slice_rows else 4 * tiling_of(problem, route, gpu).n_tiles(problem.m, problem.widths)
 
 
-def tiling_of(problem: Problem, gpu: GPU) -> Tiling:
-    return tilings(problem.kind, problem.m, problem.widths, problem.columns, gpu)[0]
+def tiling_of(problem: Problem, route: Route, gpu: GPU) -> Tiling:
+    return route.tiling or tilings(problem.kind, problem.m, problem.widths, problem.columns, gpu)[0]
 
 
 def build_mma(
@@ -87,15 +87,13 @@ def build_mma(
     problem: Problem,
     products: Sequence[Product],
     memory: MatmulMemory,
-    gpu: GPU,
+    cut: Tiling,
     *,
     residual: Buffer | None = None,
-    tiling: Tiling | None = None,
 ) -> list[Step]:
     """One launch of `matmul_mma`; rows of x must be multiples of 16 bytes."""
     assert x.form == "h16" and x.width == problem.columns and problem.columns % 8 == 0
     assert residual is None or len(products) == 1
-    cut = tiling or tiling_of(problem, gpu)
     n_blocks = cut.n_blocks(problem.m, problem.widths, problem.columns)
     assert n_blocks * cut.partial_bytes <= memory.scratch.n_bytes
     assert cut.n_tiles(problem.m, problem.widths) * 4 <= memory.arrivals.n_bytes

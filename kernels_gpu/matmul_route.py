@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
 
-from pyinfer.kernels_gpu.mma_tiling import GPU, model_cycles, tilings
+from pyinfer.kernels_gpu.mma_tiling import GPU, Tiling, model_cycles, tilings
 from pyinfer.kernels_gpu.weights_layout import layout_of
 
 SCRATCH_BYTES = 256 << 20  # most that a slice may take: float16 weights and float32 results
@@ -36,9 +36,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """0: `matmul_mma`; else cuBLAS on so many weight rows at a time."""
+    """0: `matmul_mma`, cut by `tiling` or by default; else cuBLAS on so many weight rows at a time."""
 
     slice_rows: int = 0
+    tiling: Tiling | None = None
 
 
 @dataclass(slots=True)
@@ -66,6 +67,14 @@ def default_route(problem: Problem, gpu: GPU, *, is_float16: bool) -> Route:
     }
     fastest = min(cycles, key=cycles.__getitem__)
     return fastest if cycles[fastest] < mma else Route()
+
+
+def tiling_options(problem: Problem, gpu: GPU, most: int) -> list[Route]:
+    """The best by the model of each size of tiles and number of warps, best first."""
+    best: dict[tuple[int, int, int], Tiling] = {}
+    for cut in tilings(problem.kind, problem.m, problem.widths, problem.columns, gpu):
+        best.setdefault((cut.rows, cut.fragments, cut.warps), cut)
+    return [Route(tiling=cut) for cut in list(best.values())[:most]]
 
 
 def slice_options(problem: Problem) -> list[Route]:

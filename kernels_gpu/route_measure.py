@@ -1,7 +1,8 @@
-"""Measuring at load which way large products go, once for each GPU and shape: the result is kept under `PYINFER_HOME/gpu`.
+"""Measuring at load how large products are done, once for each GPU and shape: the result is kept under `PYINFER_HOME/gpu`.
 
-A product of m rows is run both ways for each bucket of rows from 64 on, on the model's own weights and in the stage's own
-memory, after a warm-up (an idle H200 clocks down to a fifth). For a model of 8B that is some 100 products of 0.02 to 3 ms.
+For each bucket of rows a product is run with the best few tilings of the model, from 64 rows on by cuBLAS as well, on the
+model's own weights and in the stage's own memory, after a warm-up (an idle H200 clocks down to a fifth). For a model of 8B
+that is some 150 products of 0.01 to 3 ms, and kernels that are compiled once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 
 from pyinfer.graph.ops import MatMul
@@ -21,11 +22,13 @@ from pyinfer.kernels_gpu.matmul import (
     arrival_bytes,
     build_matmul,
     is_float16,
+    mma_kernel,
     problems_of,
     scratch_bytes,
 )
-from pyinfer.kernels_gpu.matmul_route import Problem, Route, slice_options
+from pyinfer.kernels_gpu.matmul_route import Problem, Route, slice_options, tiling_options
 from pyinfer.kernels_gpu.matvec import Product
+from pyinfer.kernels_gpu.mma_tiling import GPU, Tiling
 from pyinfer.kernels_gpu.operand import operand_at, operand_bytes
 from pyinfer.kernels_gpu.products import operand_form
 from pyinfer.kernels_gpu.sources import with_includes
@@ -33,7 +36,9 @@ from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.kernels_gpu.workspace import ValuePlan
 from pyinfer.paths import home
 
-LEAST_ROWS = 64  # with fewer, packed weights always win
+_CUBLAS_ROWS = 64  # with fewer, packed weights always win
+_MOST_OUTPUTS = 256  # rows that go through the head together
+_TILINGS = 4  # of each product
 _SOURCES = ("matmul_mma.cu", "matmul_finish.cu", "dequant.cu")
 _REPEATS, _RUNS = 4, 5  # of a product in a measured run; runs, of which the shortest counts
 _WARM_UP = 0.3  # seconds
@@ -49,17 +54,22 @@ class RouteCache:
         for source in _SOURCES:
             digest.update(with_includes(source).encode())
         self._path = (folder or home() / "gpu") / f"routes-{digest.hexdigest()[:16]}.json"
+        self._known: dict[str, list[int]] = {}  # slice_rows, then the fields of a tiling if there is one
         try:
-            self._known: dict[str, int] = {str(k): int(v) for k, v in json.loads(self._path.read_text()).items()}
+            known = json.loads(self._path.read_text())
+            self._known = {str(key): [int(value) for value in values] for key, values in known.items()}
         except (OSError, ValueError, AttributeError, TypeError):
             self._known = {}
 
     def get(self, problem: Problem, float16: bool) -> Route | None:
-        known = self._known.get(_key(problem, float16))
-        return None if known is None else Route(known)
+        known = self._known.get(_key(problem, float16), [])
+        if len(known) == 1 + len(fields(Tiling)):
+            return Route(known[0], Tiling(*known[1:]))
+        return Route(known[0]) if len(known) == 1 else None
 
     def put(self, problem: Problem, float16: bool, route: Route) -> None:
-        self._known[_key(problem, float16)] = route.slice_rows
+        tiling = astuple(route.tiling) if route.tiling else ()
+        self._known[_key(problem, float16)] = [route.slice_rows, *tiling]
 
     def save(self) -> None:
         """A cache that cannot be written costs the next load its time, nothing more."""
@@ -76,29 +86,40 @@ def measure_routes(
     memory: StageMemory, buckets: Iterable[int], cache: RouteCache, clock: Clock = time.perf_counter
 ) -> None:
     """Fill `memory.routes.measured` for every product of the stage and every bucket of rows."""
-    known = memory.routes.measured
-    is_warm = False
-    for m in sorted((m for m in buckets if m >= LEAST_ROWS), reverse=True):  # the most memory is asked for first
+    table, unknown = memory.routes, dict[tuple[Problem, bool], list[Product]]()
+    for m in sorted(buckets, reverse=True):  # the most memory is asked for first
         for problem, products in _problems(memory, m):
-            float16 = is_float16(products, memory.copies)
-            if (problem, float16) in known:
-                continue
-            route = cache.get(problem, float16)
+            key = problem, is_float16(products, memory.copies)
+            route = cache.get(*key)
             if route is None:
-                bench = _Bench(memory, problem, products, clock)
-                if not is_warm:
-                    bench.warm_up()
-                    is_warm = True
-                route = bench.fastest([Route(), *slice_options(problem)])
-                cache.put(problem, float16, route)
-            known[problem, float16] = route
-    if is_warm:
-        cache.save()
+                unknown[key] = products
+            else:
+                table.measured[key] = route
+    if not unknown:
+        return
+    options = {key: route_options(key[0], table.gpu) for key in unknown}
+    cuts = {(key[0].kind, route.tiling) for key, routes in options.items() for route in routes if route.tiling}
+    memory.device.prepare([mma_kernel(kind, cut) for kind, cut in cuts])
+    for i, (key, products) in enumerate(unknown.items()):
+        bench = _Bench(memory, key[0], products, clock)
+        if i == 0:
+            bench.warm_up(options[key][0])
+        table.measured[key] = bench.fastest(options[key])
+        cache.put(*key, table.measured[key])
+    cache.save()
+
+
+def route_options(problem: Problem, gpu: GPU) -> list[Route]:
+    """What is worth measuring."""
+    by_cublas = slice_options(problem) if problem.m >= _CUBLAS_ROWS else []
+    return [*tiling_options(problem, gpu, _TILINGS), *by_cublas]
 
 
 def _problems(memory: StageMemory, m: int) -> Iterator[tuple[Problem, list[Product]]]:
     for op in memory.graph.ops:
-        if isinstance(op, MatMul) and op.outs[0].rows == "tokens" and operand_form(op.weights[0], m) == "h16":
+        if not isinstance(op, MatMul) or operand_form(op.weights[0], m) != "h16":
+            continue
+        if op.outs[0].rows == "tokens" or m <= _MOST_OUTPUTS:
             yield from problems_of([Product(memory.weights[weight], _NOWHERE) for weight in op.weights], m)
 
 
@@ -123,8 +144,8 @@ class _Bench:
         times = [self._seconds(route) for route in routes]
         return routes[times.index(min(times))]
 
-    def warm_up(self) -> None:
-        executable = self._memory.device.capture(self._steps(Route()))
+    def warm_up(self, route: Route) -> None:
+        executable = self._memory.device.capture(self._steps(route))
         end = self._clock() + _WARM_UP
         while self._clock() < end:
             self._memory.device.run(executable)

@@ -21,7 +21,7 @@ from pyinfer.graph.split import expandable_weights
 from pyinfer.kernels_gpu import route_measure
 from pyinfer.kernels_gpu.expand import make_copies
 from pyinfer.kernels_gpu.matmul import gain_of
-from pyinfer.kernels_gpu.matmul_route import Problem, Route, RouteTable, default_route, slice_options
+from pyinfer.kernels_gpu.matmul_route import Problem, Route, RouteTable, default_route, slice_options, tiling_options
 from pyinfer.kernels_gpu.mma_tiling import GPU
 from pyinfer.kernels_gpu.route_measure import RouteCache, measure_routes
 from pyinfer.kernels_gpu.stage import GPUStage
@@ -60,6 +60,7 @@ class Clock:
             self.now += mma if executable[0].kernel.name == "matmul_mma" else gemm
 
         monkeypatch.setattr(device, "run", run)
+        monkeypatch.setattr(device, "prepare", lambda kernels: None)
 
     def __call__(self) -> float:
         return self.now
@@ -102,6 +103,7 @@ def test_the_faster_way_is_taken_and_remembered(
         measure_routes(memory, (8, 64, 96), RouteCache("one", folder), clock)
         found = memory.routes.measured
         assert {problem.m for problem, _ in found} == {64, 96}
+        assert all((route.tiling is None) == (route.slice_rows > 0) for route in found.values())
         assert all((route.slice_rows == 0) == (mma < gemm) for route in found.values())
         assert clock.runs > 0
         clock.runs = 0
@@ -115,12 +117,15 @@ def test_the_faster_way_is_taken_and_remembered(
 def test_a_broken_cache_is_measured_anew(tmp_path: Path) -> None:
     cache = RouteCache("one", tmp_path)
     problem = Problem("Q4_K", 64, (512,), 256)
+    other = tiling_options(problem, H200, 1)[0]
     cache.put(problem, False, Route(7))
+    cache.put(problem, True, other)
     cache.save()
     assert RouteCache("one", tmp_path).get(problem, False) == Route(7)
-    assert RouteCache("one", tmp_path).get(problem, True) is None
+    assert RouteCache("one", tmp_path).get(problem, True) == other
+    assert RouteCache("two", tmp_path).get(problem, True) is None
     (path,) = tmp_path.iterdir()
-    for text in ("{", "[]", '{"a": null}'):
+    for text in ("{", "[]", '{"a": null}', path.read_text().replace("7", "7, 7")):
         path.write_text(text)
         assert RouteCache("one", tmp_path).get(problem, False) is None
 

@@ -104,7 +104,7 @@ def run_mma(device: EmulatedDevice, case: Case, cut: Tiling, residual: Buffer | 
     n_tiles = cut.n_tiles(problem.m, problem.widths)
     memory = memory_for(device, case, n_blocks * cut.partial_bytes, 4 * n_tiles)
     for _ in range(1 if residual else 2):
-        for step in build_mma(case.x, problem, case.products, memory, SMALL, residual=residual, tiling=cut):
+        for step in build_mma(case.x, problem, case.products, memory, cut, residual=residual):
             device.launch(step)
     assert not device.values(memory.arrivals, np.int32).any()
 
