@@ -162,7 +162,7 @@ def check(device: EmulatedDevice, out: Operand, expected: F32Array, case: Case) 
         return
     assert np.isfinite(got).all()
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
-    limit = 1e-3 if case.kind != "decode" or case.form == "h16" else 2e-6
+    limit = 1e-3 if case.kind != "decode" or case.form == "h16" else 1e-5
     assert error <= limit, error
     real = np.abs(expected).max(axis=1) > 0
     assert (np.abs(got - expected).max(axis=1)[real] <= 3 * limit * np.abs(expected).max(axis=1)[real]).all()

@@ -75,8 +75,8 @@ def check(device: EmulatedDevice, launches: Sequence[Launch], out: Operand, expe
     if out.form == "a8":  # a value at a rounding's edge may fall to the other side
         step = np.repeat(np.abs(expected).reshape(len(expected), -1, 32).max(axis=2) / 127, 32, axis=1)
         exact = quantize_activation(expected).dequantize()
-        assert (np.abs(got - expected) <= step * 0.5001 + 1e-30).all()
-        assert np.mean(np.abs(got - exact) > step * 0.01) < 0.01
+        assert (np.abs(got - expected) <= step * 0.51 + 1e-30).all()
+        assert np.count_nonzero(np.abs(got - exact) > step * 0.01) <= 1 + 0.01 * got.size
     else:
         tolerance = 1e-5 if out.form == "f32" else 5e-4
         top = np.abs(expected).max(axis=1, keepdims=True)
