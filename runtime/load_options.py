@@ -9,7 +9,7 @@ from typing import Any
 
 from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import split_kv_dtype
-from pyinfer.runtime.offload import GPU_EXPAND, GPUExpand, GPULayers, check_layers
+from pyinfer.runtime.offload import GPU_EXPAND, GPU_SPLIT, GPUExpand, GPULayers, GPUSplit, check_layers
 from pyinfer.runtime.policy import POLICIES
 from pyinfer.runtime.preemption_cost import PREEMPTION_MODES
 
@@ -21,6 +21,7 @@ class LoadOptions:
     n_ctx: int = 0  # 0: the model's, or what the KV pool holds
     n_gpu_layers: GPULayers = 0  # blocks; more than there are, or "all": everything; "auto": what fits
     gpu_memory_utilization: float = 0.9  # share of each GPU's memory that may be in use
+    gpu_split: GPUSplit = "layer"  # how several GPUs share a model: a run of blocks each, or a part of every block
     gpu_expand: GPUExpand = (
         "auto"  # float16 copies of packed matrices on GPUs, for prompts; auto: if there is much room
     )
@@ -61,6 +62,7 @@ class LoadOptions:
             ("scheduling_policy", POLICIES),
             ("preemption_mode", PREEMPTION_MODES),
             ("gpu_expand", GPU_EXPAND),
+            ("gpu_split", GPU_SPLIT),
         ):
             if getattr(self, name) not in known_values:
                 known = ", ".join(known_values)

@@ -6,17 +6,18 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from pyinfer.errors import BackendError, DeviceMemoryError
+from pyinfer.errors import BackendError, ConfigError, DeviceMemoryError
 from pyinfer.graph.backend import DeviceInfo, Progress, Stage, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.passes import for_context, optimize
-from pyinfer.runtime.backends import gpus, open_backend
+from pyinfer.runtime.backends import gpus, open_backend, open_ranks
 from pyinfer.runtime.kv_size import MAX_KV_MEMORY, plan_sizes
 from pyinfer.runtime.load_options import LoadOptions
 from pyinfer.runtime.memory import memory
-from pyinfer.runtime.offload import Offload, OffloadPlan, candidates, keeps_copies, make_plan, wanted
+from pyinfer.runtime.offload import Offload, OffloadPlan, candidates, keeps_copies, make_plan, make_tensor_plan, wanted
 from pyinfer.runtime.page_layout import PageLayout
 from pyinfer.runtime.stage_chain import StageChain
+from pyinfer.runtime.tensor_stage import open_tensor_stage
 
 _log = logging.getLogger(__name__)
 _LEAST_CONTEXT = 8192  # tokens that must fit before weights take the rest of a GPU, if the model has so many
@@ -54,6 +55,11 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
     layers = options.n_gpu_layers if devices else 0
     asked = wanted(layers, len(graph.kv_layers))
     most = asked.n_blocks
+    if wants_tensor_split(options, devices) and not asked.has_embedding:
+        raise ConfigError(
+            f"gpu_split is 'tensor', which needs everything on GPUs, and n_gpu_layers is {layers}; use 'all' or a layer split",
+            param="gpu_split",
+        )
     for offload in candidates(layers, len(graph.kv_layers)):
         config = sizes(offload, devices) if offload.n_blocks <= most else None
         if config is None:
@@ -76,6 +82,19 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
         _report(placed, devices)
         return placed
     raise AssertionError("nothing on a GPU always fits")
+
+
+def wants_tensor_split(options: LoadOptions, devices: Sequence[DeviceInfo]) -> bool:
+    return options.gpu_split == "tensor" and len(devices) > 1
+
+
+def plan_for(
+    graph: Graph, config: StageConfig, devices: Sequence[DeviceInfo], offload: Offload, options: LoadOptions
+) -> OffloadPlan:
+    """Of a graph that is not yet optimized. Less than everything is split by layers, whatever was asked for."""
+    if wants_tensor_split(options, devices) and offload.has_embedding:
+        return make_tensor_plan(graph, config, devices, offload, options.gpu_memory_utilization)
+    return make_plan(optimize(graph), config, devices, offload, options.gpu_memory_utilization)
 
 
 def find_devices(options: LoadOptions) -> list[DeviceInfo]:
@@ -110,7 +129,7 @@ def size_pool(
     config = plan_sizes(graph, 0, replace(options, n_ctx=0, kv_cache_memory=max(1, least) * page_bytes))
     share = options.gpu_memory_utilization
     expand = keeps_copies(graph, config, devices, offload, share, options.gpu_expand)
-    plan = make_plan(graph, replace(config, gpu_expand=expand), devices, offload, share)
+    plan = plan_for(graph, replace(config, gpu_expand=expand), devices, offload, options)
     n_pages = plan.max_pages()
     if n_pages < least:
         return None
@@ -135,6 +154,10 @@ def _host_pages(plan: OffloadPlan) -> int:
 
 def open_stages(plan: OffloadPlan, config: StageConfig, host: str, progress: Progress | None) -> Stage:
     """The plan's stages, as one. `host` is the backend of those without a GPU. DeviceMemoryError if a GPU lacks room."""
+    graphs = [each.graph for each in plan.stages]
+    if plan.is_tensor:
+        ranks = open_ranks([each.device.index for each in plan.stages if each.device is not None])
+        return open_tensor_stage(ranks, graphs, config, progress)
     stages: list[Stage] = []
     try:
         for each in plan.stages:

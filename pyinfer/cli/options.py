@@ -29,12 +29,14 @@ _SCHEDULER_PANEL = "Scheduler"
 _POLICIES = ("fcfs", "priority", "ssjf")
 _PREEMPTION_MODES = ("auto", "recompute", "swap")
 _GPU_EXPAND = ("auto", "on", "off")
+_GPU_SPLIT = ("layer", "tensor")
 # what one conversation in a terminal can use; the rest is about requests beside each other
 ONE_USER = (
     "threads",
     "ctx_size",
     "n_gpu_layers",
     "gpu_memory_utilization",
+    "gpu_split",
     "gpu_expand",
     "kv_cache_dtype",
     "kv_cache_memory",
@@ -54,6 +56,7 @@ class EngineOptions:
     n_ctx: int = 0  # 0: the model's, or what the KV pool holds
     n_gpu_layers: int | str = "auto"  # blocks, "auto" or "all"
     gpu_memory_utilization: float = 0.9
+    gpu_split: str = "layer"
     gpu_expand: str = "auto"
     kv_cache_dtype: str = "f16"
     kv_cache_memory: int | None = None  # bytes; None: chosen from the free memory
@@ -161,6 +164,15 @@ def _engine_options(
             rich_help_panel=_ENGINE_PANEL,
         ),
     ] = "0.9",
+    gpu_split: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(_GPU_SPLIT),
+            callback=checked(_one_of(_GPU_SPLIT)),
+            help="How several GPUs share a model: a run of blocks each, or a part of every block.",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = "layer",
     gpu_expand: Annotated[
         str,
         typer.Option(
@@ -275,6 +287,7 @@ def _engine_options(
         n_ctx=ctx_size,
         n_gpu_layers=parse_gpu_layers(n_gpu_layers),
         gpu_memory_utilization=parse_share(gpu_memory_utilization),
+        gpu_split=gpu_split,
         gpu_expand=gpu_expand,
         kv_cache_dtype=parse_kv_dtype(kv_cache_dtype),
         kv_cache_memory=None if kv_cache_memory is None else parse_size(kv_cache_memory),
