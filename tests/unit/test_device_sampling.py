@@ -12,7 +12,7 @@ from sampling_stage import SamplingFake
 
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.sampling import SamplingStage
-from pyinfer.runtime.beam_search import BeamSearchParams
+from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.outputs import RequestOutput
 from pyinfer.runtime.sampling_params import SamplingParams
