@@ -6,27 +6,44 @@ generators, so that each run has inputs of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pyinfer.errors import DeviceMemoryError
 from pyinfer.kernels_gpu.cupy_device import CuPyDevice
-from pyinfer.kernels_gpu.launch import Buffer, Launch, Step
+from pyinfer.kernels_gpu.launch import Buffer, Launch, Reduce, Step
 
+F32Array = npt.NDArray[np.float32]
 _GUARD, _POISON = 0xA5, 0xFF  # 0xFF in every byte is a NaN
 _GUARD_BYTES = 256
 
 
 class CheckedDevice(CuPyDevice):
-    """With the methods that tests call, and without a choice of architecture: it is the card's."""
+    """With the methods that tests call, and without a choice of architecture: it is the card's.
 
-    def __init__(self, **ignored: Any) -> None:
+    With `all_reduce` it plays one of several GPUs, whose sums are made on the host: then nothing is captured.
+    """
+
+    def __init__(
+        self, *, all_reduce: Callable[[F32Array], F32Array] | None = None, n_bytes: int = 1 << 40, **ignored: Any
+    ) -> None:
         super().__init__(0)
+        self._limit, self._used = n_bytes, 0
         self.launches: dict[str, int] = {}
+        self._all_reduce = all_reduce
         self._guards: list[Buffer] = []
 
+    def memory(self) -> tuple[int, int]:
+        """What tests count: how much they asked for, not what the card has."""
+        return self._limit - self._used, self._limit
+
     def alloc(self, n_bytes: int) -> Buffer:
+        if self._used + n_bytes > self._limit:
+            raise DeviceMemoryError(f"{n_bytes} bytes are asked for and {self._limit - self._used} are allowed")
+        self._used += n_bytes
         padded = -(-n_bytes // 16) * 16
         whole = super().alloc(padded + _GUARD_BYTES)
         buffer, guard = Buffer(whole.ptr, n_bytes), Buffer(whole.ptr + padded, _GUARD_BYTES)
@@ -35,14 +52,39 @@ class CheckedDevice(CuPyDevice):
         return buffer
 
     def launch(self, step: Step) -> None:
-        name = step.kernel.name if isinstance(step, Launch) else "gemm"
-        self.launches[name] = self.launches.get(name, 0) + 1
-        super().launch(step)
+        self._count([step])
+        if isinstance(step, Reduce):
+            assert self._all_reduce is not None
+            self.upload(step.data, self._all_reduce(self.values(step.data, np.float32, step.n)))
+            self.synchronize()
+        else:
+            super().launch(step)
+
+    def capture(self, steps: Sequence[Step]) -> tuple[list[Step], Any]:
+        before = dict(self.launches)
+        graph = None if self._all_reduce else super().capture(steps)
+        self.launches = before
+        return list(steps), graph
+
+    def run(self, executable: tuple[list[Step], Any]) -> None:
+        steps, graph = executable
+        if graph is None:
+            for step in steps:
+                self.launch(step)
+        else:
+            self._count(steps)
+            super().run(graph)
+
+    def _count(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            name = step.kernel.name if isinstance(step, Launch) else type(step).__name__.lower()
+            self.launches[name] = self.launches.get(name, 0) + 1
 
     def close(self) -> None:
         for guard in self._guards:
             assert (self.values(guard, np.uint8) == _GUARD).all(), "a kernel wrote behind a buffer"
         self._guards.clear()
+        self._used = 0
         super().close()
 
     def array(self, values: npt.NDArray[Any]) -> Buffer:
