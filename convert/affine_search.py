@@ -16,22 +16,23 @@ from pyinfer.convert.lanes import LANES, Lanes, group_function
 from pyinfer.kernels_cpu.simd import Reg
 
 _SINGULAR = 1e-6  # relative determinant below which all weights have the same code
-_COARSE = [-2 + 0.25 * k for k in range(LANES)]  # candidates, in codes more or less than the range has
-_FINE = [[-3 + 0.2 * k for k in range(i, i + LANES)] for i in (0, LANES)]
+# Candidates of a scale, in codes more or less than the range has.
+_CANDIDATES = [[-3 + 0.2 * k for k in range(i, i + LANES)] for i in (0, LANES)]
+_N_FACTORS, _FACTOR_STEP = 48, np.float32(0.003)
 # Steps on the grid that the lanes try around the nearest scale and minimum; the last lane repeats the middle.
 _SCALE_STEPS = [-1.0, 0.0, 1.0] * 5 + [0.0]
 _MINIMUM_STEPS = [float(m) for m in (-2, -1, 0, 1, 2) for _ in range(3)] + [0.0]
 
 
-def _emit_search(v: Lanes, top: Reg, batches: list[list[float]]) -> list[Reg]:
-    """Scale and minimum of the best candidate, scale 0 where all weights are equal; sums of w and of w * x."""
+def _emit_search(v: Lanes, top: Reg) -> list[Reg]:
+    """Scale and minimum of the best candidate, scale 0 where all weights are equal; sums of w, w*x, w*l and w*l*l."""
     b, e = v.b, v.e
     low, high = e.fmin(v.fold(v.x, e.fmin), v.one(0.0)), v.fold(v.x, e.fmax)
     sum_w, sum_x = v.fold(v.w, b.fadd), v.fold(v.wx, b.fadd)
     lows, sums_w, sums_x = v.all(low), v.all(sum_w), v.all(sum_x)
     unit = v.inverse(b.fsub(v.all(high), lows))
-    best = [v.one(-np.inf), v.one(0.0), low]
-    for steps in batches:
+    best = [v.one(-np.inf), v.one(0.0), low, v.one(0.0), v.one(0.0)]
+    for steps in _CANDIDATES:
         inverse = b.fmul(b.fadd(v.all(top), v.each(steps)), unit)
         sum_l, sum_ll, sum_lx = v.sums(inverse, b.fneg(b.fmul(lows, inverse)), v.all(top))
         product = b.fmul(sums_w, sum_ll)
@@ -47,10 +48,10 @@ def _emit_search(v: Lanes, top: Reg, batches: list[list[float]]) -> list[Reg]:
         # by this much the codes lower the sum of squares
         gain = b.fadd(b.fmul(scale, sum_lx), b.fmul(offset, sums_x))
         gain = b.select(b.fcmp_ordered(">", scale, v.all(0.0)), gain, v.all(-np.inf))
-        found = v.pick(gain, [gain, scale, offset])
+        found = v.pick(gain, [gain, scale, offset, sum_l, sum_ll])
         better = b.fcmp_ordered(">", found[0], best[0])
         best = [b.select(better, new, old) for new, old in zip(found, best, strict=True)]
-    return [best[1], b.fneg(best[2]), sum_w, sum_x]
+    return [best[1], b.fneg(best[2]), sum_w, sum_x, best[3], best[4]]
 
 
 def _emit_fit(
@@ -74,9 +75,8 @@ def _emit_fit(
     return v.pick(gain, [scale_code, low_code, gain, sum_l, sum_ll, sum_lx])
 
 
-# float32 results of a search: scale, minimum, sum of w, sum of wx
-search_coarsely = group_function("search_coarsely", 1, lambda v, top: _emit_search(v, top, [_COARSE]))
-search_finely = group_function("search_finely", 1, lambda v, top: _emit_search(v, top, _FINE))
+# float32 results of a search: scale, minimum, sums of w, w*x, w*l, w*l*l
+search_affine = group_function("search_affine", 1, _emit_search)
 # codes of scale and minimum, gain, sums of w*l, w*l*l, w*l*x
 _fit_group = group_function("_fit_group", 8, _emit_fit)
 
@@ -115,32 +115,55 @@ def _inverse(unit):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def fit_affine(x, w, wx, group, top, largest, is_fine, rounds, scales, minimums):  # type: ignore[no-untyped-def]
+def fit_affine(x, w, wx, group, top, largest, rounds, scales, minimums):  # type: ignore[no-untyped-def]
     """(d, dmin), exact in float16, of one super-block x (256,) with importances w (256,) and wx = w * x.
 
     The codes of the groups' scales and minimums, 0..largest, go to row 0 of uint8 `scales` and `minimums`
-    (2, 256 / group).
+    (2, 256 / group). Starts from the smallest factors that reach all scales, and from larger ones that fit them better.
     """
     addresses = (x.ctypes.data, w.ctypes.data, wx.ctypes.data)
-    wanted, found = np.empty((scales.shape[1], 4), np.float32), np.empty(6, np.float32)
-    d = dmin = np.float32(0)
+    wanted, found = np.empty((scales.shape[1], 6), np.float32), np.empty(6, np.float32)
+    least_d = least_dmin = np.float32(0)
     for g in range(len(wanted)):
-        at, out = 4 * g * group, wanted[g].ctypes.data
-        if is_fine:
-            search_finely(addresses[0] + at, addresses[1] + at, addresses[2] + at, group, out, top)
-        else:
-            search_coarsely(addresses[0] + at, addresses[1] + at, addresses[2] + at, group, out, top)
-        d, dmin = max(d, wanted[g, 0]), max(dmin, wanted[g, 1])
-    d, dmin = round_to_half(d / largest), round_to_half(dmin / largest)
-    best_gain, best_d, best_dmin = -np.inf, d, dmin
-    for _ in range(rounds):
-        gain, next_d, next_dmin = _fit_grid(
-            addresses, group, top, largest, d, dmin, wanted, scales[1], minimums[1], found
-        )
-        if gain <= best_gain:
-            break
-        best_gain, best_d, best_dmin = gain, d, dmin
-        for g in range(len(wanted)):
-            scales[0, g], minimums[0, g] = scales[1, g], minimums[1, g]
-        d, dmin = round_to_half(np.float32(max(next_d, 0.0))), round_to_half(np.float32(max(next_dmin, 0.0)))
+        at = 4 * g * group
+        search_affine(addresses[0] + at, addresses[1] + at, addresses[2] + at, group, wanted[g].ctypes.data, top)
+        least_d, least_dmin = max(least_d, wanted[g, 0]), max(least_dmin, wanted[g, 1])
+    least_d, least_dmin = least_d / largest, least_dmin / largest
+    best_gain, best_d, best_dmin = -np.inf, np.float32(0), np.float32(0)
+    for is_fitted in (False, True):
+        d, dmin = least_d, least_dmin
+        if is_fitted:
+            d, dmin = _fitting_factor(wanted, d, 0), _fitting_factor(wanted, dmin, 1)
+        d, dmin = round_to_half(d), round_to_half(dmin)
+        last_gain = -np.inf
+        for _ in range(rounds):
+            gain, next_d, next_dmin = _fit_grid(
+                addresses, group, top, largest, d, dmin, wanted, scales[1], minimums[1], found
+            )
+            if gain <= last_gain:
+                break
+            last_gain = gain
+            if gain > best_gain:
+                best_gain, best_d, best_dmin = gain, d, dmin
+                for g in range(len(wanted)):
+                    scales[0, g], minimums[0, g] = scales[1, g], minimums[1, g]
+            d, dmin = round_to_half(np.float32(max(next_d, 0.0))), round_to_half(np.float32(max(next_dmin, 0.0)))
     return best_d, best_dmin
+
+
+@compiled
+def _fitting_factor(wanted, least, which):  # type: ignore[no-untyped-def]
+    """The factor, `least` or up to a seventh more, whose multiples come nearest to all scales (0) or minimums (1)."""
+    best_error, best = np.float32(np.inf), least
+    for k in range(_N_FACTORS):
+        factor = least * (np.float32(1) + _FACTOR_STEP * np.float32(k))
+        inverse, error = _inverse(factor), np.float32(0)
+        for g in range(len(wanted)):
+            sum_w, sum_l, sum_ll = wanted[g, 2], wanted[g, 4], wanted[g, 5]
+            # a wrong scale costs what no minimum can make up for
+            cost = sum_w if which == 1 or sum_w <= 0 else sum_ll - sum_l * sum_l / sum_w
+            off = wanted[g, which] - factor * np.floor(wanted[g, which] * inverse + np.float32(0.5))
+            error += cost * off * off
+        if error < best_error:
+            best_error, best = error, factor
+    return best

@@ -25,6 +25,7 @@ from pyinfer.convert.safetensors import StoredTensor
 from pyinfer.convert.tensor_source import TensorSource
 from pyinfer.convert.type_plan import TensorSpec, model_shape, plan_types
 from pyinfer.convert.vocabulary import vocabulary_metadata
+from pyinfer.convert.writing import writing
 from pyinfer.errors import ConvertError
 from pyinfer.quant.writer import TensorStream, stream_gguf
 
@@ -57,10 +58,8 @@ class Conversion:
             raise ConvertError(
                 f"{path}: needs {self.n_bytes:,} bytes and the disk has {free:,} free; free some or write elsewhere"
             )
-        try:
+        with writing(path):
             stream_gguf(path, self.metadata, self.tensors, on_bytes=on_bytes)
-        except OSError as error:
-            raise ConvertError(f"{path}: cannot be written: {error.strerror or error}; nothing is left") from error
 
 
 def plan_conversion(

@@ -26,9 +26,9 @@ from pyinfer.quant.codecs import codec_by_name
 _WEIGHTS_PER_TASK = 1 << 17  # a task's float32 stay in the L2 cache
 _LEAST_IMPORTANCE = np.float32(1e-4)  # of the mean: no weight may become worthless
 _EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-_AFFINE = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
-_SIGNED = ("Q4_0", "Q5_0", "Q3_K", "Q6_K")
-_NUMBA_SOURCES = ("*_search.py", "encode_*.py", "half_float.py", "importance.py", "jit.py", "lanes.py")
+_AFFINE = ("Q2_K", "Q4_K", "Q5_K")
+_SIGNED = ("Q3_K", "Q6_K")
+_NUMBA_SOURCES = ("*_search.py", "codes.py", "encode_*.py", "half_float.py", "importance.py", "jit.py", "lanes.py")
 _BLOCK = 32
 _EMPTY = np.empty(0, np.float32)
 
@@ -85,42 +85,45 @@ def _usable(weights: FloatArray, columns: int) -> FloatArray:
 Kernel = Callable[[FloatArray, FloatArray, ByteArray], None]
 
 
-def _exact(name: str) -> Kernel:
-    blocks = _compiled("encode_legacy", f"encode_{name.lower()}")
-    return lambda rows, _, out: blocks(rows.ctypes.data, out.ctypes.data, rows.size // _BLOCK)
-
-
-def _writable(rows: FloatArray) -> FloatArray:
-    """Numba would compile everything once more for arrays that are read-only."""
-    return rows if rows.flags.writeable else rows.copy()
-
-
 def _kernel(codec: Codec, columns: int, weighted: bool) -> Kernel:
     """Fills bytes (n, row bytes) from float32 (n, columns) and importances (columns,) or (0,)."""
     name = codec.name
-    if name == "BF16":
-        bf16 = _compiled("encode_plain", "encode_bf16")
-        return lambda rows, _, out: bf16(_writable(rows).view(np.uint32).ravel(), out.view(np.uint16).ravel())
-    if name == "F16" and columns % _BLOCK == 0 and current_isa().half:
+    if columns % _BLOCK == 0 and (name == "BF16" or (name == "F16" and current_isa().half)):
         return _exact(name)
     if name in _EXACT and (name == "Q8_0" or not weighted):
-        search = _exact(name)
-    elif name in _AFFINE or name in _SIGNED:
-        suffix = "_weighted" if name in _EXACT else ""
-        arrays = _compiled("encode_affine" if name in _AFFINE else "encode_signed", f"encode_{name.lower()}{suffix}")
+        return _exact(name)
+    if name in (*_EXACT, *_AFFINE, *_SIGNED):
+        return _searched(name)
+    return lambda rows, _, out: np.copyto(out, codec.quantize(rows))
 
-        def search(rows: FloatArray, columns: FloatArray, out: ByteArray) -> None:
-            arrays(_writable(rows), columns, out)
 
-    else:
-        return lambda rows, _, out: np.copyto(out, codec.quantize(rows))
+def _exact(name: str) -> Kernel:
+    from pyinfer.convert.encode_exact import exact_encoder
 
-    def checked(rows: FloatArray, columns: FloatArray, out: ByteArray) -> None:
+    run = exact_encoder(name)
+
+    def encode_rows(rows: FloatArray, _: FloatArray, out: ByteArray) -> None:
+        if not run(rows.ctypes.data, out.ctypes.data, rows.size // _BLOCK) and name in _EXACT:
+            raise _not_finite(name)
+
+    return encode_rows
+
+
+def _searched(name: str) -> Kernel:
+    kind = "weighted" if name in _EXACT else "affine" if name in _AFFINE else "signed"
+    search = _compiled(f"encode_{kind}", f"encode_{name.lower()}")
+
+    def encode_rows(rows: FloatArray, columns: FloatArray, out: ByteArray) -> None:
         if not np.isfinite(rows).all():
-            raise ModelError(f"cannot quantize to {name}: a weight is NaN or infinite")
-        search(rows, columns, out)
+            raise _not_finite(name)
+        # Numba would compile everything once more for arrays that are read-only
+        search(rows if rows.flags.writeable else rows.copy(), columns, out)
 
-    return checked
+    return encode_rows
+
+
+def _not_finite(name: str) -> ModelError:
+    return ModelError(f"cannot quantize to {name}: a weight is NaN or infinite")
 
 
 def _cores() -> int:

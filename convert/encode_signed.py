@@ -1,4 +1,4 @@
-"""Q3_K and Q6_K, and Q4_0 and Q5_0 with an imatrix: search and packing in one pass, as Numba code.
+"""Q3_K and Q6_K: search and packing in one pass, as Numba code.
 
 Arguments of every `encode_*` are those of `encode_affine`.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyinfer.convert.encode_affine import store_nibbles
-from pyinfer.convert.half_float import round_to_half, store_half
-from pyinfer.convert.importance import mean_square, weigh_block, weigh_by_columns
+from pyinfer.convert.codes import write_signed_codes
+from pyinfer.convert.half_float import store_half
+from pyinfer.convert.importance import weigh_block
 from pyinfer.convert.jit import compiled
-from pyinfer.convert.signed_search import fit_signed, search_finely
+from pyinfer.convert.signed_search import fit_signed
 
 _BLOCK = 256
 
@@ -24,7 +24,7 @@ def encode_q3_k(x, columns, out):  # type: ignore[no-untyped-def]
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 110 : (b + 1) * 110]
             weigh_block(block, columns, b * _BLOCK, 16, w, wx)
-            d = fit_signed(block, w, wx, 16, np.float32(4), np.float32(-32), columns.size > 0, 2, scales)
+            d = fit_signed(block, w, wx, 16, np.float32(4), np.float32(-32), 2, scales)
             _write_codes(block, 16, np.float32(4), d, scales[0], codes)
             for i in range(32):
                 thirds = np.uint8(0)
@@ -54,7 +54,7 @@ def encode_q6_k(x, columns, out):  # type: ignore[no-untyped-def]
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 210 : (b + 1) * 210]
             weigh_block(block, columns, b * _BLOCK, 16, w, wx)
-            d = fit_signed(block, w, wx, 16, np.float32(32), np.float32(-128), True, 3, scales)
+            d = fit_signed(block, w, wx, 16, np.float32(32), np.float32(-128), 3, scales)
             _write_codes(block, 16, np.float32(32), d, scales[0], codes)
             for half in range(2):
                 for i in range(64):
@@ -71,38 +71,5 @@ def encode_q6_k(x, columns, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _write_codes(x, group, zero, d, scales, codes):  # type: ignore[no-untyped-def]
-    """The codes that `signed_search` reckoned with: the same operations in the same order."""
-    limit, shift = zero + zero - np.float32(0.5), zero + np.float32(0.5)
     for g in range(x.size // group):
-        scale = d * np.float32(scales[g])
-        inverse = np.float32(1) / scale if abs(scale) > np.float32(1e-30) else np.float32(0)
-        for i in range(g * group, (g + 1) * group):
-            codes[i] = np.int32(max(min(x[i] * inverse + shift, limit), np.float32(0)))
-
-
-@compiled
-def encode_q4_0_weighted(x, columns, out):  # type: ignore[no-untyped-def]
-    _encode_32(x, columns, np.float32(8), 18, out)
-
-
-@compiled
-def encode_q5_0_weighted(x, columns, out):  # type: ignore[no-untyped-def]
-    _encode_32(x, columns, np.float32(16), 22, out)
-
-
-@compiled
-def _encode_32(x, columns, zero, block_bytes, out):  # type: ignore[no-untyped-def]
-    w, wx, found = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32), np.empty(1, np.float32)
-    codes, one = np.empty(32, np.uint8), np.ones(1, np.int8)
-    for row in range(len(x)):
-        weigh_by_columns(x[row], columns, np.float32(4) * mean_square(x[row]), w, wx)
-        for b in range(x.shape[1] // 32):
-            at, to = 32 * b, out[row, b * block_bytes : (b + 1) * block_bytes]
-            block = x[row, at : at + 32]
-            search_finely(
-                block.ctypes.data, w.ctypes.data + 4 * at, wx.ctypes.data + 4 * at, 32, found.ctypes.data, zero
-            )  # fmt: skip
-            d = round_to_half(found[0])
-            _write_codes(block, 32, zero, d, one, codes)
-            store_half(to, 0, d)
-            store_nibbles(codes, to, 2)
+        write_signed_codes(x, g * group, (g + 1) * group, zero, d * np.float32(scales[g]), codes)

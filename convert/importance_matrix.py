@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pyinfer.convert.writing import writing
 from pyinfer.errors import ConvertError
 from pyinfer.quant.codec import FloatArray
 from pyinfer.quant.gguf import GGUFFile
@@ -81,4 +82,5 @@ class ImportanceMatrix:
             sums, counts = self.sums[name], self.counts[name].reshape(-1, 1)
             tensors[name + _SUMS] = ("F32", sums.shape, np.ascontiguousarray(sums).view(np.uint8))
             tensors[name + _COUNTS] = ("F32", counts.shape, np.ascontiguousarray(counts).view(np.uint8))
-        write_gguf(path, metadata, tensors)
+        with writing(path):
+            write_gguf(path, metadata, tensors)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from pyinfer.convert.type_plan import (
     model_shape,
     plan_types,
 )
+from pyinfer.convert.writing import writing
 from pyinfer.errors import ConvertError, ModelError
 from pyinfer.quant.codec import ByteArray, FloatArray
 from pyinfer.quant.gguf import GGUFFile
@@ -78,15 +78,17 @@ class Quantization:
         }
         return replace(self, metadata={**self.metadata, **extra}, tensors=tensors)
 
-    def write(self, path: Path, on_bytes: Callable[[int], None] = lambda done: None) -> None:
-        """Write the file whole or not at all; `on_bytes` is told the bytes of tensors so far."""
+    def write(
+        self, path: Path, on_bytes: Callable[[int], None] = lambda done: None, *, name: Path | None = None
+    ) -> None:
+        """Write the file whole or not at all; `on_bytes` is told the bytes of tensors so far.
+
+        `name` is what errors call the file, if not by its path.
+        """
         if path.resolve() == self.source.path.resolve():
             raise ConvertError(f"{path}: is the model itself; write to another file", param="output")
-        try:
+        with writing(name or path):
             stream_gguf(path, self.metadata, self.tensors, on_bytes=on_bytes)
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise ConvertError(f"{path}: cannot be written: {reason}; nothing is left") from error
 
 
 def plan_quantization(

@@ -14,19 +14,18 @@ from pyinfer.kernels_cpu.simd import Reg
 
 _BEFORE = LANES // 2  # lanes below the middle
 # Candidates: the sign that the largest weight gets, and how many codes more than `zero` it is scaled to.
-_COARSE = [(-1.0, [0.125 * (k - _BEFORE) for k in range(LANES)])]
-_FINE = [(-1.0, [-1 + 0.2 * k for k in range(LANES)]), (1.0, [-2 + 0.2 * k for k in range(LANES)])]
+_CANDIDATES = [(-1.0, [-1 + 0.2 * k for k in range(LANES)]), (1.0, [-2 + 0.2 * k for k in range(LANES)])]
 _NEAR = [float(k - _BEFORE) for k in range(LANES)]
 
 
-def _emit_search(v: Lanes, zero: Reg, batches: list[tuple[float, list[float]]]) -> list[Reg]:
+def _emit_search(v: Lanes, zero: Reg) -> list[Reg]:
     """Candidates put the largest weight at, or next to, code 0; or beyond it, which clips it; or on the other side."""
     b = v.b
     low, high = v.fold(v.x, v.e.fmin), v.fold(v.x, v.e.fmax)
     extreme = b.select(b.fcmp_ordered(">", high, b.fneg(low)), high, low)
     zeros, unit = v.all(zero), v.inverse(v.all(extreme))
     best = [v.one(0.0), v.one(0.0)]
-    for signs, steps in batches:
+    for signs, steps in _CANDIDATES:
         inverse = b.fmul(b.fmul(b.fadd(zeros, v.each(steps)), v.all(signs)), unit)
         _, sum_ll, sum_lx = v.sums(inverse, zeros, _top(v, zeros), zeros)
         scale = b.fmul(sum_lx, v.inverse(sum_ll))
@@ -55,8 +54,7 @@ def _top(v: Lanes, zeros: Reg) -> Reg:
 
 
 # float32 result: the scale
-search_coarsely = group_function("search_coarsely", 1, lambda v, zero: _emit_search(v, zero, _COARSE))
-search_finely = group_function("search_finely", 1, lambda v, zero: _emit_search(v, zero, _FINE))
+search_signed = group_function("search_signed", 1, _emit_search)
 _fit_group = group_function("_fit_group", 5, _emit_fit)  # code, gain, sum of w*l*l, of w*l*x
 
 
@@ -79,7 +77,7 @@ def _fit_grid(addresses, group, zero, lowest, d, wanted, scales, found):  # type
 
 
 @compiled
-def fit_signed(x, w, wx, group, zero, lowest, is_fine, rounds, scales):  # type: ignore[no-untyped-def]
+def fit_signed(x, w, wx, group, zero, lowest, rounds, scales):  # type: ignore[no-untyped-def]
     """d, exact in float16, of one super-block x (256,) with importances w (256,) and wx = w * x.
 
     The groups' scales, lowest..-lowest-1, go to row 0 of int8 `scales` (2, 256 / group).
@@ -90,10 +88,7 @@ def fit_signed(x, w, wx, group, zero, lowest, is_fine, rounds, scales):  # type:
     extreme = np.float32(0)
     for g in range(wanted.size):
         at = 4 * g * group
-        if is_fine:
-            search_finely(addresses[0] + at, addresses[1] + at, addresses[2] + at, group, out, zero)
-        else:
-            search_coarsely(addresses[0] + at, addresses[1] + at, addresses[2] + at, group, out, zero)
+        search_signed(addresses[0] + at, addresses[1] + at, addresses[2] + at, group, out, zero)
         wanted[g] = found[0]
         if abs(wanted[g]) > abs(extreme):
             extreme = wanted[g]

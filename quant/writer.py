@@ -115,8 +115,13 @@ def _pad(file: BinaryIO, alignment: int) -> None:
 
 
 def _string(order: ByteOrder, text: str) -> bytes:
-    content = text.encode("utf-8", "surrogateescape")
-    return struct.pack(order + "Q", len(content)) + content
+    return _strings(order, [text])
+
+
+def _strings(order: ByteOrder, texts: list[str]) -> bytes:
+    length = struct.Struct(order + "Q").pack
+    contents = [text.encode("utf-8", "surrogateescape") for text in texts]
+    return b"".join(part for content in contents for part in (length(len(content)), content))
 
 
 def _value(order: ByteOrder, value: Any) -> tuple[int, bytes]:
@@ -142,6 +147,8 @@ def _value(order: ByteOrder, value: Any) -> tuple[int, bytes]:
 
 def _list(order: ByteOrder, items: list[Any]) -> bytes:
     """An array's item type, length and items. Plain numbers share one type; an empty list is stored as int32."""
+    if items and all(type(item) is str for item in items):  # a vocabulary: worth a short way
+        return struct.pack(order + "IQ", _STRING, len(items)) + _strings(order, items)
     if items and all(type(item) is int for item in items):
         return _value(order, _integers(items, np.int32, np.uint32, np.int64, np.uint64))[1]
     if items and all(type(item) in (int, float) for item in items):

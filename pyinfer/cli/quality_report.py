@@ -78,7 +78,7 @@ def _written(quantization: Quantization, path: Path, progress: Progress) -> Iter
     try:
         progress.begin(f"quantizing to {path}", quantization.n_bytes)
         try:
-            quantization.write(partial, progress.update)
+            quantization.write(partial, progress.update, name=path)
         finally:
             progress.end()
         if not os.path.isdir("/proc/self/fd"):

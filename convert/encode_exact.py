@@ -1,24 +1,27 @@
-"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks without an imatrix: one division a block, byte for byte what ggml writes; F16.
+"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks without an imatrix: one division a block, byte for byte what ggml writes; F16, BF16.
 
-The codecs in `quant` are the specification; this is the same in vector code, at the speed of memory. Arguments are
-addresses, for Numba would compile everything once more for arrays that are read-only, as those of a mapped file are.
+The codecs in `quant` are the specification; this is the same in vector code, at the speed of memory. The compiler of the
+CPU kernels compiles and keeps it: Numba alone would take longer to import than a small model to convert.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
 
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
-from pyinfer.convert.jit import compiled
+from pyinfer.kernels_cpu.compiler import N_ARGS, compiler_for
 from pyinfer.kernels_cpu.isa import current_isa
-from pyinfer.kernels_cpu.simd import Emitter, Reg, f32, i8, i32, vector
+from pyinfer.kernels_cpu.simd import Emitter, Reg, f32, i8, i16, i32, vector
 
 _BLOCK = 32
 _FLOATS, _INTS, _BYTES = vector(f32, _BLOCK), vector(i32, _BLOCK), vector(i8, _BLOCK)
+
+Encode = Callable[[int, int, int], bool]  # addresses of float32 and of the bytes, number of blocks
 
 
 class _Block:
@@ -125,55 +128,53 @@ def _halves(block: _Block, bits: int) -> None:
     block.e.store(block.e.float_to_half(block.x), block.out, 1)
 
 
-def _row_function(name: str, emit: Callable[[_Block, int], None], bits: int, block_bytes: int) -> Any:
-    """An intrinsic `name(x, out, n_blocks)` of two addresses and a count."""
-    signature = types.void(types.int64, types.int64, types.int64)
-
-    def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        e = Emitter(builder, current_isa())
-        x, out = e.ptr(args[0]), e.ptr(args[1])
-        with e.loop(args[2]) as i:
-            emit(_Block(e, e.at(x, e.mul(i, 4 * _BLOCK)), e.at(out, e.mul(i, block_bytes))), bits)
-        return context.get_dummy_value()
-
-    scope: dict[str, Any] = {"signature": signature, "codegen": codegen}
-    exec(f"def {name}(typingctx, x, out, n_blocks):\n    return signature, codegen\n", scope)
-    return intrinsic(scope[name])
+def _bfloats(block: _Block, bits: int) -> None:
+    """bfloat16 of 32 weights, to nearest even; a NaN stays a NaN."""
+    b, e = block.b, block.e
+    upper = b.lshr(b.bitcast(block.x, _INTS), ir.Constant(_INTS, [16] * _BLOCK))
+    quiet = b.trunc(b.or_(upper, ir.Constant(_INTS, [0x40] * _BLOCK)), vector(i16, _BLOCK))
+    e.store(b.select(b.fcmp_unordered("uno", block.x, block.x), quiet, e.float_to_bfloat(block.x)), block.out, 1)
 
 
-_q4_0 = _row_function("_q4_0", _signed, 4, 18)
-_q4_1 = _row_function("_q4_1", _affine, 4, 20)
-_q5_0 = _row_function("_q5_0", _signed, 5, 22)
-_q5_1 = _row_function("_q5_1", _affine, 5, 24)
-_f16 = _row_function("_f16", _halves, 16, 64)
-_q8_0 = _row_function("_q8_0", _bytes, 8, 34)
+# type -> what is emitted for a block, bits of a code, bytes of a block
+_KINDS: dict[str, tuple[Callable[[_Block, int], None], int, int]] = {
+    "Q4_0": (_signed, 4, 18),
+    "Q4_1": (_affine, 4, 20),
+    "Q5_0": (_signed, 5, 22),
+    "Q5_1": (_affine, 5, 24),
+    "Q8_0": (_bytes, 8, 34),
+    "F16": (_halves, 16, 64),
+    "BF16": (_bfloats, 16, 64),
+}
 
 
-@compiled
-def encode_q4_0(x, out, n_blocks):  # type: ignore[no-untyped-def]
-    _q4_0(x, out, n_blocks)
+@lru_cache(maxsize=8)
+def exact_encoder(name: str) -> Encode:
+    """`encode(x, out, n_blocks)` of a type: whether all weights were finite. It lets other threads run meanwhile."""
+    emit, bits, block_bytes = _KINDS[name]
+
+    def body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
+        x, out = e.ptr(e.field(op, 0)), e.ptr(e.field(op, 1))
+        nothing = ir.Constant(_FLOATS, [0.0] * _BLOCK)
+        spoiled = e.var(nothing)  # 0 times a weight is NaN if that is not finite
+        with e.loop(last, first) as i:
+            block = _Block(e, e.at(x, e.mul(i, 4 * _BLOCK)), e.at(out, e.mul(i, block_bytes)))
+            e.set(spoiled, e.b.fadd(e.get(spoiled), e.b.fmul(block.x, nothing)))
+            emit(block, bits)
+        e.store(e.reduce_add(e.get(spoiled)), scratch, 4)
+
+    address = compiler_for(current_isa()).kernel(f"encode_{name.lower()}_{_source_hash()}", body)
+    run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * N_ARGS)(address)
+
+    def encode(x: int, out: int, n_blocks: int) -> bool:
+        op, spoiled = (ctypes.c_int64 * 2)(x, out), ctypes.c_float()
+        run(ctypes.addressof(op), 0, 0, n_blocks, ctypes.addressof(spoiled))
+        return spoiled.value == 0
+
+    return encode
 
 
-@compiled
-def encode_q4_1(x, out, n_blocks):  # type: ignore[no-untyped-def]
-    _q4_1(x, out, n_blocks)
-
-
-@compiled
-def encode_q5_0(x, out, n_blocks):  # type: ignore[no-untyped-def]
-    _q5_0(x, out, n_blocks)
-
-
-@compiled
-def encode_q5_1(x, out, n_blocks):  # type: ignore[no-untyped-def]
-    _q5_1(x, out, n_blocks)
-
-
-@compiled
-def encode_q8_0(x, out, n_blocks):  # type: ignore[no-untyped-def]
-    _q8_0(x, out, n_blocks)
-
-
-@compiled
-def encode_f16(x, out, n_blocks):  # type: ignore[no-untyped-def]
-    _f16(x, out, n_blocks)
+@lru_cache(maxsize=1)
+def _source_hash() -> str:
+    """The compiler's cache knows the sources of its own folder only."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
