@@ -14,7 +14,7 @@ from typing import Any
 import cupy
 import numpy as np
 import numpy.typing as npt
-from cupy.cuda import cublas, driver, nccl, runtime
+from cupy.cuda import cublas, driver, runtime
 
 from pyinfer.errors import BackendError, DeviceMemoryError
 from pyinfer.kernels_gpu.cuda_launch import Launcher
@@ -29,10 +29,13 @@ _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_WITHOUT_ASKING = 48 << 10
 _OVERLAP_IN_GRAPHS = 12030  # the first CUDA whose graphs keep programmatic dependent launches
 _R_32F, _R_16F, _COMPUTE_32F, _OP_N, _OP_T, _GEMM_DEFAULT = 0, 2, 68, 0, 1, -1  # library_types.h, cublas_api.h
+_NCCL_FLOAT32, _NCCL_SUM = 7, 0  # nccl.h
 
 
 def rank_communicators(indices: Sequence[int]) -> list[Any]:
     """NCCL's, one for each of these GPUs; BackendError says what to install."""
+    from cupy.cuda import nccl  # here, as it warns where it is not installed
+
     if not nccl.available:
         raise BackendError(
             "CuPy finds no NCCL, which a tensor split over GPUs needs; pip install nvidia-nccl-cu12, or use --gpu-split layer",
@@ -174,7 +177,7 @@ class CuPyDevice:
             return
         if isinstance(step, Reduce):
             data = step.data.ptr
-            self._communicator.allReduce(data, data, step.n, nccl.NCCL_FLOAT32, nccl.NCCL_SUM, self._stream.ptr)
+            self._communicator.allReduce(data, data, step.n, _NCCL_FLOAT32, _NCCL_SUM, self._stream.ptr)
             return
         function = self._function(step.kernel)
         if step.shared_bytes > self._shared_of.get(function, _SHARED_WITHOUT_ASKING):
@@ -197,8 +200,9 @@ class CuPyDevice:
 
     def capture(self, steps: Sequence[Step]) -> Any:
         self.prepare([step.kernel for step in steps if isinstance(step, Launch)])
-        if self._blas is None and any(isinstance(step, Gemm) for step in steps):
-            self._blas = int(cublas.create())
+        for step in steps:  # once outside of the capture: cuBLAS loads its kernels when they are first used
+            if isinstance(step, Gemm):
+                self.launch(step)
         self._stream.begin_capture()
         try:
             for step in steps:

@@ -12,28 +12,26 @@ _INCLUDE = re.compile(r'^[ \t]*#include "([\w.]+)"[^\n]*\n', re.MULTILINE)
 
 @lru_cache(maxsize=256)
 def with_includes(name: str) -> str:
-    """The file's text with every `#include "x.cuh"` of this folder replaced by that file, once each.
+    """The file's text with every `#include "x.cuh"` of this folder replaced by that file, in guards of its own.
 
     One self-contained text is what a cache can be keyed by. Other includes stay.
     """
-    seen: set[str] = set()
+    return _expanded(name)
 
-    def expand(file: str) -> str:
-        seen.add(file)
 
-        def replace(match: re.Match[str]) -> str:
-            included = match.group(1)
-            if included in seen:
-                return "\n"
-            return expand(included) if (SOURCES / included).is_file() else match.group(0)
+def _expanded(file: str) -> str:
+    label = Path(file).name
 
-        text = (SOURCES / file).read_text("utf-8").replace("#pragma once\n", "\n")
-        label = Path(file).name
-        return f'#line 1 "{label}"\n' + _INCLUDE.sub(
-            lambda match: replace(match) + f'#line {_line_after(match)} "{label}"\n', text
-        )
+    def replace(match: re.Match[str]) -> str:
+        included = match.group(1)
+        if not (SOURCES / included).is_file():
+            return match.group(0)
+        guard = f"PYINFER_{re.sub('[^A-Z0-9]', '_', included.upper())}"
+        inner = f"#ifndef {guard}\n#define {guard}\n{_expanded(included)}\n#endif\n"
+        return f'{inner}#line {_line_after(match)} "{label}"\n'
 
-    return expand(name)
+    text = (SOURCES / file).read_text("utf-8").replace("#pragma once\n", "\n")
+    return f'#line 1 "{label}"\n' + _INCLUDE.sub(replace, text)
 
 
 def _line_after(match: re.Match[str]) -> int:

@@ -294,10 +294,11 @@ def test_memory_is_counted_and_given_back() -> None:
     assert device.memory() == (1000, 1000)
 
 
-def test_sources_are_ours(tmp_path: Path) -> None:
-    """A header of the folder is put in place once, and lines keep their numbers."""
+def test_headers_in_conditions(tmp_path: Path) -> None:
+    """A header that is skipped once is there when it is included again; lines keep their numbers."""
     path = tmp_path / "x.cu"
-    path.write_text('#include "ptx.cuh"\n#include "common.cuh"\nbroken here;\n')
+    path.write_text('#if 0\n#include "common.cuh"\n#endif\n#include "ptx.cuh"\n#include "common.cuh"\nbroken here;\n')
     device = EmulatedDevice()
-    with pytest.raises(EmulatorError, match=r"x\.cu:3:"):
+    with pytest.raises(EmulatorError, match=r"x\.cu:6:") as caught:
         device.launch(Launch(Kernel(str(path), "f"), (1, 1, 1), (1, 1, 1), ()))
+    assert "DEVICE" not in str(caught.value)
