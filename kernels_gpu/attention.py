@@ -40,6 +40,8 @@ class AttentionShape:
     scale: float
     window: int | None
     n_ctx: int  # of the longest sequence
+    # whether queries keep more than the bits of the keys' type in prompts: a bias on keys makes scores large (qwen2)
+    exact_queries: bool = False
 
     @property
     def group(self) -> int:
@@ -271,13 +273,17 @@ class _Prefill:
         return self.tiles.rows
 
 
+def _query_parts(shape: AttentionShape, pages: LayerPages) -> int:
+    return 2 if pages.k_type == "bf16" or shape.exact_queries else 1
+
+
 def _prefill_tiles(shape: AttentionShape, n_tokens: int, pages: LayerPages, device: Device) -> _Tiles | None:
     """The largest tiles that fit; None if none does.
 
     Two tiles of 16 rows a warp halve what is read from shared memory for each product, if there is work for all
     multiprocessors all the same and registers for it.
     """
-    head, query_parts = shape.heads.head_dim, 2 if pages.k_type == "bf16" else 1
+    head, query_parts = shape.heads.head_dim, _query_parts(shape, pages)
     tokens = max(1, 128 // min(shape.group, _PREFILL_GROUP))
     wide = head <= 128 and query_parts == 1 and n_tokens * shape.heads.n_kv_heads >= 2 * tokens * device.n_sms
     choices = [(4, 2, 32, 2)] if wide else []
@@ -312,6 +318,7 @@ def _prefill(
     defines: Defines = (
         *_common_defines(shape, pages), ("GROUP", plan.group), ("TOKENS", plan.tokens), ("WARPS", tiles.warps),
         ("ROW_TILES", tiles.row_tiles), ("COLUMNS", tiles.columns), ("STAGES", tiles.stages), ("SPLITS", plan.splits),
+        ("QUERY_PARTS", _query_parts(shape, pages)),
         ("MIN_TOKENS", FEW_TOKENS + 1 if step.kind == "mixed" else 1), ("OUT", FORMS.index(out.form)),
     )  # fmt: skip
     return Launch(

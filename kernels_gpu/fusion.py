@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Add, ApplyRope, Attention, Op, RMSNorm, StoreKV, Value
+from pyinfer.graph.ops import Add, ApplyRope, Attention, MatMul, Op, RMSNorm, StoreKV, Value
 from pyinfer.graph.rope import Rope
 
 
@@ -23,6 +23,7 @@ class AttentionGroup:
     rope: Rope | None
     q_norm: RMSNorm | None  # each head by itself, before the rope; both or none
     k_norm: RMSNorm | None
+    key_bias: bool  # the projection adds one, which makes scores large
     ops: tuple[Op, ...]
 
 
@@ -73,7 +74,8 @@ def _attention_groups(graph: Graph, makers: dict[int, Op], readers: dict[int, li
         if rope is not (k_rope.rope if k_rope else None) or not _alike(q_norm, k_norm):
             continue
         chain = [part for part in (q_norm, k_norm, q_rope, k_rope, store, op) if part is not None]
-        groups.append(AttentionGroup(q, k, store.v, op, rope, q_norm, k_norm, tuple(chain)))
+        key_bias = _adds_bias(makers[id(k)], k)
+        groups.append(AttentionGroup(q, k, store.v, op, rope, q_norm, k_norm, key_bias, tuple(chain)))
     return groups
 
 
@@ -88,6 +90,10 @@ def _chain(
     if isinstance(norm, RMSNorm) and len(readers[id(rope.x)]) == 1 and norm.weight.size == rope.head_dim:
         return norm.x, rope, norm
     return rope.x, rope, None
+
+
+def _adds_bias(maker: Op, value: Value) -> bool:
+    return isinstance(maker, MatMul) and maker.biases[maker.outs.index(value)] is not None
 
 
 def _alike(a: RMSNorm | None, b: RMSNorm | None) -> bool:

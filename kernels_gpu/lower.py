@@ -251,34 +251,34 @@ class _Lowering:
         self.steps += build_store(k, v, shape, self.memory.layer_fields(op.layer), pages, self.shape.n_tokens)
 
     def _attention(self, op: Attention) -> None:
-        self._attend(op, self.values[op.q].data, None)
+        self._attend(op, self._shape(op), self.values[op.q].data, None)
 
     def _attention_group(self, group: AttentionGroup) -> None:
         op, n = group.attention, self.shape.n_tokens
         q, k, v = (self.values[value].data for value in (group.q, group.k, group.v))
         heads, pages = self._heads(op.layer, op.n_heads), self.memory.pages.layer(op.layer)
-        fields = self.memory.layer_fields(op.layer)
+        fields, shape = self.memory.layer_fields(op.layer), self._shape(op, group.key_bias)
         if group.rope is None:
             self.steps += build_store(k, v, heads, fields, pages, n)
-            self._attend(op, q, None)
+            self._attend(op, shape, q, None)
             return
         norms = None
         if group.q_norm is not None and group.k_norm is not None:
             weights = self._vector(group.q_norm.weight), self._vector(group.k_norm.weight)
             norms = HeadNorms(*weights, group.q_norm.eps)
         angles = self._turns(group.rope)
-        if can_fuse_rope(self._shape(op), self.step):
-            self._attend(op, q, FusedRope(k, v, group.rope, angles, norms))
+        if can_fuse_rope(shape, self.step):
+            self._attend(op, shape, q, FusedRope(k, v, group.rope, angles, norms))
             return
         self.steps += build_rope_store(q, q, k, v, heads, group.rope, angles, fields, pages, n, norms)
-        self._attend(op, q, None)
+        self._attend(op, shape, q, None)
 
-    def _shape(self, op: Attention) -> AttentionShape:
-        window = self.graph.kv_layers[op.layer].window
-        return AttentionShape(self._heads(op.layer, op.n_heads), op.scale, window, self.memory.config.n_ctx)
+    def _shape(self, op: Attention, key_bias: bool = False) -> AttentionShape:
+        window, heads = self.graph.kv_layers[op.layer].window, self._heads(op.layer, op.n_heads)
+        return AttentionShape(heads, op.scale, window, self.memory.config.n_ctx, exact_queries=key_bias)
 
-    def _attend(self, op: Attention, q: Buffer, fused: FusedRope | None) -> None:
-        device, shape, pages = self.memory.device, self._shape(op), self.memory.pages.layer(op.layer)
+    def _attend(self, op: Attention, shape: AttentionShape, q: Buffer, fused: FusedRope | None) -> None:
+        device, pages = self.memory.device, self.memory.pages.layer(op.layer)
         out = self._write_operand(op.out)
         sizes = scratch_sizes(out.form, shape, self.step, pages, device)
         partial = self.values.scratch(sizes.partial)

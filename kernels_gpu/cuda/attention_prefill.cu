@@ -2,12 +2,14 @@
 // (FlashAttention-2, arXiv:2307.08691). A block takes TOKENS tokens times GROUP query heads of one kv head as the rows of its
 // tile, so that grouped heads read keys and values once. Bound by the tensor cores and by shared memory that feeds them.
 //
-// Keys and values are float16 or bfloat16 in shared memory; Q8_0 is widened to float16 on the way. float16 queries and
-// weights are rounded once; bfloat16 ones, too coarse for that, are sums of two (high + low).
+// Keys and values are float16 or bfloat16 in shared memory; Q8_0 is widened to float16 on the way. Queries and weights are
+// rounded to the same type; where that is too coarse they are sums of two (high + low): queries with QUERY_PARTS 2, weights
+// with bfloat16 values.
 //
 // Defines: HEAD (a multiple of 16), N_KV, PER_KV (query heads of a kv head), GROUP, TOKENS, BLOCK, K_TYPE, V_TYPE (not f32),
 // WINDOW (0: none), WARPS, ROW_TILES (of 16 rows, for each warp), COLUMNS (positions at once, a multiple of 16), STAGES (of
-// shared memory: 2 loads ahead), MIN_TOKENS (a sequence with fewer in the step is the decode kernel's), SPLITS, OUT (f32, h16).
+// shared memory: 2 loads ahead), MIN_TOKENS (a sequence with fewer in the step is the decode kernel's), SPLITS, QUERY_PARTS,
+// OUT (f32, h16).
 // With SPLITS > 1 blocks share a tile's positions, for few tokens behind many; the last to end merges them in order.
 #include "kv.cuh"
 #include "sequences.cuh"
@@ -21,8 +23,7 @@ constexpr int kPasses = (PER_KV + GROUP - 1) / GROUP;
 constexpr int kStride = HEAD + 8;  // halves of a row in shared memory: ldmatrix then meets no bank twice
 constexpr int kDimTiles = HEAD / 8, kColumnTiles = COLUMNS / 8;
 constexpr bool kWideK = K_TYPE == KV_BF16, kWideV = V_TYPE == KV_BF16;
-constexpr int kQueryParts = kWideK ? 2 : 1;  // high, low
-constexpr bool kKeepQuery = ROW_TILES * kQueryParts == 1 && HEAD <= 128;  // in registers
+constexpr bool kKeepQuery = ROW_TILES * QUERY_PARTS == 1 && HEAD <= 128;  // in registers
 constexpr int kRecord = kRows * (HEAD + 2);  // floats that a split leaves: weighted values, maxima, sums
 constexpr int kMinBlocks = 4;                // of COLUMNS positions; less is not split
 constexpr float kNothing = -3.0e38f;  // a score below all others
@@ -38,7 +39,9 @@ DEVICE uint32_t pack(float a, float b) {
 // What `pack` loses of a and b, packed.
 template <bool kWide>
 DEVICE uint32_t pack_rest(float a, float b, uint32_t packed) {
-  return pack<kWide>(a - bits_as<float>(packed << 16), b - bits_as<float>(packed & 0xffff0000u));
+  if (kWide) return pack<kWide>(a - bits_as<float>(packed << 16), b - bits_as<float>(packed & 0xffff0000u));
+  const float2 kept = __half22float2(bits_as<__half2>(packed));
+  return pack<kWide>(a - kept.x, b - kept.y);
 }
 
 template <bool kWide>
@@ -92,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
   DYNAMIC_SHARED(uint16_t, shared);
   constexpr int kWidth = N_KV * PER_KV * HEAD, kTile = COLUMNS * kStride;
   uint16_t* queries = shared;
-  uint16_t* tiles = shared + kQueryParts * kRows * kStride;
+  uint16_t* tiles = shared + QUERY_PARTS * kRows * kStride;
   const int warp = threadIdx.x >> 5, lane = lane_id(), g = lane / 4, t = lane % 4, y = blockIdx.y;
   const int kv_head = y / kPasses, n_heads = min(GROUP, PER_KV - y % kPasses * GROUP);
   const int first_column = (kv_head * PER_KV + y % kPasses * GROUP) * HEAD;
@@ -135,7 +138,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
     const float a = v.x * scale_log2, b = v.y * scale_log2;
     const uint32_t packed = pack<kWideK>(a, b);
     *reinterpret_cast<uint32_t*>(queries + r * kStride + column) = packed;
-    if (kWideK) *reinterpret_cast<uint32_t*>(queries + (kRows + r) * kStride + column) = pack_rest<kWideK>(a, b, packed);
+    if (QUERY_PARTS == 2)
+      *reinterpret_cast<uint32_t*>(queries + (kRows + r) * kStride + column) = pack_rest<kWideK>(a, b, packed);
   }
 
   const auto load = [&](int begin, int stage) {
@@ -182,11 +186,11 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
     float scores[ROW_TILES][kColumnTiles][4] = {};
 #pragma unroll
     for (int d = 0; d < HEAD / 16; d++) {
-      uint32_t a[ROW_TILES][kQueryParts][4];
+      uint32_t a[ROW_TILES][QUERY_PARTS][4];
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-        for (int part = 0; part < kQueryParts; part++) {
+        for (int part = 0; part < QUERY_PARTS; part++) {
           if (kKeepQuery) {
 #pragma unroll
             for (int i = 0; i < 4; i++) a[m][part][i] = kept[d][i];
@@ -201,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
 #pragma unroll
         for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-          for (int part = 0; part < kQueryParts; part++) {
+          for (int part = 0; part < QUERY_PARTS; part++) {
             multiply<kWideK>(scores[m][2 * n], a[m][part], b);
             multiply<kWideK>(scores[m][2 * n + 1], a[m][part], b + 2);
           }

@@ -64,11 +64,12 @@ class Case:
     magnitude: float = 1.0  # of queries and keys
     fused: Rope | None = None
     with_norms: bool = False
+    exact_queries: bool = False
 
     @property
     def shape(self) -> AttentionShape:
         heads = HeadShape(self.n_heads, self.n_kv_heads, self.head_dim, self.block_size)
-        return AttentionShape(heads, self.head_dim**-0.5, self.window, 4096)
+        return AttentionShape(heads, self.head_dim**-0.5, self.window, 4096, self.exact_queries)
 
 
 def attend(case: Case, step: PagedStep, q: F32Array, keys: Pool, values: Pool) -> F32Array:
@@ -238,6 +239,7 @@ PROMPTS = {
     "block of 1": Case([Span(30, 30)], block_size=1),
     "block of 13": Case([Span(70, 50)], block_size=13, window=64),
     "peaked": Case([Span(0, 90)], magnitude=2.5),
+    "very peaked": Case([Span(0, 90)], magnitude=6.0, exact_queries=True),
     "h16": Case([Span(0, 50)], form="h16", padding=7),
     "h16 of bf16": Case([Span(0, 50)], form="h16", types=("f16", "bf16"), padding=7),
     "a8": Case([Span(0, 7)], form="a8", padding=1),
