@@ -146,7 +146,12 @@ def test_page_types_and_sizes(
     kv_dtype: str, block_size: int, tiny_model: TinyModel, opened: Callable[..., GPUStage]
 ) -> None:
     graph = graph_of(tiny_model("llama", "F32", shape=TinyShape(head_dim=32)))
-    sizes = {"kv_dtype": kv_dtype, "block_size": block_size, "n_pages": 80, "n_ctx": 160 if block_size > 1 else 80}
+    sizes: dict[str, Any] = {
+        "kv_dtype": kv_dtype,
+        "block_size": block_size,
+        "n_pages": 80,
+        "n_ctx": 160 if block_size > 1 else 80,
+    }
     stage, expected = opened(graph, **sizes), ReferenceStage(graph, replace(CONFIG, **sizes))
     table = np.random.RandomState(3).permutation(80)[: sizes["n_ctx"] // block_size].tolist()
     for start, n in ((0, 30), (30, 1), (31, 12), (43, 3), (46, 1)):

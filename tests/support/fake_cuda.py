@@ -41,8 +41,8 @@ class FakeCUDA:
         self.driver_version, self.capability = driver_version, capability
         self.allocated: dict[int, int] = {}
         self.pinned: dict[int, Any] = {}
-        self.queue: list[Callable[[], None]] = []
-        self.captured: list[Callable[[], None]] | None = None
+        self.queue: list[Callable[[], object]] = []
+        self.captured: list[Callable[[], object]] | None = None
         self.units: list[Unit] = []
         self.functions: list[Kernel] = []
         self.dynamic_shared: dict[int, int] = {}
@@ -50,7 +50,7 @@ class FakeCUDA:
         self.graphs = 0
 
     # ---- order
-    def submit(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], object]) -> None:
         (self.queue if self.captured is None else self.captured).append(work)
 
     def finish(self, *_: int) -> None:
@@ -88,13 +88,13 @@ class FakeCUDA:
                 "no device memory"
             )
         if host is None or self._is_pinned(host, size):
-            self.submit(lambda: ctypes.memmove(dst, src, size) and None)
+            self.submit(lambda: ctypes.memmove(dst, src, size))
             return
         self.finish()  # pageable memory: the call returns when it is done with it
         ctypes.memmove(dst, src, size)
 
     def memset_async(self, ptr: int, value: int, size: int, stream: int) -> None:
-        self.submit(lambda: ctypes.memset(ptr, value, size) and None)
+        self.submit(lambda: ctypes.memset(ptr, value, size))
 
     # ---- cupy.cuda.driver and the driver's library
     def load(self, image: bytes) -> int:
@@ -173,7 +173,7 @@ class FakeCUDA:
         fake = self
 
         class Graph:
-            def __init__(self, work: list[Callable[[], None]]) -> None:
+            def __init__(self, work: list[Callable[[], object]]) -> None:
                 self.work = work
                 fake.graphs += 1
 
@@ -206,7 +206,7 @@ class FakeCUDA:
             "deviceGetAttribute": lambda attribute, device: 227 << 10, "cudaDevAttrMaxSharedMemoryPerBlockOptin": 97,
             "driverGetVersion": lambda: self.driver_version, "memGetInfo": lambda: (self.free, self.total),
             "malloc": self.malloc, "free": self.release, "hostAlloc": self.host_alloc, "hostAllocPortable": 1,
-            "freeHost": lambda ptr: self.pinned.pop(ptr) and None, "memcpyAsync": self.memcpy_async,
+            "freeHost": self.pinned.pop, "memcpyAsync": self.memcpy_async,
             "memcpyHostToDevice": HOST_TO_DEVICE, "memcpyDeviceToHost": DEVICE_TO_HOST,
             "memcpyDeviceToDevice": DEVICE_TO_DEVICE, "memsetAsync": self.memset_async,
             "eventCreateWithFlags": lambda flags: 1, "eventDisableTiming": 2, "eventRecord": lambda event, stream: None,
@@ -215,14 +215,15 @@ class FakeCUDA:
         }  # fmt: skip
         modules = {name: ModuleType(name) for name in ("cupy", "cupy.cuda")}
         modules["cupy"].cuda = modules["cupy.cuda"]  # type: ignore[attr-defined]
-        for name, members in {
+        parts: dict[str, dict[str, Any]] = {
             "runtime": names,
             "driver": {
                 "moduleLoadData": self.load, "moduleGetFunction": self.get_function,
                 "funcSetAttribute": self.set_attribute, "moduleUnload": lambda module: None,
             },
             "cublas": {"create": lambda: 1, "destroy": lambda handle: None, "gemmEx": self.gemm},
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for name, members in parts.items():
             modules[f"cupy.cuda.{name}"] = ModuleType(name)
             vars(modules[f"cupy.cuda.{name}"]).update(members)
             setattr(modules["cupy.cuda"], name, modules[f"cupy.cuda.{name}"])

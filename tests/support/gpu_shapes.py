@@ -15,7 +15,7 @@ from tiny_models import TinyShape, write_tiny_model
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.passes import optimize
-from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch
+from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch, Step
 from pyinfer.kernels_gpu.lower import ProgramShape, lower
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.quant.codecs import codec_by_name
@@ -50,9 +50,9 @@ class RecordingDevice:
 
     def prepare(self, kernels: Sequence[Kernel]) -> None: ...
 
-    def launch(self, step: Launch | Gemm) -> None: ...
+    def launch(self, step: Step) -> None: ...
 
-    def capture(self, steps: Sequence[Launch | Gemm]) -> Any: ...
+    def capture(self, steps: Sequence[Step]) -> Any: ...
 
     def run(self, executable: Any) -> None: ...
 

@@ -173,8 +173,9 @@ def check_limits(launch: Launch, kernel: CompiledKernel, shared_bytes: int) -> s
 def _gemm(gemm: Gemm) -> None:
     def array(buffer: Buffer, dtype: npt.DTypeLike, shape: tuple[int, int]) -> npt.NDArray[Any]:
         n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        raw = (ctypes.c_uint8 * n_bytes).from_address(buffer.at(0, n_bytes).ptr)
-        return np.frombuffer(raw, dtype).reshape(shape)
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(buffer.at(0, n_bytes).ptr))
+        values: npt.NDArray[Any] = raw.view(dtype).reshape(shape)
+        return values
 
     assert gemm.out_stride >= gemm.n
     x, w = array(gemm.x, np.float16, (gemm.m, gemm.k)), array(gemm.w, np.float16, (gemm.n, gemm.k))
