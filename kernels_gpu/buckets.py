@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 DECODE_ROWS = 8  # up to here matmuls read int8 rows, one token a column; above, tensor cores
-_SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 
 
 def token_buckets(max_tokens: int) -> tuple[int, ...]:
