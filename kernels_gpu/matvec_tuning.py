@@ -126,6 +126,20 @@ def neighbours(tuning: Tuning, problem: Problem, arch: int) -> Iterator[Tuning]:
                 yield other
 
 
+def gated_tuning(problem: Problem, n_sms: int) -> Tuning:
+    """For `gemv_gated.cu`, whose blocks make 32 columns each: `rows` counts both matrices, `split` and `passes` are not used."""
+    lanes, _ = _lanes_and_split(problem, n_sms)
+    # more and smaller warps where there are few blocks; 32 pairs of rows are whole passes either way
+    rows, warps = (4, 4) if problem.n_rows // 2 >= 3 * n_sms * 32 or lanes < 32 else (2, 8)
+    min_blocks = max(1, _MIN_BLOCKS[_ceiling(problem.n_tokens), 4 if problem.n_tokens > 2 else 2] * 4 // warps)
+    tuning = Tuning(lanes, 1, rows, 2, 1, warps, min_blocks)
+    while (
+        tuning.depth < 4 and replace(tuning, depth=tuning.depth + 1).shared_bytes(problem) <= STATIC_SHARED_BYTES - 1024
+    ):
+        tuning = replace(tuning, depth=tuning.depth + 1)
+    return tuning
+
+
 def _tuning(problem: Problem, n_sms: int, arch: int, lanes: int, split: int, rows: int) -> Tuning:
     min_blocks = _MIN_BLOCKS[_ceiling(problem.n_tokens), rows]
     one = Tuning(lanes, split, rows, 1, 1, 4, min_blocks)

@@ -12,7 +12,7 @@
 //
 // Defines: TYPE0..2 (a struct of weights.cuh), SEGMENTS, TOKENS, ROWS, LANES, SPLIT, WARPS (a block), DEPTH, MIN_BLOCKS (on a
 // multiprocessor: limits registers), RAGGED (float types: columns are no multiple of a step).
-#include "weights.cuh"
+#include "gemv_step.cuh"
 
 constexpr int kWarpRows = 32 / LANES * ROWS;
 constexpr int kBlockRows = WARPS / SPLIT * kWarpRows;
@@ -29,96 +29,6 @@ struct Segment {
   const float* bias;  // [n] or null
   int n, n_blocks;
 };
-
-// x as the type of the weights wants it: int8 with a scale and scale * sum(codes) of 32 columns, or float32.
-struct Input {
-  const void* rows;
-  const float *scales, *sums;
-  int columns;
-};
-
-// One step of one row of x.
-template <class T>
-struct InputStep {
-  int q[T::kWords];
-  float scale, sum;
-  int halves[2];
-
-  DEVICE InputStep(const Input& x, int token, int step) {
-    const int at = token * x.columns + step * T::kColumns;
-    const uint4* codes = reinterpret_cast<const uint4*>(static_cast<const int8_t*>(x.rows) + at);
-#pragma unroll
-    for (int i = 0; i < T::kWords / 4; i++) {
-      const uint4 v = codes[i];
-#pragma unroll
-      for (int j = 0; j < 4; j++) q[4 * i + j] = word_of(v, j);
-    }
-    scale = x.scales[at / 32];
-    if constexpr (T::kHalves == 1 && T::kHasMinimum) sum = x.sums[at / 32];
-    if constexpr (T::kHalves == 2 && T::kHasMinimum) {
-      const int ones[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
-      halves[0] = dot16(q, ones);
-      halves[1] = dot16(q + 4, ones);
-    }
-  }
-};
-
-template <class T>
-DEVICE void add_product(float& sum, const int* q, const Factors& f, const InputStep<T>& x) {
-  if constexpr (T::kHalves == 1) {
-    int dot = dot16(q, x.q);
-    if constexpr (T::kWords == 8) dot += dot16(q + 4, x.q + 4);
-    sum = fmaf(x.scale * (f.d * f.scale[0]), static_cast<float>(dot), sum);
-    if constexpr (T::kHasMinimum) sum = fmaf(f.low * f.minimum[0], x.sum, sum);
-  } else {
-    const float dot = f.scale[0] * dot16(q, x.q) + f.scale[1] * dot16(q + 4, x.q + 4);
-    if constexpr (T::kHasMinimum) {
-      const float low = f.low * (f.minimum[0] * x.halves[0] + f.minimum[1] * x.halves[1]);
-      sum = fmaf(x.scale, fmaf(f.d, dot, low), sum);
-    } else {
-      sum = fmaf(x.scale * f.d, dot, sum);
-    }
-  }
-}
-
-template <class T>
-DEVICE void multiply_int8(const typename T::Tile* tiles, const Input& x, int step, float (*sums)[ROWS]) {
-  int q[ROWS][T::kWords];
-  Factors f[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    T::unpack(tiles[r], q[r]);
-    f[r] = T::factors(tiles[r], step);
-  }
-#pragma unroll
-  for (int t = 0; t < TOKENS; t++) {
-    const InputStep<T> in(x, t, step);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) add_product<T>(sums[t][r], q[r], f[r], in);
-  }
-}
-
-template <class T>
-DEVICE void multiply_float(const typename T::Tile* tiles, const Input& x, int step, float (*sums)[ROWS]) {
-  float w[ROWS][T::kColumns];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) T::decode(tiles[r], w[r]);
-#pragma unroll
-  for (int t = 0; t < TOKENS; t++) {
-    const int first = step * T::kColumns;
-    const float* row = static_cast<const float*>(x.rows) + t * x.columns + first;
-    float in[T::kColumns];
-#pragma unroll
-    for (int c = 0; c < T::kColumns; c += RAGGED ? 1 : 4) {
-      if (RAGGED) in[c] = first + c < x.columns ? row[c] : 0.f;
-      else *reinterpret_cast<float4*>(in + c) = *reinterpret_cast<const float4*>(row + c);
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-      for (int c = 0; c < T::kColumns; c++) sums[t][r] = fmaf(w[r][c], in[c], sums[t][r]);
-  }
-}
 
 // Asks for one round of tiles after the other, over all passes of a warp. What lies past the end of a row or of the matrix
 // becomes zeros, so no lane ever goes another way.
@@ -186,8 +96,7 @@ DEVICE void multiply(const Segment& s, int block, const Input& x, const float* r
 #pragma unroll
       for (int r = 0; r < ROWS; r++) T::visit(FetchTile(supply.tile(supply.slot, r)), tiles[r], supply.parts, 0, 0);
       supply.ask();  // into the place that was just read
-      if constexpr (T::kWords == 0) multiply_float<T>(tiles, x, step, sums);
-      else multiply_int8<T>(tiles, x, step, sums);
+      multiply_step<T>(tiles, x, step, sums);
     }
 
     float(*mine)[kOutputs] = partial[buffer];

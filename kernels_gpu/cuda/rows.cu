@@ -2,12 +2,13 @@
 // decode and by memory in prompts, so each makes one pass over its row and writes the form that is asked for.
 // Defines: WIDTH (columns, a multiple of 4, of 32 for OUT_A8), THREADS, OUT; rms_norm: BEFORE; gated: ACTIVATION.
 #include "row_output.cuh"
+#ifdef ACTIVATION
+#include "activation.cuh"
+#endif
 
 #define BEFORE_NOTHING 0
 #define BEFORE_ADD 1
 #define BEFORE_NORM_ADD 2
-#define ACTIVATION_SILU 0
-#define ACTIVATION_GELU_TANH 1
 
 constexpr int kChunks = WIDTH / 4;
 constexpr int kPer = (kChunks + THREADS - 1) / THREADS;
@@ -119,12 +120,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) add(const float* a, const 
 }
 
 #ifdef ACTIVATION
-// x * sigmoid(x), or the tanh form of GELU, which is x * sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3).
-DEVICE float activated(float x) {
-  const float z = ACTIVATION == ACTIVATION_SILU ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
-  return x / (1.0f + expf(-z));
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) gated(const float* gate, const float* up, void* out, float* scales,
                                                            float* sums) {
   let_next_start();

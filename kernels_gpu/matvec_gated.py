@@ -1,0 +1,51 @@
+"""The first half of a gated feed-forward layer for 1 to 8 rows in one launch: `cuda/gemv_gated.cu`."""
+
+from __future__ import annotations
+
+from pyinfer.graph.ops import Activation
+from pyinfer.kernels_gpu.launch import Kernel, Launch
+from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, gated_tuning, step_columns
+from pyinfer.kernels_gpu.operand import FORMS, Operand
+from pyinfer.kernels_gpu.weights import DeviceWeight
+from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
+
+_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+_BLOCK = 32  # columns of the result
+
+
+def can_fuse_gated(gate: DeviceWeight, up: DeviceWeight) -> bool:
+    """Whether `build_gated_matvec` takes these matrices: of one type and shape, rows in whole blocks of "a8"."""
+    same = (gate.layout.kind, gate.layout.n_rows, gate.layout.n_columns)
+    return same == (up.layout.kind, up.layout.n_rows, up.layout.n_columns) and gate.layout.n_rows % _BLOCK == 0
+
+
+def build_gated_matvec(
+    out: Operand, x: Operand, gate: DeviceWeight, up: DeviceWeight, activation: Activation, n_rows: int, *, n_sms: int
+) -> list[Launch]:
+    """out = activation(x @ gate.T) * (x @ up.T), "f32" or "a8"; x as `build_matvec` takes it, of 1 to 8 rows.
+
+    The numbers are those of `build_matvec` and `build_gated`, bit for bit, where the former does not split rows over warps.
+    """
+    layout = gate.layout
+    assert can_fuse_gated(gate, up) and 1 <= n_rows <= MAX_TOKENS and out.form in ("f32", "a8")
+    assert (
+        x.width == layout.n_columns and (layout.kind in FLOAT_BYTES) == (x.form == "f32") and out.width == layout.n_rows
+    )
+    problem = Problem((layout.kind, layout.kind), 2 * layout.n_rows, layout.n_columns, n_rows)
+    cut = gated_tuning(problem, n_sms)
+    defines = (
+        ("TYPE", layout.kind), ("ACTIVATION", _ACTIVATIONS[activation]), ("OUT", FORMS.index(out.form)), ("TOKENS", n_rows),
+        ("ROWS", cut.rows), ("LANES", cut.lanes), ("WARPS", cut.warps), ("DEPTH", cut.depth),
+        ("MIN_BLOCKS", cut.min_blocks), ("RAGGED", int(layout.n_columns % step_columns(layout.kind) != 0)),
+    )  # fmt: skip
+    return [
+        Launch(
+            Kernel("gemv_gated.cu", "gemv_gated", defines),
+            grid=(layout.n_rows // _BLOCK, 1, 1),
+            block=(32 * cut.warps, 1, 1),
+            args=(
+                x.data, x.scales, x.sums, x.width, gate.buffer, up.buffer, layout.n_rows, out.data, out.scales, out.sums,
+            ),
+            overlap=True,
+        )
+    ]  # fmt: skip
