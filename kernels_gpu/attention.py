@@ -161,6 +161,7 @@ def build_attention(
     """out = softmax(scale * q K^T) V of every token over the pages of its sequence; padding rows are zeros.
 
     q is float32 [n_tokens, width], rotated unless `fused` does that; keys and values of the step are in the pages then too.
+    Where `direct_form` is "h16" all scales are 1, and `out` need not have any.
     """
     assert fused is None or can_fuse_rope(shape, step)
     direct = direct_form(out.form, shape, step, pages, device)

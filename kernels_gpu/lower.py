@@ -37,9 +37,11 @@ from pyinfer.kernels_gpu.attention import (
     StepShape,
     build_attention,
     can_fuse_rope,
+    direct_form,
     scratch_sizes,
 )
-from pyinfer.kernels_gpu.fusion import AttentionGroup, Group, NormGroup, SingleOp
+from pyinfer.kernels_gpu.buckets import DECODE_ROWS
+from pyinfer.kernels_gpu.fusion import AttentionGroup, GatedGroup, Group, NormGroup, SingleOp
 from pyinfer.kernels_gpu.launch import Buffer, Reduce, Step
 from pyinfer.kernels_gpu.operand import Form, Operand
 from pyinfer.kernels_gpu.products import build_products, operand_form
@@ -108,6 +110,7 @@ class _Lowering:
             SelectRows: self._select_rows,
             AttentionGroup: self._attention_group,
             NormGroup: self._norm_group,
+            GatedGroup: self._gated_group,
         }
 
     def lower(self, group: Group) -> None:
@@ -211,6 +214,22 @@ class _Lowering:
         gate, up = self.values[op.gate].data, self.values[op.up].data
         self.steps += build_gated(self._write_operand(op.out), gate, up, op.activation, self._rows(op.out))
 
+    def _gated_group(self, group: GatedGroup) -> None:
+        """In one kernel where few rows meet matrices of one type, else one after the other."""
+        op, n = group.gated, self._rows(group.gated.out)
+        x, weights = (
+            self.values[group.matmul.x],
+            dict(zip(map(id, group.matmul.outs), group.matmul.weights, strict=True)),
+        )
+        gate, up = self.memory.weights[weights[id(op.gate)]], self.memory.weights[weights[id(op.up)]]
+        is_few = n <= DECODE_ROWS and x.form == operand_form(group.matmul.weights[0], n) and self._form(op.out) != "h16"
+        if not is_few or not can_fuse_gated(gate, up):
+            self._matmul(group.matmul)
+            self._gated(op)
+            return
+        out, n_sms = self._write_operand(op.out), self.memory.device.n_sms
+        self.steps += build_gated_matvec(out, x, gate, up, op.activation, n, n_sms=n_sms)
+
     def _add(self, op: Add) -> None:
         a, b = self.values[op.a].data, self.values[op.b].data
         self.steps += build_add(self._write_operand(op.out), a, b, self._rows(op.out))
@@ -278,8 +297,9 @@ class _Lowering:
         return AttentionShape(heads, op.scale, window, self.memory.config.n_ctx, exact_queries=key_bias)
 
     def _attend(self, op: Attention, shape: AttentionShape, q: Buffer, fused: FusedRope | None) -> None:
-        device, pages = self.memory.device, self.memory.pages.layer(op.layer)
-        out = self._write_operand(op.out)
+        device, pages, form = self.memory.device, self.memory.pages.layer(op.layer), self._form(op.out)
+        direct = direct_form(form, shape, self.step, pages, device)  # a mean of float16 values needs no scales
+        out = self.values.write(op.out, form, self._rows(op.out), scaled=direct != "h16")
         sizes = scratch_sizes(out.form, shape, self.step, pages, device)
         partial = self.values.scratch(sizes.partial)
         rows = self.values.scratch(sizes.rows) if sizes.rows else None

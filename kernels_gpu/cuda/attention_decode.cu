@@ -111,7 +111,7 @@ DEVICE void write_output(int row, int n_heads, ValueAt value_at, void* out, floa
 #endif
   }
   // a mean of float16 values fits float16 as it is
-  if (OUT == OUT_H16 && y == 0 && threadIdx.x == 0) scales[row] = 1.0f;
+  if (OUT == OUT_H16 && scales && y == 0 && threadIdx.x == 0) scales[row] = 1.0f;
 }
 
 // exp2(a - b) where a <= b; nothing has been seen yet when b is kNothing.

@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
         const long long at = static_cast<long long>(row) * kWidth + first_column + c;
         if (OUT == OUT_H16) static_cast<__half*>(out)[at] = __float2half_rn(0.0f);
         else static_cast<float*>(out)[at] = 0.0f;
-        if (OUT == OUT_H16 && y == 0 && c == 0) scales[row] = 1.0f;
+        if (OUT == OUT_H16 && scales && y == 0 && c == 0) scales[row] = 1.0f;
       }
     return;
   }
@@ -316,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
       }
     }
   // a mean of float16 values fits float16 as it is
-  if (OUT == OUT_H16 && y == 0 && split == 0)
+  if (OUT == OUT_H16 && scales && y == 0 && split == 0)
     for (int token = threadIdx.x; token < n_mine; token += kThreads) scales[first_token + token] = 1.0f;
 #if SPLITS > 1
   if (n_used == 1) return;
