@@ -76,7 +76,8 @@ DEVICE uint2 as_halves(float4 v, float inverse) {
   return make_uint2(bits_as<uint32_t>(low), bits_as<uint32_t>(high));
 }
 
-// A whole row by one block; h16 without `scales` is the numbers as they are. Thread t holds columns 4*(t + p*kThreads).. in v[p], and zeros past the end.
+// A whole row by one block; h16 without `scales` is the numbers as they are. Thread t holds columns 4*(t + p*kThreads).. in
+// v[p], and zeros past the end.
 template <int kOut, int kThreads, int kChunks, int kPer>
 DEVICE void store_row(const float4 (&v)[kPer], int row, void* out, float* scales, float* sums, float* scratch) {
   const long long first = static_cast<long long>(row) * kChunks;
