@@ -242,8 +242,9 @@ class EngineProcess(EngineClient):
         if os.name != "nt":
             poller.register(child.fileno(), zmq.POLLIN)
         while True:
-            poller.poll(1000 if os.name != "nt" else 100)
-            has_ended = child.has_ended()  # asked first: what it said before its end is then all there
+            ready = poller.poll(1000 if os.name != "nt" else 100)
+            # asked first: what it said before its end is then all there; reports alone say that it lives
+            has_ended = ready != [(wire.reports, zmq.POLLIN)] and child.has_ended()
             while (message := wire.receive()) is not None:
                 self._hear(message, wire)
             if has_ended:

@@ -38,8 +38,11 @@ class TextStream:
     what it still sends is then ignored.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, index: int = 0) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, index: int = 0, *, spells_logprobs: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._spells_logprobs = spells_logprobs  # False: `decoded_token` is not wanted
         self._params = params
         self._index = index
         self._eog_ids = tokenizer.eog_ids
@@ -62,7 +65,8 @@ class TextStream:
         for i, token in enumerate(output.new_token_ids):
             chunk.token_ids.append(token)
             if chunk.logprobs is not None and output.new_logprobs is not None:
-                chunk.logprobs.append(with_text(output.new_logprobs[i], self._tokenizer))
+                entries = output.new_logprobs[i]
+                chunk.logprobs.append(with_text(entries, self._tokenizer) if self._spells_logprobs else entries)
             if token != output.stop_token or self._params.include_stop_str_in_output:
                 chunk.text += self._detokenizer.push(token)
             if self._detokenizer.stopped is not None:

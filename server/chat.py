@@ -17,7 +17,7 @@ from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.server.beams import chat_beams
 from pyinfer.server.decoding import read_request
 from pyinfer.server.errors import json_response
-from pyinfer.server.generation import Generation
+from pyinfer.server.generation import Delta, Generation
 from pyinfer.server.logprobs import chat_logprobs, prompt_logprobs_json
 from pyinfer.server.parameters import chat_params, refuse_in_chat, wants_usage
 from pyinfer.server.reply import Reply, service_of
@@ -52,7 +52,7 @@ async def chat_completions(request: Request) -> Response:
     beams, params = chat_beams(body, model) or (None, chat_params(body, model, service))
     include_usage = wants_usage(body)
     prompt = await asyncio.to_thread(_prompt_ids, model, body)
-    reply = Reply("chatcmpl", name, include_usage)
+    reply = Reply("chatcmpl", name, "chat.completion.chunk", include_usage)
     try:
         generation = Generation(model, [prompt], params, reply.id, beams)
     except RequestError as error:
@@ -118,37 +118,48 @@ def _prompt_ids(model: ServedModel, body: ChatCompletionRequest) -> list[int]:
 
 async def _events(
     model: ServedModel, params: SamplingParams, generation: Generation, reply: Reply
-) -> AsyncGenerator[dict[str, Any]]:
-    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return reply.chunk("chat.completion.chunk", [choice])
-
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            if delta.is_first:
-                first = chunk(delta.index, {"role": "assistant", "content": ""})
-                if delta.prompt_logprobs is not None:
-                    first["prompt_logprobs"] = prompt_logprobs_json(model.tokenizer, delta.prompt_logprobs)
-                yield first
-            logprobs = None if delta.logprobs is None else chat_logprobs(model.tokenizer, delta, params.logprobs or 0)
-            if delta.text or logprobs is not None:
-                yield chunk(delta.index, {"content": delta.text}, None, logprobs)
-            if delta.finish_reason is not None:
-                yield chunk(delta.index, {}, delta.finish_reason)
+) -> AsyncGenerator[bytes]:
+    """Whole events, together those of what came together."""
+    async with aclosing(generation.deltas()) as parts:
+        async for deltas in parts:
+            events: list[bytes] = []
+            for delta in deltas:
+                if delta.is_first:
+                    events.append(_first_event(model, delta, reply))
+                logprobs = None
+                if delta.logprobs is not None and params.logprobs is not None:
+                    logprobs = chat_logprobs(model.tokenizer, delta, params.logprobs)
+                if delta.text or logprobs is not None:
+                    events.append(reply.event(_choice(delta.index, {"content": delta.text}, None, logprobs)))
+                if delta.finish_reason is not None:
+                    events.append(reply.event(_choice(delta.index, {}, delta.finish_reason)))
+            if events:
+                yield b"".join(events)
     if reply.include_usage:
-        yield reply.usage_chunk("chat.completion.chunk", generation.usage)
+        yield reply.usage_event(generation.usage)
+
+
+def _choice(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _first_event(model: ServedModel, delta: Delta, reply: Reply) -> bytes:
+    choice = _choice(delta.index, {"role": "assistant", "content": ""})
+    if delta.prompt_logprobs is None:
+        return reply.event(choice)
+    return reply.event_beside(choice, prompt_logprobs=prompt_logprobs_json(model.tokenizer, delta.prompt_logprobs))
 
 
 async def _whole(model: ServedModel, params: SamplingParams, generation: Generation, reply: Reply) -> dict[str, Any]:
     texts, reasons = [""] * params.n_samples, [""] * params.n_samples
     tokens: list[list[dict[str, Any]]] = [[] for _ in texts]
     prompt_logprobs = None
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
+    async with aclosing(generation.deltas()) as parts:
+        async for delta in (delta async for deltas in parts for delta in deltas):
             texts[delta.index] += delta.text
             reasons[delta.index] = delta.finish_reason or reasons[delta.index]
-            if delta.logprobs is not None:
-                tokens[delta.index] += chat_logprobs(model.tokenizer, delta, params.logprobs or 0)["content"]
+            if delta.logprobs is not None and params.logprobs is not None:
+                tokens[delta.index] += chat_logprobs(model.tokenizer, delta, params.logprobs)["content"]
             prompt_logprobs = delta.prompt_logprobs or prompt_logprobs
     choices = [
         {

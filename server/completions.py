@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,7 @@ class _Choice:
         self._number = number  # of the prompt
         self._model = model
         params = form.params
+        self._is_ranked = params.n_samples > params.n
         self._logprobs = (
             None
             if params.logprobs is None
@@ -62,26 +63,47 @@ class _Choice:
         )
 
     def fields(self, delta: Delta, prompt_logprobs: list[TokenLogprobs | None] | None) -> dict[str, Any]:
-        """`text`, `logprobs`, `finish_reason`, and `prompt_logprobs` if asked for."""
-        for token, entries in zip(delta.token_ids, delta.logprobs or [], strict=bool(delta.logprobs)):
-            self.score += entries[token].logprob
-        text, tokens, logprobs = "", list[int](), list[TokenLogprobs | None]()
-        if delta.is_first and self._form.echo is not None:
-            text = self._form.echo[self._number]
-            tokens += self._form.prompts[self._number]
-            logprobs += prompt_logprobs or []
-        if self._form.answer:
-            text += delta.text
-            tokens += delta.token_ids
-            logprobs += delta.logprobs or []
+        """`index`, `text`, `logprobs`, `finish_reason`, and `prompt_logprobs` if asked for."""
+        form = self._form
+        if self._is_ranked:
+            for token, entries in zip(delta.token_ids, delta.logprobs or [], strict=True):
+                self.score += entries[token].logprob
+        text, tokens = delta.text, delta.token_ids
+        logprobs: Sequence[TokenLogprobs | None] = delta.logprobs or []
+        if not form.answer:
+            text, tokens, logprobs = "", [], []
+        if delta.is_first and form.echo is not None:
+            text = form.echo[self._number] + text
+            tokens = form.prompts[self._number] + tokens
+            logprobs = [*(prompt_logprobs or []), *logprobs]
         result: dict[str, Any] = {
+            "index": delta.index,
             "text": text,
             "logprobs": None if self._logprobs is None else self._logprobs.part(tokens, logprobs),
             "finish_reason": delta.finish_reason,
         }
-        if delta.is_first and self._form.params.prompt_logprobs is not None and prompt_logprobs is not None:
+        if delta.is_first and form.params.prompt_logprobs is not None and prompt_logprobs is not None:
             result["prompt_logprobs"] = prompt_logprobs_json(self._model.tokenizer, prompt_logprobs)
         return result
+
+
+class _Choices:
+    """All choices of a reply."""
+
+    def __init__(self, model: ServedModel, form: _Form, n_choices: int) -> None:
+        self._n_samples = form.params.n_samples
+        self._choices = [_Choice(form, index // self._n_samples, model) for index in range(n_choices)]
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by prompt
+
+    def fields(self, delta: Delta) -> dict[str, Any]:
+        """What a delta adds to its choice."""
+        number = delta.index // self._n_samples
+        if delta.prompt_logprobs is not None:  # comes with sample 0, which runs ahead of the others
+            self._prompt_logprobs[number] = delta.prompt_logprobs
+        return self._choices[delta.index].fields(delta, self._prompt_logprobs.get(number))
+
+    def score(self, index: int) -> float:
+        return self._choices[index].score
 
 
 @router.post("/v1/completions")
@@ -109,7 +131,7 @@ async def completions(request: Request) -> Response:
             "a request: send several",
             param="prompt",
         )
-    reply = Reply("cmpl", name, include_usage)
+    reply = Reply("cmpl", name, _OBJECT, include_usage)
     generation = Generation(model, prompts, params, reply.id, beams)
     form = _Form(asked, prompts, _texts(body, prompts, model) if body.echo else None, answer=not scores_only)
     if body.stream:
@@ -141,44 +163,34 @@ def _texts(body: CompletionRequest, prompts: list[list[int]], model: ServedModel
     return texts or [model.tokenizer.decode(ids, skip_special=False) for ids in prompts]
 
 
-async def _fields(
-    model: ServedModel, form: _Form, generation: Generation, choices: list[_Choice]
-) -> AsyncGenerator[tuple[int, dict[str, Any]]]:
-    """The fields of each delta, by choice."""
-    samples = form.params.n_samples
-    choices += [_Choice(form, index // samples, model) for index in range(generation.n_choices)]
-    prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            number = delta.index // samples
-            if delta.prompt_logprobs is not None:
-                prompt_logprobs[number] = delta.prompt_logprobs  # comes with sample 0, which runs ahead of the others
-            yield delta.index, choices[delta.index].fields(delta, prompt_logprobs.get(number))
-
-
-async def _events(
-    model: ServedModel, form: _Form, generation: Generation, reply: Reply
-) -> AsyncGenerator[dict[str, Any]]:
-    async with aclosing(_fields(model, form, generation, [])) as parts:
-        async for index, fields in parts:
-            if fields["text"] or fields["logprobs"] is not None or fields["finish_reason"] is not None:
-                yield reply.chunk(_OBJECT, [{"index": index, **fields}])
+async def _events(model: ServedModel, form: _Form, generation: Generation, reply: Reply) -> AsyncGenerator[bytes]:
+    """Whole events, together those of what came together."""
+    choices = _Choices(model, form, generation.n_choices)
+    async with aclosing(generation.deltas()) as parts:
+        async for deltas in parts:
+            events: list[bytes] = []
+            for delta in deltas:
+                fields = choices.fields(delta)
+                if fields["text"] or fields["logprobs"] is not None or fields["finish_reason"] is not None:
+                    events.append(reply.event(fields))
+            if events:
+                yield b"".join(events)
     if reply.include_usage:
-        yield reply.usage_chunk(_OBJECT, form.usage(generation))
+        yield reply.usage_event(form.usage(generation))
 
 
 async def _whole(model: ServedModel, form: _Form, generation: Generation, reply: Reply) -> dict[str, Any]:
-    choices: list[_Choice] = []
+    choices = _Choices(model, form, generation.n_choices)
     bodies: list[dict[str, Any]] = [{} for _ in range(generation.n_choices)]
-    async with aclosing(_fields(model, form, generation, choices)) as parts:
-        async for index, fields in parts:
-            _append(bodies[index], fields)
+    async with aclosing(generation.deltas()) as parts:
+        async for delta in (delta async for deltas in parts for delta in deltas):
+            _append(bodies[delta.index], choices.fields(delta))
     n, samples = form.params.n, form.params.n_samples
     kept: list[dict[str, Any]] = []
     for start in range(0, len(bodies), samples):
-        ranked = sorted(range(start, start + samples), key=lambda i: choices[i].score, reverse=True)
+        ranked = sorted(range(start, start + samples), key=choices.score, reverse=True)
         kept += [bodies[i] for i in (ranked[:n] if samples > n else range(start, start + samples))]
-    return reply.whole(_OBJECT, [{"index": i, **body} for i, body in enumerate(kept)], form.usage(generation))
+    return reply.whole(_OBJECT, [{**body, "index": i} for i, body in enumerate(kept)], form.usage(generation))
 
 
 def _append(body: dict[str, Any], fields: dict[str, Any]) -> None:

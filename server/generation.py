@@ -13,7 +13,7 @@ from contextlib import aclosing
 import msgspec
 
 from pyinfer.runtime.beam_search_params import BeamSearchParams
-from pyinfer.runtime.outputs import FinishReason, TokenLogprobs
+from pyinfer.runtime.outputs import FinishReason, RequestOutput, TokenLogprobs
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.text_stream import TextStream
 from pyinfer.server.service import ServedModel
@@ -77,14 +77,15 @@ class Generation:
             for prompt, each in zip(prompts, ids, strict=True)
         ]
 
-    async def deltas(self) -> AsyncGenerator[Delta]:
-        """All choices' deltas as they come; closing the iterator aborts what still runs. Raises `EngineError`."""
-        if len(self._streams) == 1:
-            async with aclosing(self._run(0)) as only:
-                async for delta in only:
-                    yield delta
-            return
-        queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+    def deltas(self) -> AsyncGenerator[list[Delta]]:
+        """All choices' deltas as they come, together what came together; closing the iterator aborts what still runs.
+
+        Raises `EngineError`.
+        """
+        return self._run(0) if len(self._streams) == 1 else self._run_all()
+
+    async def _run_all(self) -> AsyncGenerator[list[Delta]]:
+        queue: asyncio.Queue[list[Delta] | Exception] = asyncio.Queue()
         tasks = [asyncio.create_task(self._forward(number, queue)) for number in range(len(self._streams))]
         try:
             running = len(tasks)
@@ -92,52 +93,55 @@ class Generation:
                 item = await queue.get()
                 if isinstance(item, Exception):
                     raise item
-                if item is None:
-                    running -= 1
-                else:
+                if item:
                     yield item
+                else:
+                    running -= 1
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _forward(self, number: int, queue: asyncio.Queue[Delta | Exception | None]) -> None:
+    async def _forward(self, number: int, queue: asyncio.Queue[list[Delta] | Exception]) -> None:
+        """The deltas of one prompt, an empty list at their end."""
         try:
-            async with aclosing(self._run(number)) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait(delta)
+            async with aclosing(self._run(number)) as parts:
+                async for deltas in parts:
+                    queue.put_nowait(deltas)
         except Exception as error:
             queue.put_nowait(error)
         else:
-            queue.put_nowait(None)
+            queue.put_nowait([])
 
-    async def _run(self, number: int) -> AsyncGenerator[Delta]:
+    async def _run(self, number: int) -> AsyncGenerator[list[Delta]]:
         """The deltas of one prompt."""
-        n = self._params.n_samples
-        choices = [TextStream(self._model.tokenizer, self._params, number * n + sample) for sample in range(n)]
-        started: set[int] = set()
-        async with aclosing(self._streams[number]) as outputs:
-            async for output in outputs:
-                if output.index == 0:
-                    self.usage.cached_tokens += output.cached_tokens
-                if output.index >= n:
-                    continue  # a beam that is not among those asked for
-                choice = choices[output.index]
-                if choice.is_finished:
-                    continue  # what was on its way when the stop string was found
-                chunk = choice.push(output)
-                if choice.needs_abort:
-                    self._model.client.abort(output.request_id, output.index)
-                self.usage.completion_tokens += len(chunk.token_ids)
-                yield Delta(
-                    index=chunk.index,
-                    text=chunk.text,
-                    token_ids=chunk.token_ids,
-                    logprobs=chunk.logprobs,
-                    finish_reason=chunk.finish_reason,
-                    is_first=chunk.index not in started,
-                    prompt_logprobs=output.prompt_logprobs,
-                )
-                started.add(chunk.index)
+        n, tokenizer = self._params.n_samples, self._model.tokenizer
+        choices = [
+            TextStream(tokenizer, self._params, number * n + sample, spells_logprobs=False) for sample in range(n)
+        ]
+        started = [False] * n
+        async with aclosing(self._streams[number]) as stream:
+            while outputs := await stream.take():
+                deltas: list[Delta] = []
+                for output in outputs:
+                    sample = output.index
+                    if sample == 0:
+                        self.usage.cached_tokens += output.cached_tokens
+                    if sample >= n or choices[sample].is_finished:
+                        continue  # a beam that was not asked for, or what was on its way when a stop string was found
+                    deltas.append(self._delta(choices[sample], output, is_first=not started[sample]))
+                    started[sample] = True
+                if deltas:
+                    yield deltas
                 if all(each.is_finished for each in choices):
                     return
+
+    def _delta(self, choice: TextStream, output: RequestOutput, *, is_first: bool) -> Delta:
+        chunk = choice.push(output)
+        if choice.needs_abort:
+            self._model.client.abort(output.request_id, output.index)
+        self.usage.completion_tokens += len(chunk.token_ids)
+        return Delta(
+            chunk.index, chunk.text, chunk.token_ids, chunk.logprobs, chunk.finish_reason, is_first,
+            output.prompt_logprobs,
+        )  # fmt: skip

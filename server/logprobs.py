@@ -64,7 +64,8 @@ class CompletionLogprobs:
         for token, entries in zip(tokens, logprobs, strict=True):
             result["tokens"].append(shown_token(self._tokenizer, token))
             result["token_logprobs"].append(None if entries is None else _value(entries[token]))
-            result["top_logprobs"].append(None if entries is None else self._named(entries))
+            if self._count:
+                result["top_logprobs"].append(None if entries is None else self._named(entries))
             result["text_offset"].append(self._offset)
             self._offset += len(self._decoder.decode(self._tokenizer.shown_bytes(token, self._skip_special)))
         return {**result, "top_logprobs": result["top_logprobs"] if self._count else None}

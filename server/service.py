@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Stream(Protocol):
     """A submitted request's chunks; closing it aborts the request."""
 
-    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+    async def take(self) -> list[RequestOutput]: ...
 
     async def aclose(self) -> None: ...
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -47,12 +46,12 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends each event as `data: JSON`, then `data: [DONE]`.
+    """Sends what it is given, whole events (`data: JSON` and an empty line) as they come, then `data: [DONE]`.
 
     An error before the first event is an ordinary error response; a later one is an event that ends the stream.
     """
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any]]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
         super().__init__()
         self._events = events
 
@@ -68,15 +67,11 @@ class EventStream(Response):
                 await error_response(error)(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            await _send_event(send, msgspec.json.encode(first))
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+            last = b"data: [DONE]\n\n"
             try:
                 async for event in events:
-                    await _send_event(send, msgspec.json.encode(event))
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
             except Exception as error:
-                await _send_event(send, body_of(error)[1])
-            await _send_event(send, b"[DONE]")
-            await send({"type": "http.response.body", "body": b""})
-
-
-async def _send_event(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+                last = b"data: " + body_of(error)[1] + b"\n\n" + last
+            await send({"type": "http.response.body", "body": last, "more_body": False})
