@@ -12,6 +12,7 @@ import pytest
 from batches import Piece, make_batch, run_prompt
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
+from fake_cuda import FakeCUDA, fake_cuda
 from fake_stage import FakeVocabulary
 from tiny_models import N_VOCAB
 
@@ -106,6 +107,16 @@ def test_tokens_drawn_on_the_device_are_the_hosts(multi_step: int, gpu: GPUStage
     expected = answers(WholeRows(gpu))
     assert answers(gpu, multi_step) == expected
     assert all(len(tokens) == 7 for tokens, _ in expected.values())
+
+
+def test_on_a_device_that_works_late(graph: Graph, gpu: GPUStage) -> None:
+    """CuPy's device: what is asked for happens when the host waits, so nothing may be written over before."""
+    with fake_cuda(FakeCUDA()) as module:
+        stage = GPUStage(module.CuPyDevice(0), graph, CONFIG)
+        try:
+            assert answers(stage, 4) == answers(gpu, 4)
+        finally:
+            stage.close()
 
 
 def test_behind_a_cpu_stage(mixed: StageChain, graph: Graph) -> None:
