@@ -1,4 +1,5 @@
-"""Which ops are lowered together: rope and norms of heads with the attention they feed, a norm with the addition before it.
+"""Which ops are lowered together: rope and norms of heads with the attention they feed, a norm with the addition before it,
+gate and up with their activation.
 
 Groups keep the order of the graph: a group stands where its last op stood.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Add, ApplyRope, Attention, MatMul, Op, RMSNorm, StoreKV, Value
+from pyinfer.graph.ops import Add, ApplyRope, Attention, GatedActivation, MatMul, Op, RMSNorm, StoreKV, Value
 from pyinfer.graph.rope import Rope
 
 
@@ -40,6 +41,18 @@ class NormGroup:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class GatedGroup:
+    """The first half of a gated feed-forward layer: both products, which nothing else reads, and what becomes of them."""
+
+    matmul: MatMul
+    gated: GatedActivation
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        return self.matmul, self.gated
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SingleOp:
     op: Op
 
@@ -48,7 +61,7 @@ class SingleOp:
         return (self.op,)
 
 
-Group = AttentionGroup | NormGroup | SingleOp
+Group = AttentionGroup | NormGroup | GatedGroup | SingleOp
 
 
 def group_ops(graph: Graph) -> list[Group]:
@@ -56,6 +69,7 @@ def group_ops(graph: Graph) -> list[Group]:
     makers = {id(value): op for op in graph.ops for value in op.outputs}
     readers = {id(value): graph.consumers(value) for op in graph.ops for value in op.outputs}
     found: list[Group] = [*_attention_groups(graph, makers, readers), *_norm_groups(graph, readers)]
+    found += _gated_groups(graph, makers, readers)
     groups = {id(group.ops[-1]): group for group in found}
     inside = {id(op) for group in groups.values() for op in group.ops[:-1]}
     return [groups.get(id(op), SingleOp(op)) for op in graph.ops if id(op) not in inside]
@@ -118,4 +132,21 @@ def _norm_groups(graph: Graph, readers: dict[int, list[Op]]) -> list[NormGroup]:
                 break
         else:
             groups.append(NormGroup(None, add.a, add.b, add, norm, (add, norm)))
+    return groups
+
+
+def _gated_groups(graph: Graph, makers: dict[int, Op], readers: dict[int, list[Op]]) -> list[GatedGroup]:
+    groups = []
+    for op in graph.ops:
+        if not isinstance(op, GatedActivation):
+            continue
+        maker = makers.get(id(op.gate))
+        if (
+            not isinstance(maker, MatMul)
+            or maker is not makers.get(id(op.up))
+            or any(b is not None for b in maker.biases)
+        ):
+            continue
+        if len(maker.outs) == 2 and op.gate is not op.up and readers[id(op.gate)] == readers[id(op.up)] == [op]:
+            groups.append(GatedGroup(maker, op))
     return groups

@@ -43,6 +43,7 @@ from pyinfer.kernels_gpu.attention import (
 from pyinfer.kernels_gpu.buckets import DECODE_ROWS
 from pyinfer.kernels_gpu.fusion import AttentionGroup, GatedGroup, Group, NormGroup, SingleOp
 from pyinfer.kernels_gpu.launch import Buffer, Reduce, Step
+from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated
 from pyinfer.kernels_gpu.operand import Form, Operand
 from pyinfer.kernels_gpu.products import build_products, operand_form
 from pyinfer.kernels_gpu.rope import HeadNorms, HeadShape, build_rope, build_rope_angles, build_rope_store, build_store
