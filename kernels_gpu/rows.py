@@ -13,7 +13,7 @@ from pyinfer.kernels_gpu.operand import FORMS, Operand
 
 _SOURCE = "rows.cu"
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
-_FEW_ROWS = 16  # below, a row's latency counts and it gets many threads
+_FEW_ROWS = 128  # up to here a row has a multiprocessor of its own, and gets many threads
 
 
 @dataclass(frozen=True, slots=True)
