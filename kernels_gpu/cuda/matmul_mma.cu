@@ -10,7 +10,8 @@
 // arXiv:2301.03598). Blocks that share a tile leave their sums in `workspace`; the last to arrive adds them in order of
 // columns, so results do not depend on timing.
 //
-// Defines: TYPE (mma_weights.cuh), BM, MT, WARPS, KX (columns of x a stage), W_STAGES, X_STAGES, BLOCKS_PER_SM, UNITS (of a chunk; not for F16, BF16).
+// Defines: TYPE (mma_weights.cuh), UNITS (of a chunk; not for F16 and BF16), BM, MT, WARPS, KX (columns of x a stage), W_STAGES,
+// X_STAGES, BLOCKS_PER_SM; the last bounds the registers.
 #include "mma_weights.cuh"
 
 using Format = TYPE;
@@ -73,10 +74,49 @@ struct Task {
   }
 };
 
+// Where the next chunk of weights, or the next stage of x, is asked from.
+struct Asked {
+  Cursor at;
+  Segment from;  // of weights
+  int first;     // row of the tile in it; of x
+
+  DEVICE void find_weights(const Task& task) { from = task.segment(at.tile / task.m_tiles, first); }
+  DEVICE void find_x(const Task& task) { first = at.tile % task.m_tiles * BM; }
+};
+
 // Byte of a column of x in a stage: the 32 bytes that four lanes read of each of four rows lie in different banks.
 DEVICE int x_at(int row, int column) { return row * kXRow + (column / 8 ^ (row & 3) << 1) * 16 + column % 8 * 2; }
 
-DEVICE uint2 load_x(const uint8_t* x, int row, int column) { return *reinterpret_cast<const uint2*>(x + x_at(row, column)); }
+DEVICE void ask_weights(const Task& task, Asked& asked, uint8_t* ring, int slot) {
+  Format::stage<kTileN, kThreads>(asked.from.w, ring + slot * kWStage, asked.first, asked.from.n, asked.at.k, task.columns);
+  asked.at.next(task.n_chunks);
+  if (asked.at.k == 0) asked.find_weights(task);
+}
+
+// Columns past the end are zeros, rows past the end a copy of the last one: what they give is never written.
+DEVICE void ask_x(const Task& task, Asked& asked, int step, uint8_t* ring, int slot) {
+  constexpr int kPieces = KX / 8, kTotal = BM * kPieces, kStep = kThreads / kPieces;
+  const int row = threadIdx.x / kPieces, column = threadIdx.x % kPieces * 8, pitch = task.columns / 8;
+  const int start = asked.at.k * kColumns + step * KX + column;
+  const uint4* source = reinterpret_cast<const uint4*>(task.x) + start / 8;
+  uint8_t* to = ring + slot * kXStage;
+#pragma unroll
+  for (int i = 0; i < (kTotal + kThreads - 1) / kThreads; i++) {
+    if (kTotal % kThreads && threadIdx.x + i * kThreads >= kTotal) break;
+    const int place = kStep % 4 == 0 ? x_at(row, column) + i * kStep * kXRow : x_at(row + i * kStep, column);
+    const int offset = min((asked.first + row) * pitch + i * kStep * pitch, (task.rows - 1) * pitch);
+    cp_async16(to + place, source + offset, start < task.columns);
+  }
+  if (step == kSteps - 1) {
+    asked.at.next(task.n_chunks);
+    if (asked.at.k == 0) asked.find_x(task);
+  }
+}
+
+// Four columns from `column` + 4t, a constant multiple of 16, of row `first` + g: what depends on the lane is one number.
+DEVICE uint2 load_x(const uint8_t* x, int first, int g, int t, int column) {
+  return *reinterpret_cast<const uint2*>(x + first * kXRow + (x_at(g, 4 * t) ^ column * 2));
+}
 
 DEVICE void stage_weights(const Task& task, Cursor at, uint8_t* ring, int slot) {
   int first;
@@ -108,13 +148,13 @@ DEVICE void multiply(float (&sums)[MT][kGroups][4], const uint8_t* w, const uint
     for (int m = 0; m < MT; m++)
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        Format::decode<kTileN>(w, (warp * MT + m) * 16 + r * 8 + g, t, chunk, step * (KX / 64) + pair, h[m][r]);
+        Format::decode<kTileN>(w, (warp * MT + m) * 16 + r * 8, g, t, chunk, step * (KX / 64) + pair, h[m][r]);
 #pragma unroll
     for (int s = 0; s < 2; s++) {
-      const int column = pair * 64 + s * 32 + 4 * t;
+      const int column = pair * 64 + s * 32;
       #pragma unroll
       for (int j = 0; j < kGroups; j++) {
-        const uint2 low = load_x(x, j * 8 + g, column), high = load_x(x, j * 8 + g, column + 16);
+        const uint2 low = load_x(x, j * 8, g, t, column), high = load_x(x, j * 8, g, t, column + 16);
         const uint32_t b0[2] = {low.x, low.y}, b1[2] = {high.x, high.y};
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -190,9 +230,9 @@ DEVICE void write_out(const Task& task, const float (&sums)[MT][kGroups][4], int
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     matmul_mma(const half* __restrict__ x, const float* __restrict__ scale, const float* residual, float4* workspace,
-               int* arrivals, int rows, int columns, int n_units, int units_per_block, const uint8_t* w0, float* out0, const float* bias0, int n0,
-               const uint8_t* w1, float* out1, const float* bias1, int n1, const uint8_t* w2, float* out2,
-               const float* bias2, int n2) {
+               int* arrivals, int rows, int columns, int n_units, int units_per_block, const uint8_t* w0, float* out0,
+               const float* bias0, int n0, const uint8_t* w1, float* out1, const float* bias1, int n1, const uint8_t* w2,
+               float* out2, const float* bias2, int n2) {
   Task task = {x, scale, residual, workspace, arrivals, rows, columns, ceil_div(columns, kColumns), ceil_div(rows, BM),
                n_units, units_per_block, {{w0, out0, bias0, n0}, {w1, out1, bias1, n1}, {w2, out2, bias2, n2}}};
   DYNAMIC_SHARED(uint8_t, shared);
@@ -200,19 +240,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   uint8_t* x_ring = shared + W_STAGES * kWStage;
   const int first = blockIdx.x * units_per_block;
   const int n_chunks = min(units_per_block, n_units - first), n_stages = n_chunks * kSteps;
-  Cursor at = {first / task.n_chunks, first % task.n_chunks}, ask_w = at, ask_x = at;
+  Cursor at = {first / task.n_chunks, first % task.n_chunks};
+  Asked w = {at}, xs = {at};
+  w.find_weights(task);
+  xs.find_x(task);
 
   // Weights depend on nobody: they may travel while the kernel before this one ends.
 #pragma unroll
   for (int i = 0; i < W_STAGES - 1; i++) {
-    if (i < n_chunks) stage_weights(task, ask_w, w_ring, i);
-    ask_w.next(task.n_chunks);
+    if (i < n_chunks) ask_weights(task, w, w_ring, i);
   }
   wait_for_previous();
 #pragma unroll
   for (int i = 0; i < X_STAGES - 1; i++) {
-    if (i < n_stages) stage_x(task, ask_x, i % kSteps, x_ring, i);
-    if (i % kSteps == kSteps - 1) ask_x.next(task.n_chunks);
+    if (i < n_stages) ask_x(task, xs, i % kSteps, x_ring, i);
     cp_async_commit();
   }
 
@@ -223,15 +264,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     for (int step = 0; step < kSteps; step++, stage++) {
       cp_async_wait<X_STAGES - 2>();
       __syncthreads();
-      if (step == 0 && chunk + W_STAGES - 1 < n_chunks) {
-        stage_weights(task, ask_w, w_ring, w_slot == 0 ? W_STAGES - 1 : w_slot - 1);
-        ask_w.next(task.n_chunks);
-      }
-      if (stage + X_STAGES - 1 < n_stages) {
-        const int ahead = (step + X_STAGES - 1) % kSteps;
-        stage_x(task, ask_x, ahead, x_ring, x_slot == 0 ? X_STAGES - 1 : x_slot - 1);
-        if (ahead == kSteps - 1) ask_x.next(task.n_chunks);
-      }
+      if (step == 0 && chunk + W_STAGES - 1 < n_chunks)
+        ask_weights(task, w, w_ring, w_slot == 0 ? W_STAGES - 1 : w_slot - 1);
+      if (stage + X_STAGES - 1 < n_stages)
+        ask_x(task, xs, (step + X_STAGES - 1) % kSteps, x_ring, x_slot == 0 ? X_STAGES - 1 : x_slot - 1);
       cp_async_commit();
       multiply(sums, w_ring + w_slot * kWStage, x_ring + x_slot * kXStage, at.k, step);
       x_slot = x_slot == X_STAGES - 1 ? 0 : x_slot + 1;

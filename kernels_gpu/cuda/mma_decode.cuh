@@ -14,7 +14,7 @@ constexpr uint32_t kOneThousand = twice(0x6400);  // (1024, 1024)
 // The bits of `v` under `mask` as numbers: `magic` is 1024 (64 where the mask is four bits higher) plus what is to be taken off,
 // which for a two's complement code is the sign bit: xor adds it and inverts it at once.
 DEVICE half2 in_mantissa(uint32_t v, uint32_t mask, uint32_t magic) {
-  return __hsub2(as_half2((v & mask) ^ magic), as_half2(magic));
+  return __hsub2(as_half2(and_xor(v, mask, magic)), as_half2(magic));
 }
 
 // Four codes below 256, less `offset`, as two pairs.
@@ -24,17 +24,19 @@ DEVICE void widen(uint32_t codes, int offset, half2 out[2]) {
   out[1] = __hsub2(as_half2(__byte_perm(codes, kOneThousand, 0x5352)), zero);
 }
 
-// Byte `byte` of a row in a tile of rows of kBytes (a power of two from 16). Pieces of kPiece bytes of as many rows as fill the
-// banks lie in different ones.
+// Where byte `byte` of row `row` lies in a tile of rows of kBytes (a power of two from 16). Pieces of kPiece bytes of as many rows
+// as fill the banks lie in different ones; rows eight apart are alike.
 template <int kBytes, int kPiece = 16>
 DEVICE int tile_at(int row, int byte) {
   constexpr int kRowsALine = kBytes >= 128 ? 1 : 128 / kBytes, kPieces = (kBytes >= 128 ? 128 : kBytes) / kPiece;
   return row * kBytes + (byte ^ row / kRowsALine % kPieces * kPiece);
 }
 
+// The lane's row of a tile is g rows after the eight-row group at `group`. What depends on the lane is one number, to which a
+// constant is xor-ed; `group` is an offset that the instruction holds. `fine` has bits below a piece only, `byte` none of those.
 template <class T, int kBytes, int kPiece = 16>
-DEVICE T tile_load(const uint8_t* tile, int row, int byte) {
-  return *reinterpret_cast<const T*>(tile + tile_at<kBytes, kPiece>(row, byte));
+DEVICE T tile_load(const uint8_t* group, int g, int byte, int fine = 0) {
+  return *reinterpret_cast<const T*>(group + ((tile_at<kBytes, kPiece>(g, 0) + fine) ^ byte));
 }
 
 // A part of a chunk in shared memory: kUnits units of kUnitBytes in each row, or the 16 bytes around them where they are fewer.
@@ -46,21 +48,23 @@ struct Part {
   // First byte to fetch of a row.
   static DEVICE int from(int chunk) { return kAsked < 16 ? chunk * kAsked & ~15 : chunk * kAsked; }
 
+  // `unit` and `byte` are constants where the code is unrolled.
   template <class T>
-  static DEVICE T load(const uint8_t* tile, int row, int chunk, int unit, int byte = 0) {
-    const int skipped = kAsked < 16 ? chunk * kAsked & 15 : 0;
-    return tile_load<T, kBytes>(tile, row, skipped + unit * kUnitBytes + byte);
+  static DEVICE T load(const uint8_t* group, int g, int chunk, int unit, int byte = 0, int fine = 0) {
+    if constexpr (kAsked < 16) return *reinterpret_cast<const T*>(group + g * 16 + (chunk * kAsked & 15) + unit * kUnitBytes);
+    return tile_load<T, kBytes>(group, g, unit * kUnitBytes + byte, fine);
   }
 };
 
-// ---- codes. kCodes, kHigh: bytes of a unit in the parts of these names; `read` gives code - offset, exactly, of a lane's columns
+// ---- codes. kCodes, kHigh: bytes of a unit in the parts of these names; `read` gives code - offset, exactly, of a lane's
+// columns. Pointers are to the eight rows of which the lane's is the one numbered g.
 template <bool kSigned>
 struct Nibbles {
   static constexpr int kCodes = 16, kHigh = 0;
   template <class Codes, class High>
-  static DEVICE void read(const uint8_t* codes, const uint8_t*, int row, int chunk, int unit, int t, half2 out[4]) {
+  static DEVICE void read(const uint8_t* codes, const uint8_t*, int g, int chunk, int unit, int t, half2 out[4]) {
     constexpr uint32_t kLow = twice(kSigned ? 0x6408 : 0x6400), kTop = twice(kSigned ? 0x5480 : 0x5400);
-    const uint32_t v = Codes::template load<uint32_t>(codes, row, chunk, unit, 4 * t);
+    const uint32_t v = Codes::template load<uint32_t>(codes, g, chunk, unit, 0, 4 * t);
     const uint32_t first = __byte_perm(v, 0, 0x4140), second = __byte_perm(v, 0, 0x4342);  // bytes to 16-bit numbers
     out[0] = in_mantissa(first, twice(0x000f), kLow);
     out[1] = in_mantissa(second, twice(0x000f), kLow);
@@ -73,10 +77,10 @@ template <bool kSigned>
 struct NibblesBits {
   static constexpr int kCodes = 16, kHigh = 4;
   template <class Codes, class High>
-  static DEVICE void read(const uint8_t* codes, const uint8_t* high, int row, int chunk, int unit, int t, half2 out[4]) {
+  static DEVICE void read(const uint8_t* codes, const uint8_t* high, int g, int chunk, int unit, int t, half2 out[4]) {
     constexpr uint32_t kFlip = kSigned ? 0x01010101u : 0;
-    const uint32_t v = Codes::template load<uint32_t>(codes, row, chunk, unit, 4 * t);
-    const uint32_t bits = High::template load<uint32_t>(high, row, chunk, unit) >> t;
+    const uint32_t v = Codes::template load<uint32_t>(codes, g, chunk, unit, 0, 4 * t);
+    const uint32_t bits = High::template load<uint32_t>(high, g, chunk, unit) >> t;
     widen((v & 0x0f0f0f0fu) + ((bits & 0x01010101u) ^ kFlip) * 16, kSigned ? 16 : 0, out);
     widen((v >> 4 & 0x0f0f0f0fu) + ((bits >> 4 & 0x01010101u) ^ kFlip) * 16, kSigned ? 16 : 0, out + 2);
   }
@@ -86,10 +90,10 @@ struct NibblesBits {
 struct NibblesPairs {
   static constexpr int kCodes = 16, kHigh = 8;
   template <class Codes, class High>
-  static DEVICE void read(const uint8_t* codes, const uint8_t* high, int row, int chunk, int unit, int t, half2 out[4]) {
+  static DEVICE void read(const uint8_t* codes, const uint8_t* high, int g, int chunk, int unit, int t, half2 out[4]) {
     constexpr uint32_t kFlip = 0x02020202u;
-    const uint32_t v = Codes::template load<uint32_t>(codes, row, chunk, unit, 4 * t);
-    const uint2 pairs = High::template load<uint2>(high, row, chunk, unit);
+    const uint32_t v = Codes::template load<uint32_t>(codes, g, chunk, unit, 0, 4 * t);
+    const uint2 pairs = High::template load<uint2>(high, g, chunk, unit);
     widen((v & 0x0f0f0f0fu) + ((pairs.x >> 2 * t & 0x03030303u) ^ kFlip) * 16, 32, out);
     widen((v >> 4 & 0x0f0f0f0fu) + ((pairs.y >> 2 * t & 0x03030303u) ^ kFlip) * 16, 32, out + 2);
   }
@@ -99,8 +103,8 @@ struct NibblesPairs {
 struct Pairs {
   static constexpr int kCodes = 8, kHigh = 0;
   template <class Codes, class High>
-  static DEVICE void read(const uint8_t* codes, const uint8_t*, int row, int chunk, int unit, int t, half2 out[4]) {
-    const uint2 pairs = Codes::template load<uint2>(codes, row, chunk, unit);
+  static DEVICE void read(const uint8_t* codes, const uint8_t*, int g, int chunk, int unit, int t, half2 out[4]) {
+    const uint2 pairs = Codes::template load<uint2>(codes, g, chunk, unit);
     widen(pairs.x >> 2 * t & 0x03030303u, 0, out);
     widen(pairs.y >> 2 * t & 0x03030303u, 0, out + 2);
   }
@@ -110,10 +114,10 @@ struct Pairs {
 struct PairsBits {
   static constexpr int kCodes = 8, kHigh = 4;
   template <class Codes, class High>
-  static DEVICE void read(const uint8_t* codes, const uint8_t* high, int row, int chunk, int unit, int t, half2 out[4]) {
+  static DEVICE void read(const uint8_t* codes, const uint8_t* high, int g, int chunk, int unit, int t, half2 out[4]) {
     constexpr uint32_t kFlip = 0x01010101u;
-    const uint2 pairs = Codes::template load<uint2>(codes, row, chunk, unit);
-    const uint32_t bits = High::template load<uint32_t>(high, row, chunk, unit) >> t;
+    const uint2 pairs = Codes::template load<uint2>(codes, g, chunk, unit);
+    const uint32_t bits = High::template load<uint32_t>(high, g, chunk, unit) >> t;
     widen((pairs.x >> 2 * t & 0x03030303u) + ((bits & 0x01010101u) ^ kFlip) * 4, 4, out);
     widen((pairs.y >> 2 * t & 0x03030303u) + ((bits >> 4 & 0x01010101u) ^ kFlip) * 4, 4, out + 2);
   }
@@ -123,8 +127,8 @@ struct PairsBits {
 struct SignedBytes {
   static constexpr int kCodes = 32, kHigh = 0;
   template <class Codes, class High>
-  static DEVICE void read(const uint8_t* codes, const uint8_t*, int row, int chunk, int unit, int t, half2 out[4]) {
-    widen(Codes::template load<uint32_t>(codes, row, chunk, unit, 4 * t) ^ 0x80808080u, 128, out);
-    widen(Codes::template load<uint32_t>(codes, row, chunk, unit, 16 + 4 * t) ^ 0x80808080u, 128, out + 2);
+  static DEVICE void read(const uint8_t* codes, const uint8_t*, int g, int chunk, int unit, int t, half2 out[4]) {
+    widen(Codes::template load<uint32_t>(codes, g, chunk, unit, 0, 4 * t) ^ 0x80808080u, 128, out);
+    widen(Codes::template load<uint32_t>(codes, g, chunk, unit, 16, 4 * t) ^ 0x80808080u, 128, out + 2);
   }
 };

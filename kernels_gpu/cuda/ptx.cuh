@@ -62,6 +62,17 @@ DEVICE float exp2_approx(float x) {
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
 
+// (v & mask) ^ flip in one instruction, which compilers make two of.
+DEVICE uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t flip) {
+#ifdef PYINFER_EMULATE
+  return (v & mask) ^ flip;
+#else
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(r) : "r"(v), "r"(mask), "r"(flip));
+  return r;
+#endif
+}
+
 // ---- cp.async: 16 bytes from global to shared memory; with !valid zeros are written and the source is not read.
 // Before sm_80 the copy happens at once and waiting does nothing.
 DEVICE void cp_async16(void* shared, const void* global, bool valid = true) {
