@@ -228,8 +228,8 @@ class _Lowering:
             self._matmul(group.matmul)
             self._gated(op)
             return
-        out, n_sms = self._write_operand(op.out), self.memory.device.n_sms
-        self.steps += build_gated_matvec(out, x, gate, up, op.activation, n, n_sms=n_sms)
+        out, device = self._write_operand(op.out), self.memory.device
+        self.steps += build_gated_matvec(out, x, gate, up, op.activation, n, n_sms=device.n_sms, arch=device.arch)
 
     def _add(self, op: Add) -> None:
         a, b = self.values[op.a].data, self.values[op.b].data

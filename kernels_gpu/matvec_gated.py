@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyinfer.graph.ops import Activation
 from pyinfer.kernels_gpu.launch import Kernel, Launch
-from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, gated_tuning, step_columns
+from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, gated_tuning_of, step_columns
 from pyinfer.kernels_gpu.operand import FORMS, Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
@@ -20,7 +20,16 @@ def can_fuse_gated(gate: DeviceWeight, up: DeviceWeight) -> bool:
 
 
 def build_gated_matvec(
-    out: Operand, x: Operand, gate: DeviceWeight, up: DeviceWeight, activation: Activation, n_rows: int, *, n_sms: int
+    out: Operand,
+    x: Operand,
+    gate: DeviceWeight,
+    up: DeviceWeight,
+    activation: Activation,
+    n_rows: int,
+    *,
+    n_sms: int,
+    arch: int,
+    tuning: Tuning | None = None,
 ) -> list[Launch]:
     """out = activation(x @ gate.T) * (x @ up.T), "f32" or "a8"; x as `build_matvec` takes it, of 1 to 8 rows.
 
@@ -32,7 +41,7 @@ def build_gated_matvec(
         x.width == layout.n_columns and (layout.kind in FLOAT_BYTES) == (x.form == "f32") and out.width == layout.n_rows
     )
     problem = Problem((layout.kind, layout.kind), 2 * layout.n_rows, layout.n_columns, n_rows)
-    cut = gated_tuning(problem, n_sms)
+    cut = tuning or gated_tuning_of(problem, n_sms, arch)
     defines = (
         ("TYPE", layout.kind), ("ACTIVATION", _ACTIVATIONS[activation]), ("OUT", FORMS.index(out.form)), ("TOKENS", n_rows),
         ("ROWS", cut.rows), ("LANES", cut.lanes), ("WARPS", cut.warps), ("DEPTH", cut.depth),

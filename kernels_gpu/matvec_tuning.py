@@ -92,6 +92,8 @@ _VALUES: dict[str, tuple[int, ...]] = {
 }
 # (compute capability * 10, kinds, rows, columns) -> for 1, 2, .. tokens; `benchmarks/gpu_tune.py` measures
 TUNED: dict[tuple[int, tuple[str, ...], int, int], tuple[Tuning, ...]] = {}
+# the same for `gemv_gated.cu`
+GATED_TUNED: dict[tuple[int, tuple[str, ...], int, int], tuple[Tuning, ...]] = {}
 
 
 def tuning_of(problem: Problem, n_sms: int, arch: int) -> Tuning:
@@ -126,8 +128,26 @@ def neighbours(tuning: Tuning, problem: Problem, arch: int) -> Iterator[Tuning]:
                 yield other
 
 
+def gated_tuning_of(problem: Problem, n_sms: int, arch: int) -> Tuning:
+    """For `gemv_gated.cu`, whose blocks make 32 columns each: `rows` counts both matrices, `split` and `passes` are 1."""
+    measured = GATED_TUNED.get((arch, problem.kinds, problem.n_rows, problem.n_columns), ())
+    if len(measured) >= problem.n_tokens:
+        return measured[problem.n_tokens - 1]
+    return gated_tuning(problem, n_sms)
+
+
+def gated_neighbours(tuning: Tuning, problem: Problem, arch: int) -> Iterator[Tuning]:
+    """As `neighbours`, for `gemv_gated.cu`; warps change with rows too, so that passes stay whole."""
+    both = (replace(tuning, rows=rows, warps=warps) for rows in (2, 4) for warps in (4, 8))
+    for other in dict.fromkeys((*neighbours(tuning, problem, arch), *both)):
+        pairs = other.warps * (32 // other.lanes) * other.rows // 2
+        whole = other.rows % 2 == 0 and 32 % pairs == 0 and other.split == other.passes == 1
+        if whole and other != tuning and _fits(problem, other, arch):
+            yield other
+
+
 def gated_tuning(problem: Problem, n_sms: int) -> Tuning:
-    """For `gemv_gated.cu`, whose blocks make 32 columns each: `rows` counts both matrices, `split` and `passes` are not used."""
+    """The default of `gated_tuning_of`."""
     lanes, _ = _lanes_and_split(problem, n_sms)
     # more and smaller warps where there are few blocks; 32 pairs of rows are whole passes either way
     rows, warps = (4, 4) if problem.n_rows // 2 >= 3 * n_sms * 32 or lanes < 32 else (2, 8)

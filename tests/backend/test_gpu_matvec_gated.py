@@ -17,7 +17,13 @@ from pyinfer.graph.reference import activate
 from pyinfer.kernels_gpu.launch import Launch
 from pyinfer.kernels_gpu.matvec import Product, build_matvec
 from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated
-from pyinfer.kernels_gpu.matvec_tuning import STATIC_SHARED_BYTES, Problem, default_tuning, gated_tuning
+from pyinfer.kernels_gpu.matvec_tuning import (
+    STATIC_SHARED_BYTES,
+    Problem,
+    default_tuning,
+    gated_neighbours,
+    gated_tuning,
+)
 from pyinfer.kernels_gpu.operand import Form, Operand, operand_at, operand_bytes
 from pyinfer.kernels_gpu.rows import build_gated
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES, KINDS
@@ -69,7 +75,7 @@ def test_the_bits_of_separate_kernels(
     for step in build_gated(apart, outs[0], outs[1], activation, n):
         assert isinstance(step, Launch)
         device.launch(step)
-    for launch in build_gated_matvec(together, x, gate, up, activation, n, n_sms=n_sms):
+    for launch in build_gated_matvec(together, x, gate, up, activation, n, n_sms=n_sms, arch=90):
         device.launch(launch)
     for ours, separate in zip(contents(device, together, n), contents(device, apart, n), strict=True):
         np.testing.assert_array_equal(ours, separate)
@@ -98,6 +104,9 @@ def test_tunings() -> None:
                 assert tuning.rows % 2 == 0 and 32 % pairs == 0, problem
                 assert tuning.shared_bytes(problem) <= STATIC_SHARED_BYTES
                 assert tuning.lanes == default_tuning(problem, 132, 90).lanes
+                for other in gated_neighbours(tuning, problem, 90):
+                    assert 32 % (other.warps * (32 // other.lanes) * other.rows // 2) == 0 and other.rows % 2 == 0
+                    assert other.lanes == tuning.lanes or n == 1
 
 
 def test_what_is_not_alike_is_not_fused() -> None:
