@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pyinfer.errors import RequestError
 from pyinfer.graph.backend import Stage, StageConfig
 from pyinfer.graph.kv_groups import KVGroup
 from pyinfer.graph.ops import F32Array
@@ -19,15 +18,7 @@ from pyinfer.runtime.admission import Admission
 from pyinfer.runtime.batch_builder import BatchBuilder, Step
 from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.device_sampling import DeviceSampling, NewToken
-from pyinfer.runtime.logprobs import token_logprobs
-from pyinfer.runtime.outputs import (
-    EngineStats,
-    FinishReason,
-    FloatMatrix,
-    RequestFailure,
-    RequestMetrics,
-    RequestOutput,
-)
+from pyinfer.runtime.outputs import EngineStats, FloatMatrix, RequestOutput
 from pyinfer.runtime.page_manager import ONE_GROUP
 from pyinfer.runtime.page_moves import make_moves, moved_sequences
 from pyinfer.runtime.plan import Plan, SchedulerConfig
@@ -35,9 +26,11 @@ from pyinfer.runtime.request import Request, Sequence, State
 from pyinfer.runtime.request_events import RequestEvent
 from pyinfer.runtime.request_limits import RequestLimits
 from pyinfer.runtime.request_maker import RequestMaker
-from pyinfer.runtime.sampler import NOT_FINITE, sample
+from pyinfer.runtime.running_requests import RunningRequests
+from pyinfer.runtime.sampler import NOT_FINITE
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.scheduler import Scheduler
+from pyinfer.runtime.step_rows import fork_samples, sample_rows, score
 from pyinfer.runtime.vocabulary_facts import Vocabulary
 
 _log = logging.getLogger(__name__)
@@ -94,8 +87,7 @@ class Engine:
         self.admission = Admission(self.scheduler, max_queue_wait)
         self._builder = BatchBuilder(layout, self.scheduler.pool, max_sequences=config.max_sequences, n_ctx=self.n_ctx)
         self._device = DeviceSampling.of(stage)
-        self._requests: dict[str, Request] = {}
-        self._n_finished = 0
+        self._requests = RunningRequests(self.scheduler, clock)
         self._n_steps = 0
         self._n_prompt_tokens = 0
         self._n_generated = 0
@@ -136,25 +128,18 @@ class Engine:
         self._queue(self._maker.beam_search(request_id, prompt, params, salt=salt), may_refuse=may_refuse)
 
     def _queue(self, request: Request, *, may_refuse: bool) -> None:
-        if request.id in self._requests:
-            raise RequestError(f"request id {request.id!r} is in use by a running request", param="request_id")
+        self._requests.check_id(request.id)
         if may_refuse:
             self.admission.check(request.sequences[0])
-        self._requests[request.id] = request
-        for sequence in request.sequences:
-            self.scheduler.add(sequence)
+        self._requests.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestOutput]:
         """End a request, or one of its samples, now; unknown and finished ones are left as they are."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return []
-        if request.is_finished:  # scored, and its logits were not taken
-            del self._requests[request_id]
-        if request.beams is not None:
-            return self._end_search(request, [RequestOutput(request_id, i) for i in range(request.params.n)], "abort")
-        sequences = [s for s in request.sequences if s.state is not State.FINISHED and index in (None, s.index)]
-        return [self._end(sequence, RequestOutput(request_id, sequence.index), "abort") for sequence in sequences]
+        return self._requests.abort(request_id, index)
+
+    def take_logits(self, request_id: str) -> FloatMatrix:
+        """The logits of a finished `add_scoring`, float32 [n_tokens, n_vocab]; row i predicts token i + 1."""
+        return self._requests.take_logits(request_id)
 
     # ---- steps
 
@@ -180,22 +165,22 @@ class Engine:
             drawn = self._device.run(step, n_ahead) if self._device else None
             logits = self._stage.run(step.batch) if drawn is None else _NO_LOGITS
             self._note_time(step, 1 if drawn is None else len(drawn), self._clock() - start)
-            self._score(step, logits)
+            score(step, logits)
             self._advance(plan)
             if drawn is None:
-                self._fork_samples(step)
-                drawn = [self._sample(step, logits)]
+                fork_samples(step, self.scheduler, self._clock())
+                drawn = [sample_rows(step, logits)]
         except Exception as error:
             _log.exception("a step of %d sequences failed", len(plan.sequences))
             sequences = [*plan.sequences, *moved_sequences(plan.moves)]
-            return self._fail(sequences, f"the engine failed while running this request: {error!r}")
+            return self._requests.fail(sequences, f"the engine failed while running this request: {error!r}")
         outputs = [output for sequence, row in step.searched for output in self._search(sequence, logits[row])]
         for sequence, *tokens in zip(step.sampled, *drawn, strict=True):
             if sequence.state is State.RUNNING:  # not so after a sibling's failure
                 outputs += self._append(sequence, tokens)
         for sequence, *_ in step.scored:
             if not sequence.wants_next and sequence.n_scored == sequence.n_score_rows:
-                outputs.append(self._end(sequence, RequestOutput(sequence.request.id), "length"))
+                outputs.append(self._requests.end(sequence, RequestOutput(sequence.request.id), "length"))
         return outputs
 
     def _note_time(self, step: Step, n_steps: int, seconds: float) -> None:
@@ -205,31 +190,6 @@ class Engine:
         self.scheduler.cost.note_computed(step.batch.n_tokens * n_steps, seconds)
         self.admission.note_step(step.batch.n_tokens, step.batch.n_sequences, seconds / n_steps)
 
-    def _score(self, step: Step, logits: F32Array) -> None:
-        """Take the rows that were wanted besides the sampled ones: whole for scoring, as logprobs for prompts."""
-        for sequence, position, row, count in step.scored:
-            if sequence.logits is not None:
-                sequence.logits[position : position + count] = logits[row : row + count]
-            elif sequence.prompt_logprobs is not None:
-                n = sequence.request.params.prompt_logprobs or 0
-                for i in range(count):
-                    token = sequence.tokens[position + i + 1]
-                    sequence.prompt_logprobs.append(token_logprobs(logits[row + i], token, n))
-            sequence.n_scored = position + count
-
-    def _fork_samples(self, step: Step) -> None:
-        """A prompt was computed: its request's other samples go on from the same pages and the same logits."""
-        for sequence, row in list(zip(step.sampled, step.sampled_rows, strict=True)):
-            siblings = sequence.request.sequences
-            if sequence.n_output > 0 or len(siblings) == 1:
-                continue
-            for sibling in siblings:
-                if sibling.state is State.WAITING and sibling.n_output == 0 and self.scheduler.fork(sequence, sibling):
-                    sibling.cached_tokens = sequence.cached_tokens
-                    sibling.metrics.first_scheduled_time = self._clock()
-                    step.sampled.append(sibling)
-                    step.sampled_rows.append(row)
-
     def _search(self, sequence: Sequence, row: F32Array) -> list[RequestOutput]:
         """Take the logits of a beam; once all of its request have theirs, they advance or are told."""
         request, beams = sequence.request, sequence.request.beams
@@ -237,40 +197,14 @@ class Engine:
         if sequence.state is not State.RUNNING:
             return []
         if not np.isfinite(row.max()):
-            return self._fail([sequence], _NOT_FINITE)
+            return self._requests.fail([sequence], _NOT_FINITE)
         if sequence.metrics.first_token_time == 0.0:
             sequence.metrics.first_token_time = self._clock()
         beams.take(sequence, row)
         if not beams.is_ready:
             return []
         self._n_generated += len(request.sequences)
-        return [] if beams.advance(self.scheduler) else self._end_search(request, beams.outputs(sequence))
-
-    def _end_search(
-        self, request: Request, outputs: list[RequestOutput], reason: FinishReason | None = None
-    ) -> list[RequestOutput]:
-        """End all beams; `outputs` are the search's last words, whose reasons may be given already."""
-        for sequence in request.sequences:
-            self.scheduler.finish(sequence)
-        del self._requests[request.id]
-        self._n_finished += 1
-        metrics = request.sequences[0].metrics  # they share one
-        metrics.finished_time = self._clock()
-        for output in outputs:
-            output.finish_reason = reason or output.finish_reason
-            output.metrics = metrics
-        return outputs
-
-    def _sample(self, step: Step, logits: F32Array) -> list[NewToken]:
-        samplers = [s.sampler for s in step.sampled if s.sampler is not None]
-        assert len(samplers) == len(step.sampled)
-        tokens = sample(logits, step.sampled_rows, samplers, [s.tokens for s in step.sampled])
-        found: list[NewToken] = []
-        for sequence, token, row in zip(step.sampled, tokens, step.sampled_rows, strict=True):
-            params = sequence.request.params
-            wants = params.needs_logprobs and token != NOT_FINITE
-            found.append((token, token_logprobs(logits[row], token, params.logprobs or 0) if wants else None))
-        return found
+        return [] if beams.advance(self.scheduler) else self._requests.end_search(request, beams.outputs(sequence))
 
     def _advance(self, plan: Plan) -> None:
         advance = self.scheduler.advance
@@ -289,7 +223,7 @@ class Engine:
             if number:
                 self.scheduler.advance(sequence, 1)
             if token == NOT_FINITE:
-                return [*([output] if number else []), *self._fail([sequence], _NOT_FINITE)]
+                return [*([output] if number else []), *self._requests.fail([sequence], _NOT_FINITE)]
             output.new_token_ids.append(token)
             if output.new_logprobs is not None and logprobs is not None:
                 output.new_logprobs.append(logprobs)
@@ -301,44 +235,10 @@ class Engine:
             self._n_generated += 1
             if token in sequence.stop_ids and sequence.n_output >= request.params.min_tokens:
                 output.stop_token = token
-                return [self._end(sequence, output, "stop")]
+                return [self._requests.end(sequence, output, "stop")]
             if len(sequence.tokens) >= sequence.limit:
-                return [self._end(sequence, output, "length")]
+                return [self._requests.end(sequence, output, "length")]
         return [output]
-
-    def _end(self, sequence: Sequence, output: RequestOutput, reason: FinishReason | None) -> RequestOutput:
-        self.scheduler.finish(sequence)
-        sequence.metrics.finished_time = self._clock()
-        if reason != "abort" and sequence.wants_next:
-            self.scheduler.predictor.learn(sequence.request.route, sequence.n_prompt, sequence.n_output)
-        output.finish_reason = reason
-        output.metrics = sequence.metrics
-        request = sequence.request
-        if request.is_finished:
-            self._n_finished += 1
-            if sequence.logits is None or reason == "abort":  # else it stays for `take_logits`
-                del self._requests[request.id]
-        return output
-
-    def _fail(self, sequences: list[Sequence], message: str) -> list[RequestOutput]:
-        """End the whole requests that these sequences belong to, each with one chunk that says why."""
-        failure = RequestFailure(message, "server_error", 500)
-        outputs: list[RequestOutput] = []
-        for request in {id(s.request): s.request for s in sequences}.values():
-            for sequence in request.sequences:
-                self.scheduler.finish(sequence)
-            self._requests.pop(request.id, None)
-            self._n_finished += 1
-            metrics: RequestMetrics = request.sequences[0].metrics
-            outputs.append(RequestOutput(request.id, failure=failure, metrics=metrics))
-        return outputs
-
-    def take_logits(self, request_id: str) -> FloatMatrix:
-        """The logits of a finished `add_scoring`, float32 [n_tokens, n_vocab]; row i predicts token i + 1."""
-        request = self._requests.pop(request_id)
-        logits = request.sequences[0].logits
-        assert logits is not None and request.is_finished
-        return logits
 
     # ---- the rest
 
@@ -357,7 +257,7 @@ class Engine:
             preemptions=scheduler.n_preemptions,
             prompt_tokens=self._n_prompt_tokens,
             generation_tokens=self._n_generated,
-            requests_finished=self._n_finished,
+            requests_finished=self._requests.n_finished,
             steps=self._n_steps,
             swaps=scheduler.swap.n_swaps,
             refusals=self.admission.n_refused,
@@ -366,9 +266,7 @@ class Engine:
     def check(self) -> None:
         """Assert that the books balance: no request is lost, no page leaks."""
         self.scheduler.check()
-        queued = {id(s) for s in (*self.scheduler.waiting, *self.scheduler.running)}
-        known = {id(s) for r in self._requests.values() for s in r.sequences if s.state is not State.FINISHED}
-        assert queued == known, "requests leak"
+        self._requests.check()
 
     def close(self) -> None:
         """Stop the stage and give its memory back."""

@@ -19,26 +19,25 @@ from typing import Any
 import msgspec
 import zmq
 
-from pyinfer.errors import EngineError, PyinferError
-from pyinfer.graph.backend import Progress, StageConfig
+from pyinfer.errors import EngineError
+from pyinfer.graph.backend import Progress
 from pyinfer.runtime.engine_child import ChildEnd, EngineChild
 from pyinfer.runtime.engine_client import STOPPED, EngineClient
+from pyinfer.runtime.engine_loading import EngineLoading
 from pyinfer.runtime.engine_messages import (
     AddRequest,
     Close,
     FromEngine,
     Loaded,
     Loading,
-    LoadModel,
     Message,
     Started,
     StepReport,
-    Vocabulary,
 )
 from pyinfer.runtime.engine_totals import EngineTotals
 from pyinfer.runtime.engine_wire import ClientWire, private_folder
 from pyinfer.runtime.outputs import EngineStats, RequestFailure, RequestOutput
-from pyinfer.runtime.request_ledger import MAX_DEATHS, RequestLedger
+from pyinfer.runtime.request_ledger import SUSPECTED, RequestLedger
 from pyinfer.runtime.request_limits import RequestLimits
 from pyinfer.runtime.sample_masks import spell_bad_words
 from pyinfer.runtime.step_watch import StepWatch
@@ -48,12 +47,6 @@ _log = logging.getLogger(__name__)
 _BACKOFF = (0.0, 0.0, 0.5, 1.0, 2.0)  # seconds before the next start, by deaths in a row; then it is given up
 _CONNECT_SECONDS = 10.0  # the engine connects to both sockets at once
 _GOODBYE_SECONDS = 2.0
-_SUSPECT = RequestFailure(
-    f"the engine died {MAX_DEATHS} times in a row while it worked on this request, which is not tried again; the "
-    "server's log has the details",
-    "server_error",
-    500,
-)
 
 
 class EngineProcess(EngineClient):
@@ -69,12 +62,7 @@ class EngineProcess(EngineClient):
         self._ledger = RequestLedger()
         self._totals = EngineTotals()
         self._seeds = random.Random(0)
-        self._load_message = LoadModel("", {})
-        self._progress: Progress | None = None
-        self._tokenizer: VocabularyOf | None = None
-        self._loaded: Loaded | None = None  # by the first engine; the next ones are made like it
-        self._load_error: PyinferError | None = None
-        self._was_loaded = threading.Event()  # or has failed
+        self._loading = EngineLoading()
         self._wire: ClientWire | None = None
         self._is_serving = False  # an engine is there and takes messages
         self._is_closing = False
@@ -99,38 +87,29 @@ class EngineProcess(EngineClient):
         Raises the `PyinferError` that the engine met.
         """
         self._seeds = random.Random(options.get("seed", 0))
-        self._load_message = LoadModel(str(path), dict(options))
-        self._progress = progress
+        self._loading.begin(path, options, progress)
         self._thread.start()
         try:
-            self._tokenizer = tokenizer()
+            known = tokenizer()
         except BaseException:
             self.close()
             raise
         with self._condition:
-            if self._wire is not None:
-                self._wire.requests.send(self._vocabulary())
-        self._was_loaded.wait()
-        if self._loaded is None:
+            self._loading.tokenizer = known
+            if self._wire is not None and (vocabulary := self._loading.vocabulary()):
+                self._wire.requests.send(vocabulary)
+        loaded = self._loading.result()
+        if loaded is None:
             self.close()
-            raise self._load_error or EngineError(STOPPED.message)
-        return self._loaded
-
-    def _vocabulary(self) -> Vocabulary:
-        assert self._tokenizer is not None
-        return Vocabulary(self._tokenizer.n_vocab, sorted(self._tokenizer.eog_ids))
+            raise self._loading.error or EngineError(STOPPED.message)
+        return loaded
 
     # ---- the client's side
 
     @property
     def limits(self) -> RequestLimits:
-        assert self._loaded is not None, "load comes first"
-        return self._loaded.limits
-
-    @property
-    def config(self) -> StageConfig:
-        assert self._loaded is not None, "load comes first"
-        return self._loaded.config
+        assert self._loading.loaded is not None, "load comes first"
+        return self._loading.loaded.limits
 
     @property
     def pid(self) -> int:
@@ -163,11 +142,12 @@ class EngineProcess(EngineClient):
         self._child.close()
 
     def _completed(self, request: AddRequest) -> AddRequest:
-        assert self._tokenizer is not None
+        tokenizer = self._loading.tokenizer
+        assert tokenizer is not None
         params = request.params
         if params.seed is None:
             params = params.replace(seed=self._seeds.getrandbits(63))
-        words = spell_bad_words(params.bad_words or (), self._tokenizer)
+        words = spell_bad_words(params.bad_words or (), tokenizer)
         return msgspec.structs.replace(request, params=params, bad_words=words)
 
     def _send(self, message: Message) -> None:
@@ -198,15 +178,15 @@ class EngineProcess(EngineClient):
             self._is_serving = False
             was_closing = self._is_closing
             self._fail_all(failure)
-            self._was_loaded.set()
-            if self.on_failure is not None and self._loaded is not None and not was_closing:
+            self._loading.is_settled.set()
+            if self.on_failure is not None and self._loading.loaded is not None and not was_closing:
                 self.on_failure(failure.message)
 
     def _keep_alive(self, context: zmq.Context[zmq.Socket[bytes]]) -> RequestFailure:
         """Serve with one engine after another; returns why there is none any more."""
         while True:
             end = self._serve(context)
-            if self._is_closing or self._loaded is None:
+            if self._is_closing or self._loading.loaded is None:
                 return STOPPED
             self._n_deaths += 1
             if self._n_deaths > len(_BACKOFF):
@@ -249,9 +229,7 @@ class EngineProcess(EngineClient):
                 self._hear(message, wire)
             if has_ended:
                 end = child.end()
-                if self._loaded is None and self._load_error is None:
-                    text = f"the engine died with {end.how} while it loaded the model; is there memory?"
-                    self._load_error = EngineError(text)
+                self._loading.died(end.how)
                 return end
             if self._is_hung():
                 child.kill()
@@ -270,34 +248,28 @@ class EngineProcess(EngineClient):
         elif isinstance(message, Started):
             with self._condition:
                 self._wire = wire
-                wire.requests.send(self._load_message, wait=_CONNECT_SECONDS)
-                if self._tokenizer is not None:
-                    wire.requests.send(self._vocabulary())
+                wire.requests.send(self._loading.message, wait=_CONNECT_SECONDS)
+                if vocabulary := self._loading.vocabulary():
+                    wire.requests.send(vocabulary)
         elif isinstance(message, Loading):
-            if self._progress is not None and self._loaded is None:
-                self._progress(message.what, message.share)
+            self._loading.advance(message)
         elif isinstance(message, Loaded):
             self._hear_loaded(message, wire)
-        elif self._loaded is None:
-            self._load_error = message.error()
+        elif self._loading.loaded is None:
+            self._loading.fail(message)
         else:
             _log.error("the engine cannot load the model again: %s", message.message)
 
     def _hear_loaded(self, message: Loaded, wire: ClientWire) -> None:
         wire.unlink()
-        if self._loaded is None:
-            self._loaded = message
+        if self._watch is None:
             self._watch = StepWatch(message.config.max_tokens, floor=self._hang_seconds)
-            # free memory may be another next time; clients rely on the same limits
-            config = message.config
-            sizes = {"n_ctx": config.n_ctx, "kv_cache_memory": message.kv_bytes, "n_threads": config.n_threads}
-            self._load_message = LoadModel(self._load_message.path, {**self._load_message.options, **sizes})
         with self._condition:
             for each in self._ledger.messages():
                 wire.requests.send(each)
             self._heard = time.monotonic()
             self._is_serving = True
-        self._was_loaded.set()
+        self._loading.succeed(message)
 
     def _hear_report(self, report: StepReport) -> None:
         with self._condition:
@@ -321,6 +293,6 @@ class EngineProcess(EngineClient):
             request_ids = self._ledger.request_ids
         if suspects:
             self._n_deaths = 0
-            self._deliver([RequestOutput(request_id, failure=_SUSPECT) for request_id in suspects])
+            self._deliver([RequestOutput(request_id, failure=SUSPECTED) for request_id in suspects])
         if self.observer is not None:
             self.observer.restarted(request_ids, time.monotonic())

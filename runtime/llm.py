@@ -15,6 +15,7 @@ from pyinfer.errors import EngineError, RequestError
 from pyinfer.runtime.beam_search_params import BeamSearchParams
 from pyinfer.runtime.chat_prompt import chat_prompt
 from pyinfer.runtime.chat_template import Message
+from pyinfer.runtime.generation_job import GenerationJob
 from pyinfer.runtime.hub import resolve
 from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.outputs import (
@@ -23,11 +24,10 @@ from pyinfer.runtime.outputs import (
     EngineStats,
     FloatMatrix,
     GenerationOutput,
-    RequestMetrics,
     RequestOutput,
 )
 from pyinfer.runtime.sampling_params import SamplingParams
-from pyinfer.runtime.text_stream import TextChunk, TextStream, beam_sequence, best, fold, with_text
+from pyinfer.runtime.text_stream import beam_sequence
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -199,11 +199,11 @@ class LLM:
         for ids, each in zip(prompts, params, strict=True):
             self._engine.limits.check(ids, each)
         with self._exclusive(), _progress(len(prompts), use_tqdm) as advance:
-            jobs: dict[str, _Job] = {}
+            jobs: dict[str, GenerationJob] = {}
             try:
                 for ids, each in zip(prompts, params, strict=True):
                     name = self._new_id()
-                    jobs[name] = _Job(self, each)
+                    jobs[name] = GenerationJob(self._engine, self._tokenizer, each)
                     self._engine.add_request(name, ids, each)
                 running = set(jobs)
                 while running:
@@ -239,55 +239,6 @@ class LLM:
     def _drop(self, names: list[str]) -> None:
         for name in names:
             self._engine.abort(name)
-
-
-class _Job:
-    """One prompt's samples as they grow."""
-
-    def __init__(self, llm: LLM, params: SamplingParams) -> None:
-        self._llm = llm
-        self._params = params
-        self._streams = [TextStream(llm._tokenizer, params, i) for i in range(params.n_samples)]
-        self._chunks: list[list[TextChunk]] = [[] for _ in self._streams]
-        self._first: RequestOutput | None = None
-        self._metrics: RequestMetrics | None = None
-
-    def push(self, output: RequestOutput) -> bool:
-        """Take a chunk; True once all samples are finished."""
-        stream = self._streams[output.index]
-        if output.index == 0 and self._first is None:
-            self._first = output
-        self._chunks[output.index].append(stream.push(output))
-        if stream.needs_abort:
-            stream.needs_abort = False
-            for last in self._llm._engine.abort(output.request_id, output.index):
-                output.metrics = last.metrics
-        if output.metrics is not None:
-            self._note(output.metrics)
-        return all(stream.is_finished for stream in self._streams)
-
-    def _note(self, metrics: RequestMetrics) -> None:
-        """The request's times: its first sample's, up to the end of its last."""
-        if self._metrics is None:
-            self._metrics = metrics
-        else:
-            self._metrics.finished_time = max(self._metrics.finished_time, metrics.finished_time)
-            self._metrics.preemptions += metrics.preemptions
-
-    def result(self, name: str, text: str | None, ids: list[int]) -> GenerationOutput:
-        prompt_logprobs = None if self._first is None else self._first.prompt_logprobs
-        tokenizer = self._llm._tokenizer
-        if prompt_logprobs is not None:
-            prompt_logprobs = [None if entry is None else with_text(entry, tokenizer) for entry in prompt_logprobs]
-        return GenerationOutput(
-            request_id=name,
-            prompt=text,
-            prompt_token_ids=ids,
-            prompt_logprobs=prompt_logprobs,
-            outputs=best([fold(chunks) for chunks in self._chunks], self._params),
-            metrics=self._metrics,
-            num_cached_tokens=0 if self._first is None else self._first.cached_tokens,
-        )
 
 
 def _as_ids(tokens: Iterable[Any]) -> list[int]:

@@ -7,9 +7,15 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pyinfer.runtime.engine_messages import AbortRequest, AddRequest, Message
-from pyinfer.runtime.outputs import RequestOutput
+from pyinfer.runtime.outputs import RequestFailure, RequestOutput
 
 MAX_DEATHS = 3  # in a row, by faults, that a request may see without getting a token: it may well be their cause
+SUSPECTED = RequestFailure(
+    f"the engine died {MAX_DEATHS} times in a row while it worked on this request, which is not tried again; the "
+    "server's log has the details",
+    "server_error",
+    500,
+)
 
 
 @dataclass(slots=True)
