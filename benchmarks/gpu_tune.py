@@ -1,4 +1,5 @@
-"""Look for better cuts of `cuda/gemv.cu` on a GPU, for the shapes of some models, and print them for `matvec_tuning.TUNED`.
+"""Look for better cuts of `gemv.cu` and `gemv_gated.cu` on a GPU, for the shapes of some models, and print them for
+`kernels_gpu/matvec_tuning.py`.
 
     python benchmarks/gpu_tune.py [--shapes 8b 8b-q8_0 1b] [--tokens 1 2 4 8] [--seconds 300]
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,18 @@ sys.path[:0] = [str(ROOT)]
 import numpy as np  # noqa: E402
 
 from pyinfer.kernels_gpu.device import Device  # noqa: E402
-from pyinfer.kernels_gpu.launch import Buffer  # noqa: E402
-from pyinfer.kernels_gpu.matvec import Product, build_matvec, gemv_kernel  # noqa: E402
-from pyinfer.kernels_gpu.matvec_tuning import Problem, Tuning, neighbours, tuning_of  # noqa: E402
-from pyinfer.kernels_gpu.operand import Operand, operand_at, operand_bytes  # noqa: E402
+from pyinfer.kernels_gpu.launch import Buffer, Launch  # noqa: E402
+from pyinfer.kernels_gpu.matvec import Product, build_matvec  # noqa: E402
+from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated  # noqa: E402
+from pyinfer.kernels_gpu.matvec_tuning import (  # noqa: E402
+    Problem,
+    Tuning,
+    gated_neighbours,
+    gated_tuning_of,
+    neighbours,
+    tuning_of,
+)
+from pyinfer.kernels_gpu.operand import Form, operand_at, operand_bytes  # noqa: E402
 from pyinfer.kernels_gpu.weights import DeviceWeight  # noqa: E402
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES, layout_of  # noqa: E402
 
@@ -50,7 +59,7 @@ WARM_UP, RUNS = 0.5, 5
 
 
 class Bench:
-    """One shape with copies of its matrices; contents do not matter to the time."""
+    """One shape with copies of its matrices; contents do not matter to the time. Two alike are gate and up."""
 
     def __init__(self, device: Device, matrices: Matrices, columns: int, memory: Buffer) -> None:
         self.kinds = tuple(kind for kind, _ in matrices)
@@ -66,51 +75,63 @@ class Bench:
             place += -(-n_bytes // 256) * 256
             return part
 
-        form = "f32" if self.kinds[0] in FLOAT_BYTES else "a8"
-        self._x: dict[int, Operand] = {}
-        for n in range(1, 9):
-            self._x[n] = operand_at(
-                "f32" if form == "f32" else "a8", n, columns, take(operand_bytes("a8", n, columns) * 4)
-            )
+        form: Form = "f32" if self.kinds[0] in FLOAT_BYTES else "a8"
+        self._x = [operand_at(form, n, columns, take(operand_bytes(form, n, columns))) for n in range(1, 9)]
+        width = layouts[0].n_rows
+        self._gated_out = [operand_at("a8", n, width, take(operand_bytes("a8", n, width))) for n in range(1, 9)]
         outs = [take(4 * 8 * layout.n_rows) for layout in layouts]
         self._copies: list[list[Product]] = []
         while not self._copies or len(self._copies) * self.n_bytes < COPIES_BYTES:
             self._copies.append(
                 [Product(DeviceWeight(each, take(each.n_bytes)), out) for each, out in zip(layouts, outs, strict=True)]
             )
+        first = [product.weight for product in self._copies[0]]
+        self.is_gated = len(first) == 2 and can_fuse_gated(first[0], first[1])
 
     def problem(self, n_tokens: int) -> Problem:
         return Problem(self.kinds, self.n_rows, self.columns, n_tokens)
 
+    def start(self, n_tokens: int) -> Tuning:
+        choose = gated_tuning_of if self.is_gated else tuning_of
+        return choose(self.problem(n_tokens), self._device.n_sms, self._device.arch)
+
+    def neighbours(self, n_tokens: int, tuning: Tuning) -> Iterator[Tuning]:
+        others = gated_neighbours if self.is_gated else neighbours
+        return others(tuning, self.problem(n_tokens), self._device.arch)
+
+    def steps(self, n_tokens: int, tuning: Tuning) -> list[Launch]:
+        """One product with each copy."""
+        x, out, gpu = self._x[n_tokens - 1], self._gated_out[n_tokens - 1], self._device
+        found: list[Launch] = []
+        for products in self._copies:
+            if self.is_gated:
+                gate, up = (product.weight for product in products)
+                found += build_gated_matvec(
+                    out, x, gate, up, "silu", n_tokens, n_sms=gpu.n_sms, arch=gpu.arch, tuning=tuning
+                )
+            else:
+                found += build_matvec(x, products, n_tokens, n_sms=gpu.n_sms, arch=gpu.arch, tuning=tuning)
+        return found
+
     def seconds(self, n_tokens: int, tuning: Tuning) -> float:
         """Of one product."""
-        device = self._device
-        graph = device.capture(
-            [
-                step
-                for products in self._copies
-                for step in build_matvec(
-                    self._x[n_tokens], products, n_tokens, n_sms=device.n_sms, arch=device.arch, tuning=tuning
-                )
-            ]
-        )
+        graph = self._device.capture(self.steps(n_tokens, tuning))
         times = []
         for _ in range(1 + RUNS):
             began = time.perf_counter()
-            device.run(graph)
-            device.synchronize()
+            self._device.run(graph)
+            self._device.synchronize()
             times.append(time.perf_counter() - began)
         return min(times[1:]) / len(self._copies)
 
 
 def search(device: Device, bench: Bench, n_tokens: int, start: Tuning) -> tuple[Tuning, float, float]:
     """(best, its seconds, those of the start)."""
-    problem = bench.problem(n_tokens)
     best, first = start, bench.seconds(n_tokens, start)
     fastest, known = first, {start}
     while True:
-        others = [tuning for tuning in neighbours(best, problem, device.arch) if tuning not in known]
-        device.prepare([gemv_kernel(problem, tuning) for tuning in others])
+        others = [tuning for tuning in bench.neighbours(n_tokens, best) if tuning not in known]
+        device.prepare([bench.steps(n_tokens, tuning)[0].kernel for tuning in others])
         known.update(others)
         times = {tuning: bench.seconds(n_tokens, tuning) for tuning in others}
         winner = min(times, key=lambda tuning: times[tuning], default=best)
@@ -120,7 +141,7 @@ def search(device: Device, bench: Bench, n_tokens: int, start: Tuning) -> tuple[
 
 
 def warm_up(bench: Bench) -> None:
-    tuning = tuning_of(bench.problem(1), bench._device.n_sms, bench._device.arch)
+    tuning = bench.start(1)
     until = time.perf_counter() + WARM_UP
     while time.perf_counter() < until:
         bench.seconds(1, tuning)
@@ -138,7 +159,7 @@ def tune(device: Device, shapes: Sequence[tuple[Matrices, int]], tokens: Sequenc
             bench = Bench(device, matrices, columns, memory)
             warm_up(bench)
             found = best.setdefault((matrices, columns), {})
-            start = tuning_of(bench.problem(n_tokens), device.n_sms, device.arch)
+            start = bench.start(n_tokens)
             if n_tokens > 1:
                 start = replace(start, lanes=found[1].lanes, split=found[1].split)
             found[n_tokens], seconds, first = search(device, bench, n_tokens, start)
@@ -148,7 +169,9 @@ def tune(device: Device, shapes: Sequence[tuple[Matrices, int]], tokens: Sequenc
                 f" (before {1e6 * first:.1f} us, {rate / first:.0f} GB/s) {found[n_tokens]}",
                 flush=True,
             )
-    print("\n# for matvec_tuning.TUNED; numbers of tokens between those measured take the next larger one's")
+    print(
+        "\n# for TUNED, and GATED_TUNED where there are two alike; numbers of tokens between those measured take the next larger one's"
+    )
     for (matrices, columns), found in best.items():
         kinds, n_rows = tuple(kind for kind, _ in matrices), sum(rows for _, rows in matrices)
         filled = [found[min(n for n in found if n >= i)] for i in range(1, max(found) + 1)]
