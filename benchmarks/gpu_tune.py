@@ -170,7 +170,7 @@ def tune(device: Device, shapes: Sequence[tuple[Matrices, int]], tokens: Sequenc
                 flush=True,
             )
     print(
-        "\n# for TUNED, and GATED_TUNED where there are two alike; numbers of tokens between those measured take the next larger one's"
+        "\n# for TUNED, and GATED_TUNED where two are alike; numbers of tokens that were left out take the next larger's"
     )
     for (matrices, columns), found in best.items():
         kinds, n_rows = tuple(kind for kind, _ in matrices), sum(rows for _, rows in matrices)
