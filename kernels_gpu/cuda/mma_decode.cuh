@@ -81,8 +81,8 @@ struct NibblesBits {
     constexpr uint32_t kFlip = kSigned ? 0x01010101u : 0;
     const uint32_t v = Codes::template load<uint32_t>(codes, g, chunk, unit, 0, 4 * t);
     const uint32_t bits = High::template load<uint32_t>(high, g, chunk, unit) >> t;
-    widen((v & 0x0f0f0f0fu) + ((bits & 0x01010101u) ^ kFlip) * 16, kSigned ? 16 : 0, out);
-    widen((v >> 4 & 0x0f0f0f0fu) + ((bits >> 4 & 0x01010101u) ^ kFlip) * 16, kSigned ? 16 : 0, out + 2);
+    widen((v & 0x0f0f0f0fu) + and_xor(bits, 0x01010101u, kFlip) * 16, kSigned ? 16 : 0, out);
+    widen((v >> 4 & 0x0f0f0f0fu) + and_xor(bits >> 4, 0x01010101u, kFlip) * 16, kSigned ? 16 : 0, out + 2);
   }
 };
 
@@ -94,8 +94,8 @@ struct NibblesPairs {
     constexpr uint32_t kFlip = 0x02020202u;
     const uint32_t v = Codes::template load<uint32_t>(codes, g, chunk, unit, 0, 4 * t);
     const uint2 pairs = High::template load<uint2>(high, g, chunk, unit);
-    widen((v & 0x0f0f0f0fu) + ((pairs.x >> 2 * t & 0x03030303u) ^ kFlip) * 16, 32, out);
-    widen((v >> 4 & 0x0f0f0f0fu) + ((pairs.y >> 2 * t & 0x03030303u) ^ kFlip) * 16, 32, out + 2);
+    widen((v & 0x0f0f0f0fu) + and_xor(pairs.x >> 2 * t, 0x03030303u, kFlip) * 16, 32, out);
+    widen((v >> 4 & 0x0f0f0f0fu) + and_xor(pairs.y >> 2 * t, 0x03030303u, kFlip) * 16, 32, out + 2);
   }
 };
 
@@ -118,8 +118,8 @@ struct PairsBits {
     constexpr uint32_t kFlip = 0x01010101u;
     const uint2 pairs = Codes::template load<uint2>(codes, g, chunk, unit);
     const uint32_t bits = High::template load<uint32_t>(high, g, chunk, unit) >> t;
-    widen((pairs.x >> 2 * t & 0x03030303u) + ((bits & 0x01010101u) ^ kFlip) * 4, 4, out);
-    widen((pairs.y >> 2 * t & 0x03030303u) + ((bits >> 4 & 0x01010101u) ^ kFlip) * 4, 4, out + 2);
+    widen((pairs.x >> 2 * t & 0x03030303u) + and_xor(bits, 0x01010101u, kFlip) * 4, 4, out);
+    widen((pairs.y >> 2 * t & 0x03030303u) + and_xor(bits >> 4, 0x01010101u, kFlip) * 4, 4, out + 2);
   }
 };
 

@@ -154,6 +154,7 @@ CUTS: dict[str, dict[str, int]] = {
     "wide stages of x": {"x_columns": 128, "w_stages": 3, "x_stages": 3},
     "one stage of x a chunk": {"x_columns": 256, "w_stages": 3, "x_stages": 3},
     "tall tile": {"rows": 64},
+    "the largest tile": {"rows": 128, "fragments": 2, "warps": 8, "x_stages": 4},
 }
 
 
