@@ -35,9 +35,7 @@ from pyinfer.kernels_gpu.rope import HeadNorms, HeadShape, build_rope_angles, ro
 
 pytestmark = [pytest.mark.backend, pytest.mark.skipif(not has_compiler, reason="the emulator needs g++")]
 F32Array = npt.NDArray[np.float32]
-TYPES = [
-    ("bf16", "bf16"), ("q8_0", "q8_0"), ("f32", "f32"), ("f16", "q8_0"), ("q8_0", "f16"), ("bf16", "f16"), ("f32", "bf16"),
-]  # fmt: skip
+TYPES = [("bf16", "q8_0"), ("q8_0", "bf16"), ("bf16", "bf16"), ("f32", "f16")]
 
 
 @pytest.fixture
@@ -178,19 +176,16 @@ DECODES = {
     "several": Case([Span(5), Span(777), Span(64), Span(0), Span(255)], padding=3),
     "few tokens of a sequence": Case([Span(20, 5), Span(3, 2)], padding=1),
     "one head each": Case([Span(90), Span(257)], n_heads=2),
-    "group of 3": Case([Span(90), Span(257)], n_heads=9, n_kv_heads=3),
     "group of 7": Case([Span(90), Span(257)], n_heads=14, head_dim=96),
     "group of 8": Case([Span(130)], n_heads=8, n_kv_heads=1, head_dim=128),
     "group of 12, two passes": Case([Span(400), Span(10)], n_heads=24, head_dim=32),
     "head 80": Case([Span(150), Span(33)], head_dim=80),
     "head 256": Case([Span(350), Span(33)], n_heads=4, n_kv_heads=1, head_dim=256),
     "head 16": Case([Span(350), Span(33)], head_dim=16),
-    "head 24": Case([Span(150)], head_dim=24),
     "window": Case([Span(500), Span(40), Span(63), Span(64)], window=64),
     "window of one": Case([Span(17), Span(0)], window=1),
     "block of 1": Case([Span(70)], block_size=1),
     "block of 13": Case([Span(170), Span(38)], block_size=13, window=100),
-    "block of 64": Case([Span(170), Span(38)], block_size=64),
     "peaked": Case([Span(300), Span(40)], magnitude=6.0),
     "a8": Case([Span(300), Span(40)], form="a8", padding=1),
     "a8, head 80 alone": Case([Span(300)], n_heads=2, head_dim=80, form="a8", padding=1),
@@ -234,11 +229,8 @@ PROMPTS = {
     "head 80": Case([Span(0, 40)], head_dim=80),
     "head 128": Case([Span(10, 80)], head_dim=128),
     "head 256": Case([Span(10, 40)], n_heads=4, n_kv_heads=1, head_dim=256),
-    "head 16": Case([Span(10, 40)], head_dim=16),
     "head 24, one by one": Case([Span(10, 12)], head_dim=24),
     "window": Case([Span(150, 60), Span(0, 100)], window=40),
-    "window of one": Case([Span(20, 40)], window=1),
-    "block of 1": Case([Span(30, 30)], block_size=1),
     "block of 13": Case([Span(70, 50)], block_size=13, window=64),
     "peaked": Case([Span(0, 90)], magnitude=2.5),
     "very peaked": Case([Span(0, 90)], magnitude=6.0, exact_queries=True),
@@ -275,14 +267,13 @@ def test_decode_on_a_large_card() -> None:
     device.close()
 
 
-@pytest.mark.parametrize("form", ["f32", "h16"])
-def test_few_new_tokens_behind_many(form: Form) -> None:
+def test_few_new_tokens_behind_many() -> None:
     """A prompt that goes on far into its sequence is split over the multiprocessors too; rows of the same tile may see nothing
     of a split."""
     device = EmulatedDevice(n_sms=132)
-    run(device, Case([Span(1500, 20), Span(3, 6)], "prompt", n_heads=4, head_dim=32, form=form, padding=6))
-    run(device, Case([Span(1500, 10), Span(900)], "mixed", n_heads=4, head_dim=32, form=form, window=700))
-    run(device, Case([Span(600, 40)], "prompt", n_heads=3, n_kv_heads=3, head_dim=32, form=form, window=100))
+    run(device, Case([Span(1100, 20), Span(3, 6)], "prompt", n_heads=4, head_dim=32, form="h16", padding=6))
+    run(device, Case([Span(1100, 10), Span(900)], "mixed", n_heads=4, head_dim=32, window=700))
+    run(device, Case([Span(600, 40)], "prompt", n_heads=3, n_kv_heads=3, head_dim=32, window=100))
     device.close()
 
 

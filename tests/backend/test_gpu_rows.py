@@ -93,7 +93,7 @@ def rows_of(rng: np.random.Generator, n_rows: int, width: int) -> F32Array:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("n_rows", "width"), [(1, 64), (3, 4096), (17, 1152), (2, 8960)])
+@pytest.mark.parametrize(("n_rows", "width"), [(3, 64), (17, 1152), (2, 8960)])
 def test_rms_norm(device: EmulatedDevice, form: Form, n_rows: int, width: int) -> None:
     rng = np.random.default_rng(width)
     x, weight = rows_of(rng, n_rows, width), rng.normal(1, 0.5, width).astype(np.float32)
@@ -119,7 +119,7 @@ def test_norm_with_what_comes_before(device: EmulatedDevice, form: Form, with_no
     np.testing.assert_allclose(device.values(total, np.float32, n_rows, width), expected, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("n_rows", "width", "head"), [(1, 256, 64), (3, 720, 80), (9, 512, 256), (2, 48, 16)])
+@pytest.mark.parametrize(("n_rows", "width", "head"), [(3, 720, 80), (9, 512, 256)])
 def test_head_norm_in_place(device: EmulatedDevice, n_rows: int, width: int, head: int) -> None:
     rng = np.random.default_rng(head)
     x, weight = rows_of(rng, n_rows, width), rng.normal(1, 0.5, head).astype(np.float32)
@@ -130,7 +130,7 @@ def test_head_norm_in_place(device: EmulatedDevice, n_rows: int, width: int, hea
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize(("n_rows", "width"), [(1, 96), (4, 2048), (20, 5632)])
+@pytest.mark.parametrize(("n_rows", "width"), [(1, 96), (4, 5632)])
 def test_gated(device: EmulatedDevice, form: Form, activation: Activation, n_rows: int, width: int) -> None:
     rng = np.random.default_rng(n_rows)
     gate, up = (rng.normal(0, 4, (n_rows, width)).astype(np.float32) for _ in range(2))
