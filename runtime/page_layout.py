@@ -24,7 +24,8 @@ class PageLayout:
         by_window: dict[int | None, list[int]] = {}
         for index, group in enumerate(groups):
             by_window.setdefault(group.window, []).append(index)
-        self.kinds = tuple(PageKind(tuple(indices), window) for window, indices in by_window.items())
+        full_first = sorted(by_window.items(), key=lambda item: item[0] is not None)
+        self.kinds = tuple(PageKind(tuple(indices), window) for window, indices in full_first)
         self.spans = tuple(len(kind.groups) for kind in self.kinds)
         self.sliding = tuple(k for k, kind in enumerate(self.kinds) if kind.window is not None)
         self.block_size = block_size

@@ -131,18 +131,19 @@ class PageManager:
 
         First gives back what is behind the windows. False, with nothing else done, if the pool has too few pages.
         """
-        pool, tables, block_size = self.pool, sequence.tables, self._block_size
-        if self.layout.sliding:
+        pool, layout, tables, block_size = self.pool, self.layout, sequence.tables, self._block_size
+        if layout.sliding:
             self._give_back_behind(sequence)
         index, n_blocks = sequence.n_computed // block_size, -(-end // block_size)
-        if index == len(tables[0]) == n_blocks - 1 and pool.n_available >= self.layout.n_groups:
-            # what most steps of decoding need: the next block, of all kinds
+        if index * block_size == sequence.n_computed and n_blocks == index + 1 and pool.n_available >= layout.n_groups:
+            # what decoding needs: the next block, of all kinds that have not taken it ahead; nothing to write is shared
             for kind, table in enumerate(tables):
-                table.append(pool.allocate(kind))
+                if len(table) == index:
+                    table.append(pool.allocate(kind))
             sequence.n_writable = n_blocks * block_size
             return True
         needed, shared = 0, False
-        for table, span in zip(tables, self.layout.spans, strict=True):
+        for table, span in zip(tables, layout.spans, strict=True):
             if index < len(table) and pool.references[table[index]] > 1:
                 shared = True
                 needed += span
@@ -237,7 +238,6 @@ class PageManager:
 
     def _check_tables(self, sequence: Sequence) -> None:
         layout, block_size, n_computed = self.layout, self._block_size, sequence.n_computed
-        assert all(len(table) <= len(sequence.tables[0]) for table in sequence.tables)
         assert sequence.n_remembered * block_size <= n_computed
         assert len(sequence.tables) == len(sequence.firsts) == len(layout.kinds)
         for kind, (table, first) in enumerate(zip(sequence.tables, sequence.firsts, strict=True)):

@@ -62,9 +62,10 @@ def test_the_most_that_is_held_is_what_any_step_needs(block_size: int, window: i
         for count in (1, max_tokens):
             seen = range(max(0, start - window + 1), min(150, start + count))
             needed = max(needed, len({position // block_size for position in seen}))
-            assert layout.first_block(0, start) == seen[0] // block_size
-    assert layout.most_blocks(0, 150) == needed
-    assert layout.most_blocks(1, 150) == -(-150 // block_size)
+            assert layout.first_block(1, start) == seen[0] // block_size
+    assert [kind.groups for kind in layout.kinds] == [(1,), (0,)], "full attention is the first kind"
+    assert layout.most_blocks(1, 150) == needed
+    assert layout.most_blocks(0, 150) == -(-150 // block_size)
     n_pages = layout.most_pages(150)
     assert layout.longest(n_pages) >= 150 > layout.longest(n_pages - 1)
 
@@ -169,6 +170,8 @@ KINDS = st.sampled_from(
         GEMMA,
         (KVGroup((0,), 9),),
         (KVGroup((0,)), KVGroup((1,), 5), KVGroup((2,), 17), KVGroup((3,), 5)),
+        (KVGroup((0,), 6), KVGroup((1,), 13)),
+        (KVGroup((0,), 6), KVGroup((1,))),
     ]
 )
 
