@@ -5,7 +5,8 @@
 One run of `pyinfer serve -t 1` streams to N clients at once. Each client notes when an event with a token arrives; the
 server's timelines say when the engine's step that made the token ended. Both are `time.monotonic` of one machine, so
 their difference is what the API process, both sockets and this program's own reading add. Also shown: the time between
-tokens as the client sees it, less the same between the engine's steps.
+tokens as the client sees it, less the same between the engine's steps, and the processor's time that the API process
+takes for a token, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from machine_state import describe_machine
-from serving_process import own_server, running
+from serving_process import RunningServer, own_server, running
 
 _SECONDS = 300.0  # after which a run is given up
 _HEALTH_SECONDS = 20.0
@@ -97,11 +98,14 @@ def percentiles(values: list[float]) -> str:
     return "  ".join(f"p{p} {1000 * cuts[p - 1]:8.3f}" for p in (5, 50, 90, 99))
 
 
-def measure(url: str, streams: int, tokens: int) -> None:
+def measure(url: RunningServer, streams: int, tokens: int) -> None:
     delays: list[float] = []
     differences: list[float] = []
     steps: list[float] = []
-    for request_id, arrived in stream_all(url, streams, tokens):
+    before = url.cpu_seconds()
+    results = stream_all(url, streams, tokens)
+    cpu = (url.cpu_seconds() - before) / (streams * tokens)
+    for request_id, arrived in results:
         made = engine_times(url, request_id)
         if len(made) != len(arrived):
             sys.exit(f"request {request_id} has {len(made)} tokens, and {len(arrived)} arrived")
@@ -111,7 +115,8 @@ def measure(url: str, streams: int, tokens: int) -> None:
         differences += [b - a - c for (a, b), c in zip(pairwise(arrived), between, strict=True)]
     print(f"{streams:3} streams, ms   engine, between tokens  {percentiles(steps)}")
     print(f"                  step's end to client    {percentiles(delays)}")
-    print(f"                  client less engine      {percentiles(differences)}", flush=True)
+    print(f"                  client less engine      {percentiles(differences)}")
+    print(f"                  API process, CPU time of a token {1e6 * cpu:.1f} us", flush=True)
 
 
 def measure_health(url: str, n_tokens: int) -> None:

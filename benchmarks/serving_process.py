@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import socket
 import subprocess
 import sys
@@ -48,9 +49,20 @@ def llama_server(program: Path, threads: int, slots: int) -> ServerKind:
     return ServerKind("llama-server", command)
 
 
+class RunningServer(str):
+    """The URL of a server that is ready, and the process that was started."""
+
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """Of that process, without its children's."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
-def running(kind: ServerKind, model: Path, n_ctx: int) -> Iterator[str]:
-    """The URL of a server that is ready; it is gone afterwards."""
+def running(kind: ServerKind, model: Path, n_ctx: int) -> Iterator[RunningServer]:
+    """A server that is ready; it is gone afterwards."""
     port = _free_port()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -58,7 +70,9 @@ def running(kind: ServerKind, model: Path, n_ctx: int) -> Iterator[str]:
         )
         try:
             _wait_ready(process, port)
-            yield f"http://127.0.0.1:{port}"
+            server = RunningServer(f"http://127.0.0.1:{port}")
+            server.pid = process.pid
+            yield server
             if process.poll() is not None:
                 raise ServerError(f"it ended with {process.returncode} while it was measured")
         except ServerError as error:

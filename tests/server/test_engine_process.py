@@ -4,7 +4,6 @@ had been; it never outlives its client."""
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
 import subprocess
@@ -236,6 +235,7 @@ def test_given_up_after_deaths_in_a_row(model_file: Path, tmp_path: Path, monkey
     monkeypatch.setattr(engine_process, "_BACKOFF", (0.0,) * 3)
     path = tmp_path / "gone.gguf"
     path.write_bytes(model_file.read_bytes())
+    deadly(monkeypatch, tmp_path / "lives", [Death(0)])
     client = start(path)
     failures: list[str] = []
     client.on_failure = failures.append
@@ -243,7 +243,6 @@ def test_given_up_after_deaths_in_a_row(model_file: Path, tmp_path: Path, monkey
     async def test() -> None:
         path.unlink()
         stream = client.generate([1], SamplingParams(max_tokens=400, ignore_eos=True))
-        os.kill(client.pid, signal.SIGKILL)
         with pytest.raises(UnavailableError, match="4 times in a row"):
             async for _ in stream:
                 pass
