@@ -17,6 +17,7 @@ _SHARED_KIB = {75: 64, 80: 164, 87: 164, 90: 228}  # of a multiprocessor; 100 fo
 _BLOCK_OVERHEAD = 1024  # bytes of shared memory that the system takes of each block
 _IN_FLIGHT = 64 << 10  # bytes a multiprocessor must have asked for at any time: bandwidth times latency, doubled
 _RESIDENT_WARPS = 32  # on a multiprocessor, with 64 registers a thread
+_ASYNC_COPIES = 80  # before, a tile is waited for when it is asked for, and a ring of one leaves room for more warps
 # blocks of 4 warps on a multiprocessor, as registers allow: (tokens up to, rows) -> blocks
 _MIN_BLOCKS = {
     (1, 1): 8,
@@ -133,7 +134,7 @@ def gated_tuning_of(problem: Problem, n_sms: int, arch: int) -> Tuning:
     measured = GATED_TUNED.get((arch, problem.kinds, problem.n_rows, problem.n_columns), ())
     if len(measured) >= problem.n_tokens:
         return measured[problem.n_tokens - 1]
-    return gated_tuning(problem, n_sms)
+    return gated_tuning(problem, n_sms, arch)
 
 
 def gated_neighbours(tuning: Tuning, problem: Problem, arch: int) -> Iterator[Tuning]:
@@ -146,7 +147,7 @@ def gated_neighbours(tuning: Tuning, problem: Problem, arch: int) -> Iterator[Tu
             yield other
 
 
-def gated_tuning(problem: Problem, n_sms: int) -> Tuning:
+def gated_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
     """The default of `gated_tuning_of`."""
     lanes, _ = _lanes_and_split(problem, n_sms)
     # more and smaller warps where there are few blocks; 32 pairs of rows are whole passes either way
@@ -165,6 +166,8 @@ def _tuning(problem: Problem, n_sms: int, arch: int, lanes: int, split: int, row
     one = Tuning(lanes, split, rows, 1, 1, 4, min_blocks)
     waves = one.n_blocks(problem.n_rows) / (n_sms * min_blocks)
     passes = min(4, max(1, int(waves / 2)))
+    if arch < _ASYNC_COPIES:
+        return Tuning(lanes, split, rows, 1, passes, 4, min_blocks)
     # the bytes of a step of all resident lanes
     share = min(step_columns(kind) * _bits(kind) / 8 for kind in problem.kinds)
     depth = round(_IN_FLIGHT / (32 * 4 * min_blocks * rows * share))

@@ -69,7 +69,7 @@ def test_the_bits_of_separate_kernels(
     outs = [device.empty(n, ROWS) for _ in range(2)]
     products = [Product(gate, outs[0]), Product(up, outs[1])]
     problem = Problem((kind, kind), 2 * ROWS, columns, n)
-    unsplit = gated_tuning(problem, n_sms)
+    unsplit = gated_tuning(problem, n_sms, 90)
     for launch in build_matvec(x, products, n, n_sms=n_sms, arch=90, tuning=unsplit):
         device.launch(launch)
     for step in build_gated(apart, outs[0], outs[1], activation, n):
@@ -99,7 +99,7 @@ def test_tunings() -> None:
         for rows, columns in ((1536, 768), (8192, 2048), (14336, 4096), (28672, 8192)):
             for n in range(1, 9):
                 problem = Problem((kind, kind), 2 * rows, columns, n)
-                tuning = gated_tuning(problem, 132)
+                tuning = gated_tuning(problem, 132, 90)
                 pairs = tuning.warps * (32 // tuning.lanes) * tuning.rows // 2
                 assert tuning.rows % 2 == 0 and 32 % pairs == 0, problem
                 assert tuning.shared_bytes(problem) <= STATIC_SHARED_BYTES
