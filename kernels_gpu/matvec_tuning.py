@@ -167,7 +167,7 @@ def _tuning(problem: Problem, n_sms: int, arch: int, lanes: int, split: int, row
     waves = one.n_blocks(problem.n_rows) / (n_sms * min_blocks)
     passes = min(4, max(1, int(waves / 2)))
     if arch < _ASYNC_COPIES:
-        return Tuning(lanes, split, rows, 1, passes, 4, min_blocks)
+        return Tuning(lanes, split, rows, 1, passes, 4, _without_ring(rows, min_blocks))
     # the bytes of a step of all resident lanes
     share = min(step_columns(kind) * _bits(kind) / 8 for kind in problem.kinds)
     depth = round(_IN_FLIGHT / (32 * 4 * min_blocks * rows * share))
@@ -178,6 +178,11 @@ def _tuning(problem: Problem, n_sms: int, arch: int, lanes: int, split: int, row
             break
         depth -= 1
     return Tuning(lanes, split, rows, depth, passes, 4, min_blocks)
+
+
+def _without_ring(rows: int, min_blocks: int) -> int:
+    """What is loaded takes registers before it is stored to shared memory."""
+    return min(min_blocks, 2) if rows == 4 else min_blocks
 
 
 def _fits(problem: Problem, tuning: Tuning, arch: int) -> bool:
