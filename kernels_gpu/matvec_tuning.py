@@ -153,6 +153,8 @@ def gated_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
     # more and smaller warps where there are few blocks; 32 pairs of rows are whole passes either way
     rows, warps = (4, 4) if problem.n_rows // 2 >= 3 * n_sms * 32 or lanes < 32 else (2, 8)
     min_blocks = max(1, _MIN_BLOCKS[_ceiling(problem.n_tokens), 4 if problem.n_tokens > 2 else 2] * 4 // warps)
+    if arch < _ASYNC_COPIES:
+        return Tuning(lanes, 1, rows, 1, 1, warps, _without_ring(rows, min_blocks))
     tuning = Tuning(lanes, 1, rows, 2, 1, warps, min_blocks)
     while (
         tuning.depth < 4 and replace(tuning, depth=tuning.depth + 1).shared_bytes(problem) <= STATIC_SHARED_BYTES - 1024

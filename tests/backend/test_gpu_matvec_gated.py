@@ -103,6 +103,7 @@ def test_tunings() -> None:
                 pairs = tuning.warps * (32 // tuning.lanes) * tuning.rows // 2
                 assert tuning.rows % 2 == 0 and 32 % pairs == 0, problem
                 assert tuning.shared_bytes(problem) <= STATIC_SHARED_BYTES
+                assert tuning.depth > 1 and gated_tuning(problem, 40, 75).depth == 1
                 assert tuning.lanes == default_tuning(problem, 132, 90).lanes
                 for other in gated_neighbours(tuning, problem, 90):
                     assert 32 % (other.warps * (32 // other.lanes) * other.rows // 2) == 0 and other.rows % 2 == 0
