@@ -70,6 +70,8 @@ struct Shared {
   int ids[kList];
 };
 
+DEVICE float infinity() { return __int_as_float(0x7f800000); }  // NVRTC has no INFINITY
+
 // A larger logit has a larger key; -0 and 0 have the same.
 DEVICE uint32_t key_of(float v) {
   const uint32_t bits = __float_as_uint(v + 0.0f);
@@ -79,7 +81,7 @@ DEVICE uint32_t key_of(float v) {
 DEVICE bool is_kept(Cut cut, uint32_t key, int id) { return key > cut.key || (key == cut.key && id <= cut.id); }
 
 DEVICE float logit_at(const Tokens& tokens, int i) {
-  return tokens.allowed && !(tokens.allowed[i >> 5] >> (i & 31) & 1) ? -INFINITY : tokens.values[i];
+  return tokens.allowed && !(tokens.allowed[i >> 5] >> (i & 31) & 1) ? -infinity() : tokens.values[i];
 }
 
 DEVICE u64 weight_of(const Weights& w, float v) {
@@ -104,7 +106,7 @@ DEVICE bool is_before(float v, int place, float best, int best_place) { return v
 
 // The largest logit and its lowest id, for all threads; id -1 if one is NaN or the largest is infinite.
 DEVICE float largest_of(const Tokens& tokens, Shared& s, int* id) {
-  float best = -INFINITY;
+  float best = -infinity();
   int place = 0x7fffffff;
   bool has_nan = false;
   for (int i = threadIdx.x; i < tokens.n; i += kThreads) {
@@ -270,7 +272,7 @@ DEVICE int draw(Tokens tokens, const Row& row, float largest, double number, Sha
   const Cut all = {0, 0x7fffffff};
   Cut kept = all;
   const bool has_top_k = row.top_k > 0 && row.top_k < tokens.n, has_min_p = row.min_p > 0.0;
-  Weights w = {largest, static_cast<float>(1.0 / row.temperature), -INFINITY, row.temperature, row.min_p, has_top_k || has_min_p, false};
+  Weights w = {largest, static_cast<float>(1.0 / row.temperature), -infinity(), row.temperature, row.min_p, has_top_k || has_min_p, false};
   if (has_top_k) {
     Weights ones = w;
     ones.is_count = true;
@@ -366,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) row_logprobs(
   }
   if (n_top == 0) return;
   __syncthreads();
-  const Weights ones = {largest, 1.0f, -INFINITY, 1.0, 0.0, false, true};
+  const Weights ones = {largest, 1.0f, -infinity(), 1.0, 0.0, false, true};
   const int n = min(n_top, n_vocab);
   const Found found = find(all, ones, {0, 0x7fffffff}, {static_cast<u64>(n - 1), -1.0, false}, s);
   const Tokens top = list_of(all, found.cut, s);
