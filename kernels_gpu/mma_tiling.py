@@ -1,6 +1,7 @@
 """How `cuda/matmul_mma.cu` cuts a product: tiles, stages in shared memory, and shares of the work.
 
-The default comes from a model of one multiprocessor in clock cycles. A block's stay is bounded by the slowest of
+The default comes from a model of one multiprocessor in clock cycles, not yet checked on a card; what is measured at
+load wins. A block's stay is bounded by the slowest of
 - memory: a chunk's bytes at the multiprocessor's share of the read bandwidth (H200: 4.65 TB/s / 132 / 1.7 GHz = 21 bytes),
 - the tensor cores: `mma.sync` reaches about 2,500 FLOP a cycle on sm_90 (60 % of what wgmma could), 2,048 on sm_80,
 - the L2: weights and rows of x at about 40 bytes a cycle, which is why high tiles are wanted,
