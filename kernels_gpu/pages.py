@@ -20,7 +20,7 @@ from pyinfer.kernels_gpu.launch import Buffer
 _ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1}
 _SCALE_BLOCK = 32
 _MAX_BLOCK = 64
-_PAGES_AT_A_TIME = 256  # that go through pinned memory together
+_STAGING = 32 << 20  # bytes of pinned memory that pages go through
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,8 @@ class DevicePages:
             for layer in graph.page_layers
         ]
         self.page_bytes = sum(size for _, size in self._parts())
-        self._host = device.alloc_pinned(min(_PAGES_AT_A_TIME, config.n_pages) * self.page_bytes)
+        self._at_once = max(1, min(config.n_pages, _STAGING // max(1, self.page_bytes)))
+        self._host = device.alloc_pinned(self._at_once * self.page_bytes)
 
     def _pool(self, layer: KVLayer, kind: str, config: StageConfig) -> KVPool:
         vectors = layer.n_kv_heads * config.block_size
@@ -123,7 +124,6 @@ class DevicePages:
             yield pool, size, column
             column += size
 
-    @staticmethod
-    def _batches(pages: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
-        for start in range(0, len(pages), _PAGES_AT_A_TIME):
-            yield start, pages[start : start + _PAGES_AT_A_TIME]
+    def _batches(self, pages: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+        for start in range(0, len(pages), self._at_once):
+            yield start, pages[start : start + self._at_once]

@@ -70,7 +70,6 @@ class GPUStage:
                 measure_routes(self._memory, token_buckets(config.max_tokens), RouteCache(device.name))
             usual = [lower(self._memory, shape) for shape in self._usual_shapes()]  # makes room in the workspace
             self._kernels = _kernels_of(usual)
-            device.prepare(_kernels_of(usual[:1]))
             self._results = device.alloc_pinned(4 * self._max_results() * graph.logits.width)
             self._sampling = StageSampling(self._memory, self._max_outputs) if self.can_sample else None
         except BaseException:
