@@ -2,8 +2,8 @@
 
 A prompt's step through a copy need not make the weights float16 first. By the model of `matmul_route`, not yet measured, that
 is 2 to 4 ms less of 17 to 51 for 512 to 2,048 rows of Llama-3.1-8B on an H200, at 14 GB of memory that KV pages could have.
-Decode goes on reading the packed matrix, which is a quarter of it. The head is not copied: few rows go through it. `runtime.offload`
-decides whether there is room.
+Decode goes on reading the packed matrix, which is a quarter of it. The head is not copied: few rows go through it.
+`runtime.offload` decides whether there is room.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which way a product with many rows goes: packed weights into the tensor cores (`cuda/matmul_mma.cu`), or cuBLAS on float16.
 
 The first reads each weight once for 128 rows and should reach 55 to 60 % of what cuBLAS can (`mma.sync` against wgmma on
-sm_90); the second has to make float16 of all weights first. They meet near 256 rows. `default_route` is a model in clock cycles of the whole
-GPU; `RouteTable` holds what was measured at load (`route_measure`), which wins.
+sm_90); the second has to make float16 of all weights first. By the model, `default_route`, they meet between
+512 and 1,024 rows of Llama-3.1-8B (near 256 where a float16 copy is kept). `RouteTable` holds what was measured at load
+(`route_measure`), which wins.
 """
 
 from __future__ import annotations
