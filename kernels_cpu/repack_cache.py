@@ -42,12 +42,11 @@ class RepackCache:
         """Fill `memory`, which is zero, with the stored weights; False, and zeros, if there are none that fit."""
         try:
             with self.path.open("rb") as file:
-                if file.read(len(_MAGIC) + 8) != _signature(len(memory)) or _file_size(file.fileno()) != _HEADER + len(
-                    memory
-                ):
-                    return False
-                with ThreadPoolExecutor(n_threads, "pyinfer-repack") as pool:
-                    whole = all(pool.map(lambda at: _read_at(file.fileno(), memory, at), range(0, len(memory), _CHUNK)))
+                is_whole = file.read(len(_MAGIC) + 8) == _signature(len(memory))
+            if not is_whole or self.path.stat().st_size != _HEADER + len(memory):
+                return False
+            with ThreadPoolExecutor(n_threads, "pyinfer-repack") as pool:
+                whole = all(pool.map(lambda at: _read_at(self.path, memory, at), range(0, len(memory), _CHUNK)))
             if whole:
                 os.utime(self.path)  # it was used now
                 return True
@@ -89,7 +88,7 @@ class RepackCache:
                 for at in range(0, len(memory), _CHUNK):
                     if self._stop.is_set():
                         return
-                    rest = memoryview(memory[at : at + _CHUNK])
+                    rest = memory[at : at + _CHUNK].data
                     while rest:
                         rest = rest[file.write(rest) :]
             os.replace(part, self.path)
@@ -115,19 +114,16 @@ def _signature(n_bytes: int) -> bytes:
     return _MAGIC + n_bytes.to_bytes(8, "little")
 
 
-def _file_size(fd: int) -> int:
-    return os.fstat(fd).st_size
-
-
-def _read_at(fd: int, memory: Bytes, at: int) -> bool:
+def _read_at(path: Path, memory: Bytes, at: int) -> bool:
     """One chunk of the weights; False at an early end."""
-    target = memoryview(memory[at : at + _CHUNK])
-    place = _HEADER + at
-    while target:
-        n = os.preadv(fd, [target], place)
-        if n == 0:
-            return False
-        target, place = target[n:], place + n
+    target = memory[at : at + _CHUNK].data
+    with path.open("rb", buffering=0) as file:
+        file.seek(_HEADER + at)
+        while target:
+            n = file.readinto(target)
+            if not n:
+                return False
+            target = target[n:]
     return True
 
 
