@@ -144,6 +144,13 @@ def test_every_imported_package_is_a_dependency() -> None:
     assert not missing, f"imported and not in pyproject.toml: {sorted(missing)}"
 
 
+def test_tests_do_not_bring_cupy() -> None:
+    project = settings()["project"]
+    assert isinstance(project, dict)
+    brought = (*project["dependencies"], *project["optional-dependencies"]["test"])
+    assert not [text for text in brought if "cupy" in text]
+
+
 def _import_name(requirement: str) -> str:
     name = requirement.split(">")[0].split("=")[0].split("[")[0].strip()
     if name.startswith("cupy-"):
