@@ -72,11 +72,11 @@ def greedy_with_llamacpp(path: Path) -> list[int]:
     return ids
 
 
-def logits_with_llamacpp(path: Path, ids: list[int]) -> minilm.F32Array:
+def logits_with_llamacpp(path: Path, ids: list[int], n_ctx: int = 256) -> minilm.F32Array:
     """float32 [len(ids), n_vocab], with float32 keys and values."""
     import llama_cpp
 
-    model = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, verbose=False, logits_all=True, type_k=0, type_v=0)
+    model = llama_cpp.Llama(str(path), n_ctx=n_ctx, n_threads=1, verbose=False, logits_all=True, type_k=0, type_v=0)
     model.eval(ids)
     return np.array(model.scores[: len(ids)], np.float32)
 
