@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,26 +26,15 @@ from pyinfer.graph.ops import (
     RMSNorm,
     SelectRows,
     StoreKV,
-    Value,
-)
-from pyinfer.kernels_gpu.attention import (
-    AttentionScratch,
-    AttentionShape,
-    FusedRope,
-    StepKind,
-    StepShape,
-    build_attention,
-    can_fuse_rope,
-    direct_form,
-    scratch_sizes,
 )
 from pyinfer.kernels_gpu.buckets import DECODE_ROWS
 from pyinfer.kernels_gpu.fusion import AttentionGroup, GatedGroup, Group, NormGroup, SingleOp
-from pyinfer.kernels_gpu.launch import Buffer, Reduce, Step
+from pyinfer.kernels_gpu.launch import Buffer, Reduce
+from pyinfer.kernels_gpu.lower_attention import AttentionRules
 from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated
-from pyinfer.kernels_gpu.operand import Form, Operand
+from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.products import build_products, operand_form
-from pyinfer.kernels_gpu.rope import HeadNorms, HeadShape, build_rope, build_rope_angles, build_rope_store, build_store
+from pyinfer.kernels_gpu.program import Program, ProgramShape
 from pyinfer.kernels_gpu.rows import (
     BeforeNorm,
     build_add,
@@ -58,27 +46,9 @@ from pyinfer.kernels_gpu.rows import (
 )
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.kernels_gpu.unpack import build_embed
-from pyinfer.kernels_gpu.workspace import ValuePlan
 
 # of a norm's results, for float16 without scales: far from its largest number, and from those that lose digits
 _SMALLEST_BOUND, _LARGEST_BOUND = 0.5, 32768.0
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramShape:
-    """What a program is lowered for."""
-
-    kind: StepKind
-    n_tokens: int
-    n_outputs: int
-    n_sequences: int  # at most
-    all_rows: bool = False  # the outputs are the tokens, in order
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Program:
-    steps: tuple[Step, ...]
-    result: Buffer  # float32 [n_tokens or n_outputs, width]
 
 
 def lower(memory: StageMemory, shape: ProgramShape) -> Program:
@@ -89,13 +59,9 @@ def lower(memory: StageMemory, shape: ProgramShape) -> Program:
     return lowering.finish()
 
 
-class _Lowering:
+class _Lowering(AttentionRules):
     def __init__(self, memory: StageMemory, shape: ProgramShape) -> None:
-        self.memory, self.shape, self.graph = memory, shape, memory.graph
-        self.step = StepShape(shape.kind, shape.n_tokens, shape.n_sequences)
-        self.values = ValuePlan(memory.workspace, memory.graph)
-        self.steps: list[Step] = []
-        self._angles: set[int] = set()  # ropes whose angles this program has computed
+        super().__init__(memory, shape)
         self._rules: dict[type[Any], Callable[[Any], None]] = {
             Embed: self._embed,
             Hidden: self._hidden,
@@ -131,36 +97,12 @@ class _Lowering:
     def _is_of_outputs(op: Op) -> bool:
         return any(value.rows == "outputs" for value in op.outputs)
 
-    def _rows(self, value: Value) -> int:
-        return self.shape.n_tokens if value.rows == "tokens" else self.shape.n_outputs
-
-    def _form(self, value: Value) -> Form:
-        """What the readers of a value want: its matmuls' form if nothing else reads it, else float32."""
-        readers = self.memory.readers(value)
-        forms = {
-            operand_form(op.weights[0], self._rows(value))
-            if isinstance(op, MatMul) and op.residual is not value
-            else "f32"
-            for op in readers
-        }
-        return forms.pop() if len(forms) == 1 and value is not self.graph.logits else "f32"
-
-    def _write(self, value: Value, form: Form = "f32") -> Operand:
-        return self.values.write(value, form, self._rows(value))
-
-    def _write_operand(self, value: Value) -> Operand:
-        """In the form that its readers want, for ops that can write each."""
-        return self._write(value, self._form(value))
-
     def _write_normed(self, op: RMSNorm) -> Operand:
         """The same for a norm of whole rows. What it can give is bounded: where float16 holds that, rows need no scales, and
         cuBLAS writes results that nothing has to be multiplied with any more."""
         largest = float(np.abs(op.weight).max()) * math.sqrt(op.x.width)
         scaled = not _SMALLEST_BOUND <= largest <= _LARGEST_BOUND
         return self.values.write(op.out, self._form(op.out), self._rows(op.out), scaled=scaled)
-
-    def _vector(self, values: Any) -> Buffer:
-        return self.memory.weights.vector(values)
 
     # ---- one rule an op
     def _embed(self, op: Embed) -> None:
@@ -246,67 +188,3 @@ class _Lowering:
         rows = self.memory.fields[0].output_rows
         x = self.values[op.x].data
         self.steps += build_select_rows(self._write_operand(op.out), x, rows, self._rows(op.out))
-
-    # ---- attention
-    def _turns(self, rope: Any) -> Buffer:
-        """The angles of this rope, computed once a step before they are first read."""
-        frequencies, angles = self.memory.rope(rope)
-        if id(rope) not in self._angles:
-            self._angles.add(id(rope))
-            fields = self.memory.fields[0]
-            self.steps += build_rope_angles(angles, rope, frequencies, fields, self.shape.n_tokens)
-        return angles
-
-    def _rope(self, op: ApplyRope) -> None:
-        angles, x, out = self._turns(op.rope), self.values[op.x].data, self._write(op.out)
-        self.steps += build_rope(out.data, x, op.x.width, op.head_dim, op.rope, angles, self.shape.n_tokens)
-
-    def _heads(self, layer: int, n_heads: int) -> HeadShape:
-        kv = self.graph.kv_layers[layer]
-        return HeadShape(n_heads, kv.n_kv_heads, kv.head_dim, self.memory.config.block_size)
-
-    def _store_kv(self, op: StoreKV) -> None:
-        shape, pages = self._heads(op.layer, 0), self.memory.pages.layer(op.layer)
-        k, v = self.values[op.k].data, self.values[op.v].data
-        self.steps += build_store(k, v, shape, self.memory.layer_fields(op.layer), pages, self.shape.n_tokens)
-
-    def _attention(self, op: Attention) -> None:
-        self._attend(op, self._shape(op), self.values[op.q].data, None)
-
-    def _attention_group(self, group: AttentionGroup) -> None:
-        op, n = group.attention, self.shape.n_tokens
-        q, k, v = (self.values[value].data for value in (group.q, group.k, group.v))
-        heads, pages = self._heads(op.layer, op.n_heads), self.memory.pages.layer(op.layer)
-        fields, shape = self.memory.layer_fields(op.layer), self._shape(op, group.key_bias)
-        if group.rope is None:
-            self.steps += build_store(k, v, heads, fields, pages, n)
-            self._attend(op, shape, q, None)
-            return
-        norms = None
-        if group.q_norm is not None and group.k_norm is not None:
-            weights = self._vector(group.q_norm.weight), self._vector(group.k_norm.weight)
-            norms = HeadNorms(*weights, group.q_norm.eps)
-        angles = self._turns(group.rope)
-        if can_fuse_rope(shape, self.step):
-            self._attend(op, shape, q, FusedRope(k, v, group.rope, angles, norms))
-            return
-        self.steps += build_rope_store(q, q, k, v, heads, group.rope, angles, fields, pages, n, norms)
-        self._attend(op, shape, q, None)
-
-    def _shape(self, op: Attention, key_bias: bool = False) -> AttentionShape:
-        window, heads = self.graph.kv_layers[op.layer].window, self._heads(op.layer, op.n_heads)
-        return AttentionShape(heads, op.scale, window, self.memory.config.n_ctx, exact_queries=key_bias)
-
-    def _attend(self, op: Attention, shape: AttentionShape, q: Buffer, fused: FusedRope | None) -> None:
-        device, pages, form = self.memory.device, self.memory.pages.layer(op.layer), self._form(op.out)
-        direct = direct_form(form, shape, self.step, pages, device)  # a mean of float16 values needs no scales
-        out = self.values.write(op.out, form, self._rows(op.out), scaled=direct != "h16")
-        sizes = scratch_sizes(out.form, shape, self.step, pages, device)
-        partial = self.values.scratch(sizes.partial)
-        rows = self.values.scratch(sizes.rows) if sizes.rows else None
-        scratch = AttentionScratch(partial, self.memory.counters(sizes.tickets), rows)
-        fields = self.memory.layer_fields(op.layer)
-        self.steps += build_attention(out, q, shape, self.step, fields, pages, device, scratch, fused)
-        for slab in (partial, rows):
-            if slab is not None:
-                self.values.release(slab)

@@ -19,7 +19,8 @@ from pyinfer.kernels_gpu.buckets import bucket_of, output_buckets, sequence_buck
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.expand import make_copies
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
-from pyinfer.kernels_gpu.lower import Program, ProgramShape, lower
+from pyinfer.kernels_gpu.lower import lower
+from pyinfer.kernels_gpu.program import Program, ProgramShape
 from pyinfer.kernels_gpu.route_measure import RouteCache, measure_routes
 from pyinfer.kernels_gpu.sample import MAX_EDITS, MAX_LOGPROBS
 from pyinfer.kernels_gpu.stage_memory import StageMemory

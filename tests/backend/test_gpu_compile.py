@@ -23,8 +23,8 @@ from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.kernels_gpu.kernel_cache import unit_of, unit_text
 from pyinfer.kernels_gpu.launch import Kernel, Launch
-from pyinfer.kernels_gpu.lower import ProgramShape
 from pyinfer.kernels_gpu.nvrtc import FLAGS, NVRTC, Resources, load_nvrtc, read_resources
+from pyinfer.kernels_gpu.program import ProgramShape
 from pyinfer.kernels_gpu.weights_layout import KINDS
 from pyinfer.paths import home
 

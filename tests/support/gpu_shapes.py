@@ -16,7 +16,8 @@ from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.passes import optimize
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch, Step
-from pyinfer.kernels_gpu.lower import ProgramShape, lower
+from pyinfer.kernels_gpu.lower import lower
+from pyinfer.kernels_gpu.program import ProgramShape
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.quant.codecs import codec_by_name
 from pyinfer.quant.tensor import QuantTensor

@@ -22,8 +22,9 @@ from pyinfer.kernels_gpu.batch_parts import split_batch
 from pyinfer.kernels_gpu.buckets import bucket_of, output_buckets, sequence_buckets, token_buckets
 from pyinfer.kernels_gpu.fusion import AttentionGroup, NormGroup, group_ops
 from pyinfer.kernels_gpu.launch import Buffer
-from pyinfer.kernels_gpu.lower import ProgramShape, lower
+from pyinfer.kernels_gpu.lower import lower
 from pyinfer.kernels_gpu.operand import operand_at, operand_bytes
+from pyinfer.kernels_gpu.program import ProgramShape
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.kernels_gpu.step_buffer import StepBuffer, StepFields
 from pyinfer.quant.gguf import GGUFFile

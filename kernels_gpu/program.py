@@ -1,0 +1,66 @@
+"""A lowered step, and what every rule of lowering builds on: values in memory, in the forms that their readers want."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pyinfer.graph.ops import MatMul, Value
+from pyinfer.kernels_gpu.attention import StepKind
+from pyinfer.kernels_gpu.launch import Buffer, Step
+from pyinfer.kernels_gpu.operand import Form, Operand
+from pyinfer.kernels_gpu.products import operand_form
+from pyinfer.kernels_gpu.stage_memory import StageMemory
+from pyinfer.kernels_gpu.workspace import ValuePlan
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramShape:
+    """What a program is lowered for."""
+
+    kind: StepKind
+    n_tokens: int
+    n_outputs: int
+    n_sequences: int  # at most
+    all_rows: bool = False  # the outputs are the tokens, in order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    steps: tuple[Step, ...]
+    result: Buffer  # float32 [n_tokens or n_outputs, width]
+
+
+class ProgramBuilder:
+    """The launches so far, and where the values lie that they wrote."""
+
+    def __init__(self, memory: StageMemory, shape: ProgramShape) -> None:
+        self.memory, self.shape, self.graph = memory, shape, memory.graph
+        self.values = ValuePlan(memory.workspace, memory.graph)
+        self.steps: list[Step] = []
+
+    def _rows(self, value: Value) -> int:
+        return self.shape.n_tokens if value.rows == "tokens" else self.shape.n_outputs
+
+    def _form(self, value: Value) -> Form:
+        """What the readers of a value want: its matmuls' form if nothing else reads it, else float32."""
+        readers = self.memory.readers(value)
+        forms = {
+            operand_form(op.weights[0], self._rows(value))
+            if isinstance(op, MatMul) and op.residual is not value
+            else "f32"
+            for op in readers
+        }
+        return forms.pop() if len(forms) == 1 and value is not self.graph.logits else "f32"
+
+    def _write(self, value: Value, form: Form = "f32") -> Operand:
+        return self.values.write(value, form, self._rows(value))
+
+    def _write_operand(self, value: Value) -> Operand:
+        """In the form that its readers want, for ops that can write each."""
+        return self._write(value, self._form(value))
+
+    def _vector(self, values: npt.NDArray[np.float32]) -> Buffer:
+        return self.memory.weights.vector(values)
