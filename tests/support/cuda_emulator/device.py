@@ -52,7 +52,8 @@ class EmulatedDevice:
             raise DeviceMemoryError(
                 f"{n_bytes} bytes of GPU memory are asked for and {self._total - self._used} are free"
             )
-        address = runtime().emulator_alloc(n_bytes)
+        with _EMULATOR:
+            address = runtime().emulator_alloc(n_bytes)
         assert address, "no memory"
         self._used += n_bytes
         self._buffers.append(address)
@@ -108,8 +109,9 @@ class EmulatedDevice:
         pass
 
     def close(self) -> None:
-        for address in self._buffers:
-            runtime().emulator_free(address)
+        with _EMULATOR:
+            for address in self._buffers:
+                runtime().emulator_free(address)
         self._buffers.clear()
         self._used = 0
 

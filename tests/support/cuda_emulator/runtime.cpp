@@ -169,10 +169,10 @@ void on_signal(int number, siginfo_t* info, void*) {
       long off = at < a.data ? a.data - at : at >= a.data + a.n_bytes ? at - (a.data + a.n_bytes) : 0;
       if (off < best) { best = off; nearest = &a; }
     }
-    if (nearest)
-      snprintf(message, sizeof message, "an access at byte %ld of a buffer of %zu bytes", long(at - nearest->data), nearest->n_bytes);
-    else if (at >= shared_end && at < shared_end + kPage)
+    if (at >= shared_end && at < shared_end + kPage)  // first: a buffer may lie close by
       snprintf(message, sizeof message, "an access at byte %ld of %zu bytes of dynamic shared memory", long(at - (shared_end - shared_bytes)), shared_bytes);
+    else if (nearest)
+      snprintf(message, sizeof message, "an access at byte %ld of a buffer of %zu bytes", long(at - nearest->data), nearest->n_bytes);
     else
       snprintf(message, sizeof message, "an access at address %p, near no buffer (or a misaligned one)", info->si_addr);
   }
