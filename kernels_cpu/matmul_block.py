@@ -148,7 +148,7 @@ def _block32(
     b = e.b
     at_j = (lambda n: j * n) if isinstance(j, int) else (lambda n: e.mul(j, n))
     payload = e.at(e.at(record, fmt.payload_at), at_j(fmt.bits * 64))
-    if e.isa.prefetch:
+    if e.isa.prefetch and fmt.bits < 8:  # whole bytes go by so fast that the hardware's prefetcher does better alone
         lines = -(-fmt.record_bytes // (64 * (fmt.columns // 32)))
         ahead = e.at(e.at(record, e.isa.prefetch), at_j(64 * lines))
         for i in range(lines):
