@@ -42,8 +42,13 @@ class Graph:
         grouped = sorted(layer for group in self.kv_groups for layer in group.layers)
         assert grouped == list(range(len(self.kv_layers))), "a KV layer is in no group or in several"
 
-    def consumers(self, value: Value) -> list[Op]:
-        return [op for op in self.ops if any(v is value for v in op.inputs)]
+    def readers(self) -> dict[int, list[Op]]:
+        """The ops that read each value, by its id; empty for values that none reads."""
+        found: dict[int, list[Op]] = {id(value): [] for op in self.ops for value in op.outputs}
+        for op in self.ops:
+            for value_id in dict.fromkeys(map(id, op.inputs)):
+                found[value_id].append(op)
+        return found
 
     @property
     def kv_places(self) -> dict[int, tuple[int, int]]:

@@ -81,13 +81,14 @@ def fuse_projections(graph: Graph) -> Graph:
 def fuse_residuals(graph: Graph) -> Graph:
     """Add(MatMul result that nothing else reads, other) becomes the MatMul's residual, at the place of the Add."""
     makers = {id(op.outs[0]): op for op in graph.ops if isinstance(op, MatMul) and len(op.outs) == 1}
+    readers = graph.readers()
     dropped: set[int] = set()
     ops: list[Op] = []
     for op in graph.ops:
         if isinstance(op, Add) and op.a is not op.b:
             for part, other in ((op.a, op.b), (op.b, op.a)):
                 maker = makers.get(id(part))
-                if maker is not None and maker.residual is None and graph.consumers(part) == [op]:
+                if maker is not None and maker.residual is None and readers[id(part)] == [op]:
                     dropped.add(id(maker))
                     op = replace(maker, outs=(op.out,), residual=other)
                     break
@@ -114,6 +115,9 @@ def _round_activations(graph: Graph, dtype: Dtype, takes: Callable[[QuantTensor]
     for op in graph.ops:
         if isinstance(op, MatMul) and _all(op, takes) and op.x.dtype == "f32":
             rounded.setdefault(id(op.x), Value(f"{op.x.name}.{dtype}", op.x.width, op.x.rows, dtype))
+    if not rounded:
+        return graph
+    readers = graph.readers()
     ops: list[Op] = []
     for op in graph.ops:
         if isinstance(op, MatMul) and id(op.x) in rounded and _all(op, takes):
@@ -121,7 +125,7 @@ def _round_activations(graph: Graph, dtype: Dtype, takes: Callable[[QuantTensor]
         if (
             isinstance(op, RMSNorm | GatedActivation | Attention)
             and id(op.out) in rounded
-            and _only_rounded_readers(graph, op.out, takes)
+            and _only_rounded(readers[id(op.out)], op.out, takes)
         ):
             ops.append(replace(op, out=rounded[id(op.out)]))
             continue
@@ -134,8 +138,7 @@ def _all(op: MatMul, holds: Callable[[QuantTensor], bool]) -> bool:
     return all(holds(weight) for weight in op.weights)
 
 
-def _only_rounded_readers(graph: Graph, value: Value, takes: Callable[[QuantTensor], bool]) -> bool:
-    readers = graph.consumers(value)
+def _only_rounded(readers: list[Op], value: Value, takes: Callable[[QuantTensor], bool]) -> bool:
     return bool(readers) and all(
         isinstance(op, MatMul) and op.x is value and op.residual is not value and _all(op, takes) for op in readers
     )

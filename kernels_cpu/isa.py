@@ -36,7 +36,7 @@ _KINDS: tuple[
     ("neon", 4, "sdot", True, (("neon", "dotprod"),)),
     ("portable", 4, "widen", False, ((),)),
 )
-# Measured: Zen 5 reads Q5_K and Q6_K 1.7 times faster with it, Zen 4 up to twice slower.
+# Measured: Zen 5 reads Q5_K and Q6_K 1.7 times faster with it (Q8_0 slower: see matmul_block), Zen 4 up to twice slower.
 _PREFETCH = {"znver5": 4096}
 _LLVM_WITH_BFLOAT = 16  # before it, the intrinsic of the dot product took other types
 

@@ -67,7 +67,7 @@ Group = AttentionGroup | NormGroup | GatedGroup | SingleOp
 def group_ops(graph: Graph) -> list[Group]:
     """Every op in one group."""
     makers = {id(value): op for op in graph.ops for value in op.outputs}
-    readers = {id(value): graph.consumers(value) for op in graph.ops for value in op.outputs}
+    readers = graph.readers()
     found: list[Group] = [*_attention_groups(graph, makers, readers), *_norm_groups(graph, readers)]
     found += _gated_groups(graph, makers, readers)
     groups = {id(group.ops[-1]): group for group in found}

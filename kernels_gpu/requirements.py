@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from importlib.metadata import distributions
 
 from pyinfer.errors import BackendError
 from pyinfer.graph.backend import DeviceInfo
@@ -88,6 +87,8 @@ def _check_cupy(installed: Sequence[str]) -> None:
 
 
 def _installed() -> list[str]:
+    from importlib.metadata import distributions  # slow to import, and only wanted where there is a GPU
+
     return [name for each in distributions() if (name := each.metadata["Name"])]
 
 

@@ -51,7 +51,7 @@ class StageMemory:
         self.routes = RouteTable(GPU(device.arch, device.n_sms, device.shared_bytes))
         self.copies: dict[int, Buffer] = {}  # address of a packed matrix -> the same in float16, where that is kept
         self.groups = group_ops(graph)
-        self._readers = {id(value): graph.consumers(value) for op in graph.ops for value in op.outputs}
+        self._readers = graph.readers()
         self._counters = _Kept()
         self._ropes: dict[int, tuple[Rope, Buffer, Buffer]] = {}
         first = graph.ops[0]

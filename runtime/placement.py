@@ -65,9 +65,9 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
         if config is None:
             continue
         config = replace(config, weights_id=weights_id)
-        whole = for_context(graph, config.n_ctx)
-        plan = plan_for(whole, config, devices, offload, options)
-        whole = optimize(whole)
+        built = for_context(graph, config.n_ctx)
+        whole = optimize(built)
+        plan = plan_for(built, config, devices, offload, options, whole)
         if layers != "auto" and offload != asked and most == asked.n_blocks:
             _log.warning("there is no room for %s on the GPU; %s", _layers(asked), _instead(offload))
         try:
@@ -89,12 +89,20 @@ def wants_tensor_split(options: LoadOptions, devices: Sequence[DeviceInfo]) -> b
 
 
 def plan_for(
-    graph: Graph, config: StageConfig, devices: Sequence[DeviceInfo], offload: Offload, options: LoadOptions
+    graph: Graph,
+    config: StageConfig,
+    devices: Sequence[DeviceInfo],
+    offload: Offload,
+    options: LoadOptions,
+    optimized: Graph | None = None,
 ) -> OffloadPlan:
-    """Of a graph that is not yet optimized. Less than everything is split by layers, whatever was asked for."""
+    """Of a graph that is not yet optimized, and the same optimized where that is at hand.
+
+    Less than everything is split by layers, whatever was asked for.
+    """
     if wants_tensor_split(options, devices) and offload.has_embedding:
         return make_tensor_plan(graph, config, devices, offload, options.gpu_memory_utilization)
-    return make_plan(optimize(graph), config, devices, offload, options.gpu_memory_utilization)
+    return make_plan(optimized or optimize(graph), config, devices, offload, options.gpu_memory_utilization)
 
 
 def find_devices(options: LoadOptions) -> list[DeviceInfo]:
