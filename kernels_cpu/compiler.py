@@ -78,7 +78,7 @@ class Compiler:
         self._addresses: dict[str, int] = {}
         self._lock = threading.Lock()
         self.on_compile: Callable[[str], None] | None = None  # told the name of each kernel that is not cached
-        host = f"{isa.cpu}|{isa.features}"
+        host = f"{isa.cpu}|{isa.features}|{isa.prefetch}"
         self._folder = cache_folder(isa) / hashlib.sha256(host.encode()).hexdigest()[:12]
 
     def kernel(self, name: str, body: Body) -> int:

@@ -74,7 +74,15 @@ def make_isa(name: str) -> ISA:
     if name == "portable" and "sse2" in has:  # not leaning on what this host happens to have: it is for the oldest ones
         cpu, features = "x86-64", "+sse2"
     bfloat = lanes == 16 and has.get("avx512bf16", False) and _llvm_version() >= _LLVM_WITH_BFLOAT
-    return ISA(name, lanes, dot, half, cpu, features, 0 if name == "portable" else _PREFETCH.get(cpu, 0), bfloat)
+    prefetch = 0 if name == "portable" else _PREFETCH.get(_host_name(), 0)
+    return ISA(name, lanes, dot, half, cpu, features, prefetch, bfloat)
+
+
+def _host_name() -> str:
+    """LLVM's name of this CPU, whatever the code is compiled for: how it prefetches does not depend on that."""
+    import llvmlite.binding as llvm
+
+    return str(llvm.get_host_cpu_name())
 
 
 def _llvm_version() -> int:
