@@ -60,7 +60,3 @@ class Graph:
         """The layers of one page, by place: the shape that the layers in this place have in every group."""
         largest = max(self.kv_groups, key=lambda group: len(group.layers))
         return tuple(self.kv_layers[layer] for layer in largest.layers)
-
-    def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of keys and values that one token takes over all layers."""
-        return sum(2 * layer.n_kv_heads * layer.head_dim * element_bytes for layer in self.kv_layers)

@@ -39,7 +39,7 @@ class LoadOptions:
     num_scheduler_steps: int = 1  # most steps of decoding that are decided at once, while nobody comes or goes
     swap_space: int | None = None  # bytes of host memory for swapped pages; None: a quarter of the KV pool
     backend: str = "cpu"
-    repack_cache: int = 0  # bytes that repacked weights may take on disk, for faster starts; 0 keeps none
+    repack_cache: int = 0  # bytes that repacked weights may take on disk; 0 keeps none
     chat_template: Path | None = None  # a Jinja file that replaces the model's own
 
     def __post_init__(self) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -40,7 +39,6 @@ def run(args: list[str] | None = None) -> int:
 
 def prepare_process() -> None:
     """What holds for the whole process, so not part of `run`: how streams encode, and what SIGTERM does."""
-    gc.set_threshold(50_000, 20, 50)  # a vocabulary is a million objects that stay
     for stream in (sys.stdout, sys.stderr):
         # A model may print what the terminal's encoding lacks; that must not end the program.
         with contextlib.suppress(AttributeError, OSError):

@@ -277,7 +277,7 @@ def _engine_options(
         typer.Option(
             metavar="SIZE|off",
             callback=checked(parse_cache_size),
-            help="Disk that repacked weights may take under PYINFER_HOME, for faster starts.",
+            help="Disk that repacked weights may take under PYINFER_HOME, to be read at the next start.",
             rich_help_panel=_ENGINE_PANEL,
         ),
     ] = "off",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pyinfer.errors import BackendError, ConfigError, GGUFError
+from pyinfer.graph.backend import kv_page_bytes
 from pyinfer.graph.graph import Graph
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime.backends import open_backend
@@ -23,7 +24,7 @@ GIB = 1 << 30
 def graph(tiny_model: Callable[..., Path]) -> Graph:
     """2 layers of 2 key heads of 16 columns, context 512: 256 bytes a token in f16, so 4 KiB a page of 16."""
     graph = build_graph(GGUFFile.open(tiny_model()))
-    assert graph.kv_bytes_per_token(2) == 256 and graph.n_ctx_train == 512
+    assert kv_page_bytes(graph, 1, "f16") == 256 and graph.n_ctx_train == 512
     return graph
 
 
