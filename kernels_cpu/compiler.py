@@ -82,15 +82,19 @@ class Compiler:
         self._folder = cache_folder(isa) / hashlib.sha256(host.encode()).hexdigest()[:12]
 
     def kernel(self, name: str, body: Body) -> int:
-        """The address of the kernel `name`, emitted by `body(e, op, step, first, last, scratch)` if it is not cached.
+        """The address of the kernel `name`, emitted by `body(e, op, step, first, last, scratch)` if it is not cached."""
+        return self.code(name, lambda symbol: emit_ir(symbol, self.isa, body))
 
-        `name` must say everything that `body` depends on besides this package's sources and the ISA.
+    def code(self, name: str, emit: Callable[[str], str]) -> int:
+        """The address of the function `name`; `emit(symbol)` gives the IR that defines it, if it is not cached.
+
+        `name` must say everything that the IR depends on besides this package's sources and the ISA.
         """
         with self._lock:
             address = self._addresses.get(name)
             if address is None:
                 symbol = f"pyinfer_{name}"
-                blob = self._load(name) or self._build(name, symbol, body)
+                blob = self._load(name) or self._build(name, emit(symbol))
                 self._engine.add_object_file(self._llvm.ObjectFileRef.from_data(blob))
                 self._engine.finalize_object()
                 address = self._engine.get_function_address(symbol)
@@ -98,11 +102,11 @@ class Compiler:
                 self._addresses[name] = address
             return address
 
-    def _build(self, name: str, symbol: str, body: Body) -> bytes:
+    def _build(self, name: str, ir_text: str) -> bytes:
         llvm = self._llvm
         if self.on_compile is not None:
             self.on_compile(name)
-        module = llvm.parse_assembly(emit_ir(symbol, self.isa, body))
+        module = llvm.parse_assembly(ir_text)
         module.triple = self._machine.triple
         module.verify()
         options = llvm.create_pipeline_tuning_options(speed_level=3)

@@ -2,14 +2,33 @@
 
 Threads are told to work through a mailbox each, so a step can leave some out. A thread that another process pushed off its
 core again and again while the others waited at a barrier sits out the steps of the next second: a busy neighbour costs one
-thread's share and not everybody's time. This module is imported only by `pool`, after the compile cache's place is set.
+thread's share and not everybody's time. Only `numba_code` imports this module, where the machine code is not at hand.
 """
 
 from __future__ import annotations
 
 from numba import njit
-from numba.core import config
 
+from pyinfer.kernels_cpu.control import (
+    ACTIVE,
+    ARRIVED,
+    ASLEEP,
+    BENCHED_UNTIL,
+    FIRST_STRIKE,
+    JOB,
+    LATE,
+    LINE,
+    LOST_SEEN,
+    MAILBOX,
+    N_OPS,
+    PHASE,
+    PROGRAM,
+    RECORD,
+    STEP,
+    STOP,
+    STRIKES,
+    THREADS,
+)
 from pyinfer.kernels_cpu.machine import (
     MONOTONIC,
     THREAD_TIME,
@@ -26,12 +45,6 @@ from pyinfer.kernels_cpu.machine import (
 )
 from pyinfer.kernels_cpu.opcode import OP_WORDS, OpField, StepField
 
-LINE = 128  # bytes between control words: a cache line and its neighbour
-# Control words. ARRIVED and PHASE are the barrier, LATE says that somebody waited long at it, ACTIVE counts the step's threads.
-ARRIVED, PHASE, LATE, ACTIVE, PROGRAM, N_OPS, STEP, STOP, JOB, THREADS = (i * LINE for i in range(10))
-# Words of one thread's record, which start at THREADS + thread * RECORD; the ops' task counters follow the last record.
-MAILBOX, ASLEEP, BENCHED_UNTIL, STRIKES, FIRST_STRIKE, LOST_SEEN = (i * LINE for i in range(6))
-RECORD = 6 * LINE
 _OP_BYTES = 8 * OP_WORDS
 _TASKS, _TASKS_PER, _BARRIER, _KERNEL = (
     8 * int(f) for f in (OpField.TASKS, OpField.TASKS_PER, OpField.BARRIER, OpField.KERNEL)
@@ -48,8 +61,7 @@ _BENCH = 1_000_000_000  # ns to sit out
 # Tasks of an op are taken in about so many pieces a thread: few where a task is short, as in decode, more in a prompt, where
 # the last piece's length is what threads wait for each other.
 _FEW_SHARES, _MANY_SHARES, _MANY_TOKENS = 8, 32, 32
-# where nothing can be kept Numba would refuse to compile: `pool` has set no place then
-compiled = njit(nogil=True, cache=bool(vars(config)["CACHE_DIR"]))
+compiled = njit(error_model="numpy")  # no exceptions, as `numba_code` asks for
 
 
 @compiled

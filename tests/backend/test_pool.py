@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pytest
 from cpu_kernels import compiler, hash_of
 
+from pyinfer.kernels_cpu.control import BENCHED_UNTIL, RECORD, THREADS
 from pyinfer.kernels_cpu.isa import current_isa
 from pyinfer.kernels_cpu.opcode import OP_WORDS, STEP_WORDS, OpField, StepField
 from pyinfer.kernels_cpu.pool import Pool, Program
@@ -234,8 +235,7 @@ def test_a_pool_that_nobody_closed() -> None:
 
 def bench(pool: Pool, thread: int, until: int) -> None:
     """Make a thread sit out until this time, as the pool does with one that was pushed off its core."""
-    walker = pool._walker
-    at = pool._at + walker.THREADS + thread * walker.RECORD + walker.BENCHED_UNTIL
+    at = pool._at + THREADS + thread * RECORD + BENCHED_UNTIL
     ctypes.c_int64.from_address(at).value = until
 
 
