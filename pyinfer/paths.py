@@ -34,3 +34,8 @@ def repack_dir() -> Path:
 def kernels_dir() -> Path:
     """Compiled kernels, one folder per source hash and ISA."""
     return home() / "kernels"
+
+
+def tokenizers_dir() -> Path:
+    """Parts of tokenizers that are slow to make, a file a model."""
+    return home() / "tokenizers"

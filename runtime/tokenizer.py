@@ -13,6 +13,7 @@ from typing import Protocol
 
 from pyinfer.errors import TokenizerError
 from pyinfer.quant.gguf import GGUFFile
+from pyinfer.runtime.merge_cache import merge_pairs
 from pyinfer.runtime.pretokenizers import PRE_TOKENIZERS, pre_tokenizer_spec
 from pyinfer.runtime.special_splitter import SpecialSplitter, SpecialToken
 from pyinfer.runtime.tokenizer_bpe import BpeEncoder
@@ -257,7 +258,8 @@ def _build_bpe(file: GGUFFile, pre: object) -> Tokenizer:
         clean_spaces=spec.clean_spaces,
         byte_level=not spec.escape_spaces,
     )
-    return Tokenizer(vocabulary, BpeEncoder(vocabulary, merges, spec), rules, _special_tokens(file, vocabulary))
+    encoder = BpeEncoder(vocabulary, merge_pairs(merges, file.identity), spec)
+    return Tokenizer(vocabulary, encoder, rules, _special_tokens(file, vocabulary))
 
 
 def _special_tokens(file: GGUFFile, vocabulary: Vocabulary) -> list[SpecialToken]:
@@ -279,11 +281,12 @@ def _special_tokens(file: GGUFFile, vocabulary: Vocabulary) -> list[SpecialToken
     elif "modern-bert" in name:
         left = frozenset(["[MASK]"])
     kinds = TokenKind.CONTROL | TokenKind.USER_DEFINED | TokenKind.UNKNOWN
+    is_control = (vocabulary.kinds & int(TokenKind.CONTROL | TokenKind.UNKNOWN)) != 0
     return [
         SpecialToken(
             id=i,
             text=(text := vocabulary.pieces[i]),
-            control=bool(vocabulary.kinds[i] & (TokenKind.CONTROL | TokenKind.UNKNOWN)),
+            control=bool(is_control[i]),
             strip_left=text in left,
             strip_right=strip_right and text not in ("<unk>", "<s>", "<|endoftext|>"),
         )

@@ -1,14 +1,11 @@
-"""Byte-pair encoding with a merge list (`tokenizer.ggml.model` = `gpt2`), by the `tokenizers` library.
-
-Building from lists (0.2 s for 150k tokens) is faster than parsing any stored form of the result, so nothing is kept
-on disk.
-"""
+"""Byte-pair encoding with a merge list (`tokenizer.ggml.model` = `gpt2`), by the `tokenizers` library."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from pyinfer.errors import TokenizerError
+from pyinfer.runtime.merge_cache import Pairs
 from pyinfer.runtime.pretokenizers import PreTokenizerSpec, build_pre_tokenizer
 from pyinfer.runtime.vocabulary import Vocabulary
 
@@ -19,9 +16,9 @@ SPACE = "\u2581"
 
 
 class BpeEncoder:
-    """Text to ids: pre-tokenizer, alphabet, merges. `merges` are "left right" strings, best first."""
+    """Text to ids: pre-tokenizer, alphabet, merges, best first."""
 
-    def __init__(self, vocabulary: Vocabulary, merges: list[str], spec: PreTokenizerSpec) -> None:
+    def __init__(self, vocabulary: Vocabulary, merges: Pairs, spec: PreTokenizerSpec) -> None:
         from tokenizers import Tokenizer
 
         self._spec = spec
@@ -64,9 +61,7 @@ class BpeEncoder:
             return [i for token in ids for i in self._made_up.get(token, (token,))]
         return ids
 
-    def _model(self, merges: list[str]) -> models.BPE:
-        # The left part may itself begin with a space; of a merge named twice, the first place counts.
-        pairs = [(m[:at], m[at + 1 :]) for m in dict.fromkeys(merges) if (at := m.find(" ", 1)) > 0]
+    def _model(self, pairs: Pairs) -> models.BPE:
         vocab = self._ids
         options = {"ignore_merges": self._spec.ignore_merges, "byte_fallback": not self._spec.byte_level}
         from tokenizers import models
@@ -79,7 +74,7 @@ class BpeEncoder:
             self._make_up(vocab, pairs)
             return models.BPE(vocab=vocab, merges=pairs, **options)
 
-    def _make_up(self, vocab: dict[str, int], pairs: list[tuple[str, str]]) -> None:
+    def _make_up(self, vocab: dict[str, int], pairs: Pairs) -> None:
         """Give parts of merges that are no tokens ids past the vocabulary; `encode` takes them apart into byte
         tokens.
         """
