@@ -14,9 +14,10 @@ from typing import Any
 import cupy
 import numpy as np
 import numpy.typing as npt
-from cupy.cuda import cublas, driver, runtime
+from cupy.cuda import driver, runtime
 
 from pyinfer.errors import BackendError, DeviceMemoryError
+from pyinfer.kernels_gpu.cublas import WORKSPACE_BYTES, CuBLAS
 from pyinfer.kernels_gpu.cuda_launch import Launcher
 from pyinfer.kernels_gpu.device import Bytes
 from pyinfer.kernels_gpu.kernel_cache import KernelCache, Unit, unit_of
@@ -26,9 +27,7 @@ _ALIGNMENT = 256
 _CHUNK = 32 << 20  # small buffers share chunks of this size; larger ones are allocated by themselves
 _STAGING = 16 << 20  # bytes of each of two pinned buffers that pageable memory is uploaded through
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_SHARED_WITHOUT_ASKING = 48 << 10
 _OVERLAP_IN_GRAPHS = 12030  # the first CUDA whose graphs keep programmatic dependent launches
-_R_32F, _R_16F, _COMPUTE_32F, _OP_N, _OP_T, _GEMM_DEFAULT = 0, 2, 68, 0, 1, -1  # library_types.h, cublas_api.h
 _NCCL_FLOAT32, _NCCL_SUM = 7, 0  # nccl.h
 
 
@@ -63,7 +62,7 @@ class CuPyDevice:
             ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), self._stream.ptr
         )
         self._overlap = self.arch >= 90 and int(runtime.driverGetVersion()) >= _OVERLAP_IN_GRAPHS
-        self._blas: int | None = None
+        self._blas: CuBLAS | None = None
         self._modules: dict[Unit, int] = {}
         self._functions: dict[Kernel, int] = {}
         self._shared_of: dict[int, int] = {}  # function -> dynamic shared memory that it was allowed
@@ -180,23 +179,16 @@ class CuPyDevice:
             self._communicator.allReduce(data, data, step.n, _NCCL_FLOAT32, _NCCL_SUM, self._stream.ptr)
             return
         function = self._function(step.kernel)
-        if step.shared_bytes > self._shared_of.get(function, _SHARED_WITHOUT_ASKING):
+        # also below 48 KiB: what the function declares counts too
+        if step.shared_bytes > self._shared_of.get(function, 0):
             driver.funcSetAttribute(function, _DYNAMIC_SHARED, step.shared_bytes)
             self._shared_of[function] = step.shared_bytes
         self._launcher.launch(function, step, overlap=step.overlap and self._overlap)
 
     def _gemm(self, gemm: Gemm) -> None:
-        """cuBLAS has columns where we have rows, so it computes out.T = w @ x.T."""
         if self._blas is None:
-            self._blas = int(cublas.create())
-        scalars = np.array([gemm.alpha, gemm.accumulate], np.float32)  # read before the call returns, also in a capture
-        alpha, beta = scalars.ctypes.data, scalars.ctypes.data + 4
-        with self._stream:  # gemmEx takes CuPy's current stream
-            cublas.gemmEx(
-                self._blas, _OP_T, _OP_N, gemm.n, gemm.m, gemm.k, alpha,
-                gemm.w.ptr, _R_16F, gemm.k, gemm.x.ptr, _R_16F, gemm.k, beta,
-                gemm.out.ptr, _R_32F, gemm.out_stride, _COMPUTE_32F, _GEMM_DEFAULT,
-            )  # fmt: skip
+            self._blas = CuBLAS(self._stream.ptr, self.alloc(WORKSPACE_BYTES))
+        self._blas.gemm(gemm)
 
     def capture(self, steps: Sequence[Step]) -> Any:
         self.prepare([step.kernel for step in steps if isinstance(step, Launch)])
@@ -226,7 +218,7 @@ class CuPyDevice:
         self._enter()
         runtime.streamSynchronize(self._stream.ptr)
         if self._blas is not None:
-            cublas.destroy(self._blas)
+            self._blas.close()
         for module in self._modules.values():
             driver.moduleUnload(module)
         for _, event in self._staging:

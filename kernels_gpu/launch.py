@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 Dim3 = tuple[int, int, int]
 Defines = tuple[tuple[str, int | str], ...]
+GemmType = Literal["f16", "f32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +57,20 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """out = alpha * x @ w.T (+ out, with `accumulate`) by cuBLAS: float16 operands, float32 sums and results, rows contiguous."""
+    """out = alpha * x @ w.T (+ out, with `accumulate`) by cuBLAS: operands of one type, float32 sums and results, rows of x
+    contiguous. Float32 operands are multiplied as such, never as TF32."""
 
     out: Buffer  # float32 [m, out_stride]
-    x: Buffer  # float16 [m, k]
-    w: Buffer  # float16 [n, k]
+    x: Buffer  # [m, k]
+    w: Buffer  # [n, w_stride]
     m: int
     n: int
     k: int
     out_stride: int  # in elements; at least n
     accumulate: bool = False
     alpha: float = 1.0
+    kind: GemmType = "f16"
+    w_stride: int = 0  # in elements; 0: k
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ def load_nvrtc() -> NVRTC:
     raise BackendError(f"{problem}; {_INSTALL}")
 
 
-def _package_folders() -> Iterator[Path]:
+def package_folders() -> Iterator[Path]:
     """Where NVIDIA's wheels lie: site-packages/nvidia/cuda_nvrtc (CUDA 12), site-packages/nvidia/cu13."""
     found = importlib.util.find_spec("nvidia")
     for root in (found.submodule_search_locations or []) if found else []:
@@ -117,7 +117,8 @@ def _package_folders() -> Iterator[Path]:
         yield from sorted(folders, key=lambda path: (not path.name.startswith("cuda_"), path.name))
 
 
-def _toolkit_folders() -> Iterator[Path]:
+def toolkit_folders() -> Iterator[Path]:
+    """Where CUDA toolkits lie."""
     for name in ("CUDA_PATH", "CUDA_HOME"):
         if os.environ.get(name):
             yield Path(os.environ[name])
@@ -125,16 +126,16 @@ def _toolkit_folders() -> Iterator[Path]:
 
 
 def _include_folders() -> Iterator[Path]:
-    for folder in (*_package_folders(), *_toolkit_folders()):
+    for folder in (*package_folders(), *toolkit_folders()):
         yield folder / "include"
     yield Path("/usr/include")
 
 
 def _libraries() -> Iterator[Path | str]:
-    for folder in _package_folders():
+    for folder in package_folders():
         yield from sorted((folder / "lib").glob("libnvrtc.so.*"))
         yield from sorted((folder / "bin").rglob("nvrtc64_*_0.dll"))
-    for folder in _toolkit_folders():
+    for folder in toolkit_folders():
         yield from sorted((folder / "lib64").glob("libnvrtc.so.*"))
     yield from ("libnvrtc.so.12", "libnvrtc.so")
 

@@ -17,7 +17,7 @@ from fake_cuda import FakeCUDA, as_floats, fake_cuda
 from pyinfer.errors import BackendError, DeviceMemoryError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.passes import optimize
-from pyinfer.kernels_gpu.launch import Gemm, Kernel, Launch
+from pyinfer.kernels_gpu.launch import Gemm, GemmType, Kernel, Launch
 from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime.models.registry import build_graph
@@ -129,16 +129,20 @@ def test_much_shared_memory_is_asked_for_once(device: Any, cuda: FakeCUDA, kerne
     device.synchronize()
 
 
-def test_a_refused_launch_is_named(
-    device: Any, cuda: FakeCUDA, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda, "set_attribute", lambda *_: None)
-    device.launch(scale(kernel, device.alloc(400), 100, 1.0, 0))
+def test_a_refused_launch_is_named(device: Any, kernel: Kernel) -> None:
     with pytest.raises(
         BackendError, match=r"refuses to launch .*scale\.cu:scale on \(2, 1, 1\) x \(64, 1, 1\): error 1"
     ):
-        cuda.dynamic_shared[1] = 0
-        device.launch(scale(kernel, device.alloc(400), 100, 1.0, 0, shared_bytes=64))
+        device.launch(scale(kernel, device.alloc(400), 100, 1.0, 0, shared_bytes=300 << 10))
+
+
+def test_shared_memory_that_is_declared_counts_too(device: Any, tmp_path: Path) -> None:
+    """Without asking a launch gets 48 KiB less what its function declares."""
+    path = tmp_path / "both.cu"
+    text = SCALE.replace("  const int i", "  __shared__ int declared[64];\n  declared[threadIdx.x] = 0;\n  const int i")
+    path.write_text(text)
+    device.launch(scale(Kernel(str(path), "scale"), device.alloc(400), 100, 1.0, 0, shared_bytes=48 << 10))
+    device.synchronize()
 
 
 @pytest.mark.parametrize("version, capability, overlaps", [(12080, (9, 0), 1), (12020, (9, 0), 0), (12080, (8, 9), 0)])
@@ -154,18 +158,25 @@ def test_overlap_only_where_graphs_keep_it(
         device.close()
 
 
+@pytest.mark.parametrize("kind, dtype", [("f16", np.float16), ("f32", np.float32)])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_cublas_products(device: Any, accumulate: bool) -> None:
-    x, w, before = as_floats(3 * 8, 1).reshape(3, 8), as_floats(5 * 8, 2).reshape(5, 8), as_floats(3 * 7, 3)
-    buffers = [device.alloc(n) for n in (48, 80, 84)]
-    for buffer, values in zip(buffers, (x.astype(np.float16), w.astype(np.float16), before), strict=True):
+def test_cublas_products(device: Any, kind: GemmType, dtype: Any, accumulate: bool) -> None:
+    """In a graph, whose first run finds what the launch before it left."""
+    x, w, before = as_floats(3 * 8, 1).reshape(3, 8), as_floats(5 * 12, 2).reshape(5, 12), as_floats(3 * 7, 3)
+    x, w = x.astype(dtype), w.astype(dtype)
+    buffers = [device.alloc(values.nbytes) for values in (x, w, before)]
+    for buffer, values in zip(buffers, (x, w, before), strict=True):
         device.upload(buffer, values)
-    gemm = Gemm(buffers[2], buffers[0], buffers[1], 3, 5, 8, 7, accumulate=accumulate, alpha=2.0)
-    device.launch(gemm)
+    gemm = Gemm(
+        buffers[2], buffers[0], buffers[1], 3, 5, 8, 7, accumulate=accumulate, alpha=2.0, kind=kind, w_stride=12
+    )
+    graph = device.capture([gemm])
+    device.upload(buffers[2], before)
+    device.run(graph)
     out = np.empty((3, 7), np.float32)
     device.download(buffers[2], out)
     expected = before.reshape(3, 7).copy()
-    product = 2 * (x.astype(np.float16).astype(np.float32) @ w.astype(np.float16).astype(np.float32).T)
+    product = 2 * (x.astype(np.float32) @ w[:, :8].astype(np.float32).T)
     expected[:, :5] = product + (expected[:, :5] if accumulate else 0)
     np.testing.assert_allclose(out, expected, rtol=1e-5)
 

@@ -1,7 +1,8 @@
-"""CuPy and the CUDA driver as `CuPyDevice` uses them, over the emulator: work is done when the host waits, not before.
+"""CuPy, the CUDA driver and cuBLAS as `CuPyDevice` uses them, over the emulator: work is done when the host waits, not before.
 
-So memory that changes while a copy from it is under way gives wrong results, as on a GPU. Functions have the arguments and
-names of CuPy 14.
+So memory that changes while a copy from it is under way gives wrong results, as on a GPU. Every device has one stream with its
+own queue; streams in `eager` work at once, so that what waits for nobody is too early or too late. Functions have the arguments
+and names of CuPy 14.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -21,10 +23,11 @@ from cuda_emulator.build import runtime as emulator
 from cuda_emulator.device import _gemm
 
 from pyinfer.kernels_gpu.kernel_cache import KernelCache, Unit
-from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel
+from pyinfer.kernels_gpu.launch import Buffer, Gemm, GemmType, Kernel
 
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
-STREAM = 4711
+STREAM = 4711  # of device 0; that of device 1 is the next number
+_Work = Callable[[], object]
 
 
 class CUDARuntimeError(RuntimeError):
@@ -35,29 +38,83 @@ class FakeCUDA:
     """The state of one process: memory, loaded kernels, and what was asked for and is not done yet."""
 
     def __init__(
-        self, n_bytes: int = 1 << 30, driver_version: int = 12080, capability: tuple[int, int] = (9, 0)
+        self,
+        n_bytes: int = 1 << 30,
+        driver_version: int = 12080,
+        capability: tuple[int, int] = (9, 0),
+        eager: tuple[int, ...] = (),
+        peers: bool = True,
     ) -> None:
         self.free, self.total = n_bytes, n_bytes
         self.driver_version, self.capability = driver_version, capability
         self.allocated: dict[int, int] = {}
         self.pinned: dict[int, Any] = {}
-        self.queue: list[Callable[[], object]] = []
-        self.captured: list[Callable[[], object]] | None = None
+        self.eager, self.peers = {STREAM + device for device in eager}, peers
+        self.device = 0
+        self.queues: dict[int, list[_Work]] = {}
+        self.events: dict[int, tuple[int, _Work]] = {}  # event -> the stream it was recorded on, and its place there
+        self.peer_access: set[tuple[int, int]] = set()
+        self.peer_copies = 0
+        self.captured: list[_Work] | None = None
         self.units: list[Unit] = []
         self.functions: list[Kernel] = []
         self.dynamic_shared: dict[int, int] = {}
         self.overlapping = 0
         self.graphs = 0
+        self.has_workspace = False
 
     # ---- order
-    def submit(self, work: Callable[[], object]) -> None:
-        (self.queue if self.captured is None else self.captured).append(work)
+    @property
+    def queue(self) -> list[_Work]:
+        """Of the current device."""
+        return self.queues.setdefault(STREAM + self.device, [])
 
-    def finish(self, *_: int) -> None:
+    def submit(self, work: _Work, stream: int | None = None) -> None:
+        stream = STREAM + self.device if stream is None else stream
+        if self.captured is not None:
+            self.captured.append(work)
+            return
+        self.queues.setdefault(stream, []).append(work)
+        if stream in self.eager:
+            self.finish(stream)
+
+    def finish(self, stream: int) -> None:
         assert self.captured is None, "the host waits in a capture"
-        queue, self.queue = self.queue, []
-        for work in queue:
-            work()
+        queue = self.queues.setdefault(stream, [])
+        while queue:
+            queue.pop(0)()
+
+    def record(self, event: int, stream: int) -> None:
+        def here() -> None: ...
+
+        self.events[event] = stream, here
+        self.submit(here, stream)
+
+    def wait_for(self, event: int) -> None:
+        """Do what was asked for before the event was recorded."""
+        if event in self.events:
+            stream, place = self.events[event]
+            self._until(stream, place)
+
+    def _until(self, stream: int, place: _Work) -> None:
+        queue = self.queues.setdefault(stream, [])
+        while place in queue:
+            queue.pop(0)()
+
+    def stream_wait(self, stream: int, event: int) -> None:
+        other, place = self.events[event]
+        self.submit(lambda: self._until(other, place), stream)
+
+    def peer_copy(self, dst: int, dst_device: int, src: int, src_device: int, size: int, stream: int) -> None:
+        assert dst_device != src_device and stream == STREAM + dst_device
+        assert (dst_device, src_device) in self.peer_access, "it would go through the host"
+        self.peer_copies += 1
+        self.submit(lambda: ctypes.memmove(dst, src, size), stream)
+
+    def enable_peer(self, device: int) -> None:
+        if (self.device, device) in self.peer_access:
+            raise CUDARuntimeError("cudaErrorPeerAccessAlreadyEnabled: peer access is already enabled")
+        self.peer_access.add((self.device, device))
 
     # ---- cupy.cuda.runtime
     def malloc(self, size: int) -> int:
@@ -81,7 +138,7 @@ class FakeCUDA:
         return any(start <= ptr and ptr + size <= start + len(memory) for start, memory in self.pinned.items())
 
     def memcpy_async(self, dst: int, src: int, size: int, kind: int, stream: int) -> None:
-        assert stream == STREAM
+        assert stream == STREAM + self.device
         host = {HOST_TO_DEVICE: src, DEVICE_TO_HOST: dst}.get(kind)
         for ptr in {HOST_TO_DEVICE: (dst,), DEVICE_TO_HOST: (src,), DEVICE_TO_DEVICE: (dst, src)}[kind]:
             assert any(start <= ptr and ptr + size <= start + n for start, n in self.allocated.items()), (
@@ -90,7 +147,7 @@ class FakeCUDA:
         if host is None or self._is_pinned(host, size):
             self.submit(lambda: ctypes.memmove(dst, src, size))
             return
-        self.finish()  # pageable memory: the call returns when it is done with it
+        self.finish(stream)  # pageable memory: the call returns when it is done with it
         ctypes.memmove(dst, src, size)
 
     def memset_async(self, ptr: int, value: int, size: int, stream: int) -> None:
@@ -112,12 +169,12 @@ class FakeCUDA:
 
     def launch(self, config: Any, function: Any, pointers: Any, extra: None) -> int:
         config = config._obj
-        assert config.stream == STREAM
-        allowed = self.dynamic_shared.get(function.value, 48 << 10)
-        if config.shared_bytes > allowed:
+        assert config.stream == STREAM + self.device
+        kernel = compiled(self.functions[function.value - 1])
+        allowed = self.dynamic_shared.get(function.value, (48 << 10) - kernel.static_shared)
+        if config.shared_bytes > min(allowed, (227 << 10) - kernel.static_shared):
             return 1
         self.overlapping += config.n_attributes
-        kernel = compiled(self.functions[function.value - 1])
         sizes = [4 if kind in "if" else 8 for kind in kernel.signature]
         assert len(sizes) == len(pointers), "arguments"
         copies = [ctypes.create_string_buffer(ctypes.string_at(p, n), 8) for p, n in zip(pointers, sizes, strict=True)]
@@ -136,7 +193,8 @@ class FakeCUDA:
         self.submit(run)
         return 0
 
-    def gemm(self, handle: int, *args: int) -> None:
+    # ---- cuBLAS
+    def gemm(self, handle: Any, *args: Any) -> int:
         """out.T = w @ x.T in columns, which is out = x @ w.T in rows."""
         (
             trans_w,
@@ -158,15 +216,38 @@ class FakeCUDA:
             compute,
             algorithm,
         ) = args
-        assert (trans_w, trans_x, type_w, type_x, type_out, compute, algorithm) == (1, 0, 2, 2, 0, 68, -1)
-        assert (ldw, ldx) == (k, k) and ldo >= n
-        factors = [ctypes.c_float.from_address(ptr).value for ptr in (alpha, beta)]
+        assert self.has_workspace, "cuBLAS would allocate"
+        assert (trans_w, trans_x, type_w, type_out, algorithm) == (1, 0, type_x, 0, -1)
+        kind: GemmType = "f32" if type_w == 0 else "f16"
+        assert (type_w, compute) in ((2, 68), (0, 69)), "TF32 or sums in float16"
+        assert ldw >= k and ldx == k and ldo >= n
+        size = 4 if kind == "f32" else 2
+        factors = [factor._obj.value for factor in (alpha, beta)]
         assert factors[1] in (0.0, 1.0)
         gemm = Gemm(
-            Buffer(out, 4 * ((m - 1) * ldo + n)), Buffer(x, 2 * m * k), Buffer(w, 2 * n * k), m, n, k, ldo,
-            accumulate=bool(factors[1]), alpha=factors[0],
+            Buffer(out.value, 4 * ((m - 1) * ldo + n)), Buffer(x.value, size * m * k),
+            Buffer(w.value, size * ((n - 1) * ldw + k)), m, n, k, ldo, bool(factors[1]), factors[0], kind, ldw,
         )  # fmt: skip
         self.submit(lambda: _gemm(gemm))
+        return 0
+
+    def set_workspace(self, handle: Any, memory: Any, size: Any) -> int:
+        assert self.allocated and memory.value % 16 == 0 and size.value > 0
+        self.has_workspace = True
+        return 0
+
+    def set_blas_stream(self, handle: Any, stream: Any) -> int:
+        assert stream.value == STREAM + self.device
+        self.has_workspace = False  # as setting the stream takes it away
+        return 0
+
+    def blas(self) -> ModuleType:
+        library = ModuleType("libcublas")
+        vars(library).update(
+            cublasCreate_v2=lambda handle: 0, cublasSetStream_v2=self.set_blas_stream,
+            cublasSetWorkspace_v2=self.set_workspace, cublasGemmEx=self.gemm, cublasDestroy_v2=lambda handle: 0,
+        )  # fmt: skip
+        return library
 
     def modules(self) -> dict[str, ModuleType]:
         """What stands in `sys.modules` for CuPy."""
@@ -178,14 +259,14 @@ class FakeCUDA:
                 fake.graphs += 1
 
             def launch(self, stream: Stream) -> None:
+                assert stream.ptr == STREAM + fake.device
                 for work in self.work:
                     fake.submit(work)
 
         class Stream:
-            ptr = STREAM
-
             def __init__(self, non_blocking: bool = False) -> None:
                 assert non_blocking, "the default stream would wait for other work of the process"
+                self.ptr = STREAM + fake.device
 
             def __enter__(self) -> None: ...
 
@@ -201,16 +282,19 @@ class FakeCUDA:
 
         major, minor = self.capability
         properties = {"name": b"Fake GPU", "major": major, "minor": minor, "multiProcessorCount": 4}
+        events = count(1)
         names = {
-            "setDevice": lambda device: None, "getDeviceProperties": lambda device: properties,
+            "setDevice": lambda device: setattr(self, "device", device), "getDeviceProperties": lambda device: properties,
             "deviceGetAttribute": lambda attribute, device: 227 << 10, "cudaDevAttrMaxSharedMemoryPerBlockOptin": 97,
             "driverGetVersion": lambda: self.driver_version, "memGetInfo": lambda: (self.free, self.total),
             "malloc": self.malloc, "free": self.release, "hostAlloc": self.host_alloc, "hostAllocPortable": 1,
             "freeHost": self.pinned.pop, "memcpyAsync": self.memcpy_async,
             "memcpyHostToDevice": HOST_TO_DEVICE, "memcpyDeviceToHost": DEVICE_TO_HOST,
             "memcpyDeviceToDevice": DEVICE_TO_DEVICE, "memsetAsync": self.memset_async,
-            "eventCreateWithFlags": lambda flags: 1, "eventDisableTiming": 2, "eventRecord": lambda event, stream: None,
-            "eventSynchronize": self.finish, "eventDestroy": lambda event: None, "streamSynchronize": self.finish,
+            "eventCreateWithFlags": lambda flags: next(events), "eventDisableTiming": 2, "eventRecord": self.record,
+            "eventSynchronize": self.wait_for, "eventDestroy": lambda event: None, "streamSynchronize": self.finish,
+            "streamWaitEvent": self.stream_wait, "memcpyPeerAsync": self.peer_copy,
+            "deviceCanAccessPeer": lambda device, peer: int(self.peers), "deviceEnablePeerAccess": self.enable_peer,
             "CUDARuntimeError": CUDARuntimeError,
         }  # fmt: skip
         modules = {name: ModuleType(name) for name in ("cupy", "cupy.cuda")}
@@ -221,7 +305,6 @@ class FakeCUDA:
                 "moduleLoadData": self.load, "moduleGetFunction": self.get_function,
                 "funcSetAttribute": self.set_attribute, "moduleUnload": lambda module: None,
             },
-            "cublas": {"create": lambda: 1, "destroy": lambda handle: None, "gemmEx": self.gemm},
         }  # fmt: skip
         for name, members in parts.items():
             modules[f"cupy.cuda.{name}"] = ModuleType(name)
@@ -234,12 +317,14 @@ class FakeCUDA:
 @contextmanager
 def fake_cuda(fake: FakeCUDA) -> Iterator[Any]:
     """The module `cupy_device` as it is with this CUDA in place."""
-    library, load = ModuleType("libcuda"), ctypes.CDLL
+    library, blas, load = ModuleType("libcuda"), fake.blas(), ctypes.CDLL
     library.cuLaunchKernelEx = fake.launch  # type: ignore[attr-defined]
     library.cuGetErrorString = lambda code, text: None  # type: ignore[attr-defined]
 
     def open_library(name: str, *args: Any, **options: Any) -> Any:
-        return library if "cuda.so" in str(name) else load(name, *args, **options)
+        known = {"cuda.so": library, "cublas": blas}
+        found = next((fake for part, fake in known.items() if part in str(name)), None)
+        return load(name, *args, **options) if found is None else found
 
     def no_compiler(cache: KernelCache, units: Any) -> None:
         for unit in units:

@@ -173,15 +173,16 @@ def check_limits(launch: Launch, kernel: CompiledKernel, shared_bytes: int) -> s
 
 
 def _gemm(gemm: Gemm) -> None:
-    def array(buffer: Buffer, dtype: npt.DTypeLike, shape: tuple[int, int]) -> npt.NDArray[Any]:
-        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    def array(buffer: Buffer, dtype: npt.DTypeLike, rows: int, columns: int, stride: int) -> npt.NDArray[Any]:
+        size = np.dtype(dtype).itemsize
+        n_bytes = size * ((rows - 1) * stride + columns)
         raw = np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(buffer.at(0, n_bytes).ptr))
-        values: npt.NDArray[Any] = raw.view(dtype).reshape(shape)
-        return values
+        return np.lib.stride_tricks.as_strided(raw.view(dtype), (rows, columns), (size * stride, size))
 
-    assert gemm.out_stride >= gemm.n
-    x, w = array(gemm.x, np.float16, (gemm.m, gemm.k)), array(gemm.w, np.float16, (gemm.n, gemm.k))
+    kind = {"f16": np.float16, "f32": np.float32}[gemm.kind]
+    w_stride = gemm.w_stride or gemm.k
+    assert gemm.out_stride >= gemm.n and w_stride >= gemm.k
+    x, w = array(gemm.x, kind, gemm.m, gemm.k, gemm.k), array(gemm.w, kind, gemm.n, gemm.k, w_stride)
     product = np.float32(gemm.alpha) * (x.astype(np.float32) @ w.astype(np.float32).T)
-    for row in range(gemm.m):
-        out = array(gemm.out.at(4 * row * gemm.out_stride), np.float32, (1, gemm.n))[0]
-        out[:] = product[row] + out if gemm.accumulate else product[row]
+    out = array(gemm.out, np.float32, gemm.m, gemm.n, gemm.out_stride)
+    out[:] = product + out if gemm.accumulate else product

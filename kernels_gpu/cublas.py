@@ -1,0 +1,74 @@
+"""cuBLAS over ctypes: matrix products on one stream that CUDA graphs may hold, which CuPy's own calls refuse to be.
+
+https://docs.nvidia.com/cuda/cublas, "CUDA Graphs Support": with memory of our own as workspace nothing is allocated in a capture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pyinfer.errors import BackendError
+from pyinfer.kernels_gpu.launch import Buffer, Gemm, GemmType
+from pyinfer.kernels_gpu.nvrtc import package_folders, toolkit_folders
+
+WORKSPACE_BYTES = 32 << 20  # what NVIDIA recommends for sm_90
+_R_32F, _R_16F = 0, 2  # library_types.h
+_OP_N, _OP_T, _DEFAULT_ALGORITHM = 0, 1, -1  # cublas_api.h
+# the type of operands and the arithmetic: sums are float32; "pedantic" is never TF32, whatever the environment asks for
+_TYPES: dict[GemmType, tuple[int, int]] = {"f16": (_R_16F, 68), "f32": (_R_32F, 69)}
+_NAMES = ("cublas64_12.dll",) if sys.platform == "win32" else ("libcublas.so.12", "libcublas.so")
+
+
+class CuBLAS:
+    """A handle of the current device. Its workspace is set after its stream, which would take it away again."""
+
+    def __init__(self, stream: int, workspace: Buffer) -> None:
+        self._library = _load()
+        self._handle = ctypes.c_void_p()
+        self._check(self._library.cublasCreate_v2(ctypes.byref(self._handle)), "cublasCreate")
+        self._check(self._library.cublasSetStream_v2(self._handle, ctypes.c_void_p(stream)), "cublasSetStream")
+        size = ctypes.c_size_t(workspace.n_bytes)
+        done = self._library.cublasSetWorkspace_v2(self._handle, ctypes.c_void_p(workspace.ptr), size)
+        self._check(done, "cublasSetWorkspace")
+
+    def gemm(self, gemm: Gemm) -> None:
+        """cuBLAS has columns where we have rows, so it computes out.T = w @ x.T."""
+        kind, arithmetic = _TYPES[gemm.kind]
+        alpha, beta = ctypes.c_float(gemm.alpha), ctypes.c_float(gemm.accumulate)  # read before the call returns
+        done = self._library.cublasGemmEx(
+            self._handle, _OP_T, _OP_N, gemm.n, gemm.m, gemm.k, ctypes.byref(alpha),
+            ctypes.c_void_p(gemm.w.ptr), kind, gemm.w_stride or gemm.k, ctypes.c_void_p(gemm.x.ptr), kind, gemm.k,
+            ctypes.byref(beta), ctypes.c_void_p(gemm.out.ptr), _R_32F, gemm.out_stride, arithmetic, _DEFAULT_ALGORITHM,
+        )  # fmt: skip
+        self._check(done, f"cublasGemmEx ({gemm.m} x {gemm.n} x {gemm.k}, {gemm.kind})")
+
+    def close(self) -> None:
+        self._library.cublasDestroy_v2(self._handle)
+
+    def _check(self, code: int, call: str) -> None:
+        if code:
+            self._library.cublasGetStatusName.restype = ctypes.c_char_p
+            raise BackendError(f"{call} says: {self._library.cublasGetStatusName(code).decode()}")
+
+
+def _load() -> Any:
+    for path in _libraries():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    raise BackendError("no cuBLAS was found; pip install nvidia-cublas-cu12", param="n_gpu_layers")
+
+
+def _libraries() -> Iterator[Path | str]:
+    """NVIDIA's wheel first, whose library finds what it needs beside itself."""
+    for folder in package_folders():
+        for name in _NAMES:
+            yield from sorted(path for part in ("lib", "bin") for path in (folder / part).rglob(name))
+    yield from _NAMES
+    for folder in toolkit_folders():
+        yield from (folder / "lib64" / name for name in _NAMES)
