@@ -17,7 +17,7 @@ from pyinfer.quant.tensor import QuantTensor
 
 F32Array = npt.NDArray[np.float32]
 Activation = Literal["silu", "gelu_tanh"]
-Dtype = Literal["f32", "a8", "bf16"]
+Dtype = Literal["f32", "a8", "bf16", "i32"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +25,8 @@ class Value:
     """A matrix [rows, width] that one op writes; identity is the object itself.
 
     dtype "a8" is the quantized activation: int8 with one float32 scale for each 32 columns (`graph.activation`);
-    "bf16" is x rounded to bfloat16, where a device multiplies those.
+    "bf16" is x rounded to bfloat16, where a device multiplies those. "i32" holds the numbers of experts.
+    A row that holds something for each of a token's `n_used` experts has slot s in columns s*w to (s+1)*w - 1.
     """
 
     name: str
@@ -163,6 +164,58 @@ class GatedActivation(Op):
     gate: Value
     up: Value
     activation: Activation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RouteExperts(Op):
+    """The experts of each token (mixture of experts, arXiv:1701.06538) and what their results weigh.
+
+    p = softmax(logits), or the sigmoid of each; experts = the `n_used` largest of p in descending order, ties to the lower
+    number; weights = p of those, divided by their sum if `normalize` (a sum below 2^-14 counts as that), times `scale`.
+    """
+
+    READS = ("logits",)
+    WRITES = ("experts", "weights")
+
+    experts: Value  # i32, width n_used
+    weights: Value  # f32, width n_used
+    logits: Value  # width: the number of experts
+    normalize: bool
+    scale: float = 1.0
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+
+    @property
+    def n_used(self) -> int:
+        return self.experts.width
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertMatMul(Op):
+    """outs[i], slot s = x @ weights[i][experts[:, s]].T, where x is one row for all slots, or has a slot for each."""
+
+    READS = ("x", "experts")
+    WRITES = ("outs",)
+
+    outs: tuple[Value, ...]
+    x: Value
+    experts: Value
+    weights: tuple[QuantTensor, ...]  # (n_experts, outs[i].width / n_used, x.width or x.width / n_used)
+
+    @property
+    def n_used(self) -> int:
+        return self.experts.width
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CombineExperts(Op):
+    """out = residual (if there is one) + the sum over the slots, in ascending order, of weights[:, s] * slot s of x."""
+
+    READS = ("x", "weights", "residual")
+
+    out: Value
+    x: Value
+    weights: Value  # f32, width n_used
+    residual: Value | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import (
     Add,
     ApplyRope,
     Attention,
+    CombineExperts,
     Dtype,
+    ExpertMatMul,
     GatedActivation,
     MatMul,
     Op,
@@ -23,6 +26,8 @@ from pyinfer.graph.ops import (
 )
 from pyinfer.graph.rope import Rope
 from pyinfer.quant.tensor import QuantTensor
+
+AnyMatMul = MatMul | ExpertMatMul
 
 
 def optimize(graph: Graph) -> Graph:
@@ -56,31 +61,38 @@ def is_bfloat(weight: QuantTensor) -> bool:
 
 
 def fuse_projections(graph: Graph) -> Graph:
-    """MatMuls of the same x (q/k/v; gate/up) become one with several outs, at the place of the first.
+    """MatMuls of the same x (q/k/v; gate/up), and those of the same experts, become one with several outs.
 
-    Quantized, BF16 and other float weights stay apart, because they may read x in different forms.
+    They stand at the place of the first. Quantized, BF16 and other float weights stay apart, because they may read x in
+    different forms.
     """
-    groups: dict[tuple[int, bool, bool], list[MatMul]] = {}
+    groups: dict[tuple[tuple[int, ...], bool, bool], list[AnyMatMul]] = {}
     for op in graph.ops:
-        if isinstance(op, MatMul) and op.residual is None:
-            groups.setdefault((id(op.x), _all(op, is_quantized), _all(op, is_bfloat)), []).append(op)
-    fused: dict[int, MatMul | None] = {}  # id of an old op -> what stands in its place
+        if isinstance(op, AnyMatMul) and getattr(op, "residual", None) is None:
+            key = (tuple(map(id, op.inputs)), _all(op, is_quantized), _all(op, is_bfloat))
+            groups.setdefault(key, []).append(op)
+    fused: dict[int, Op | None] = {}  # id of an old op -> what stands in its place
     for group in groups.values():
         if len(group) > 1:
             fused.update((id(op), None) for op in group)
-            fused[id(group[0])] = MatMul(
-                outs=tuple(out for op in group for out in op.outs),
-                x=group[0].x,
-                weights=tuple(weight for op in group for weight in op.weights),
-                biases=tuple(bias for op in group for bias in op.biases),
-            )
+            parts: dict[str, Any] = {
+                "outs": tuple(out for op in group for out in op.outs),
+                "weights": tuple(weight for op in group for weight in op.weights),
+            }
+            if isinstance(group[0], MatMul):
+                parts["biases"] = tuple(bias for op in group if isinstance(op, MatMul) for bias in op.biases)
+            fused[id(group[0])] = replace(group[0], **parts)
     ops = (fused.get(id(op), op) for op in graph.ops)
     return replace(graph, ops=tuple(op for op in ops if op is not None))
 
 
 def fuse_residuals(graph: Graph) -> Graph:
-    """Add(MatMul result that nothing else reads, other) becomes the MatMul's residual, at the place of the Add."""
-    makers = {id(op.outs[0]): op for op in graph.ops if isinstance(op, MatMul) and len(op.outs) == 1}
+    """Add(result that nothing else reads, other) becomes the residual of its MatMul or CombineExperts, at the Add's place."""
+    makers: dict[int, MatMul | CombineExperts] = {
+        id(op.outputs[0]): op
+        for op in graph.ops
+        if isinstance(op, CombineExperts) or (isinstance(op, MatMul) and len(op.outs) == 1)
+    }
     readers = graph.readers()
     dropped: set[int] = set()
     ops: list[Op] = []
@@ -90,37 +102,40 @@ def fuse_residuals(graph: Graph) -> Graph:
                 maker = makers.get(id(part))
                 if maker is not None and maker.residual is None and readers[id(part)] == [op]:
                     dropped.add(id(maker))
-                    op = replace(maker, outs=(op.out,), residual=other)
+                    if isinstance(maker, MatMul):
+                        op = replace(maker, outs=(op.out,), residual=other)
+                    else:
+                        op = replace(maker, out=op.out, residual=other)
                     break
         ops.append(op)
     return replace(graph, ops=tuple(op for op in ops if id(op) not in dropped))
 
 
 def quantize_activations(graph: Graph) -> Graph:
-    """Every MatMul with quantized weights reads an "a8" value."""
+    """Every matmul with quantized weights reads an "a8" value."""
     return _round_activations(graph, "a8", is_quantized)
 
 
 def narrow_activations(graph: Graph) -> Graph:
-    """Every MatMul with BF16 weights reads a "bf16" value: for devices that multiply those faster than float32."""
+    """Every matmul with BF16 weights reads a "bf16" value: for devices that multiply those faster than float32."""
     return _round_activations(graph, "bf16", is_bfloat)
 
 
 def _round_activations(graph: Graph, dtype: Dtype, takes: Callable[[QuantTensor], bool]) -> Graph:
-    """Every MatMul with weights for which `takes` holds reads a value of `dtype`.
+    """Every matmul with weights for which `takes` holds reads a value of `dtype`.
 
     The op that makes x writes `dtype` by itself where it can and nothing else reads x; otherwise one Quantize follows it.
     """
     rounded: dict[int, Value] = {}  # id of x -> its rounded form
     for op in graph.ops:
-        if isinstance(op, MatMul) and _all(op, takes) and op.x.dtype == "f32":
+        if isinstance(op, AnyMatMul) and _all(op, takes) and op.x.dtype == "f32":
             rounded.setdefault(id(op.x), Value(f"{op.x.name}.{dtype}", op.x.width, op.x.rows, dtype))
     if not rounded:
         return graph
     readers = graph.readers()
     ops: list[Op] = []
     for op in graph.ops:
-        if isinstance(op, MatMul) and id(op.x) in rounded and _all(op, takes):
+        if isinstance(op, AnyMatMul) and id(op.x) in rounded and _all(op, takes):
             op = replace(op, x=rounded[id(op.x)])
         if (
             isinstance(op, RMSNorm | GatedActivation | Attention)
@@ -134,11 +149,12 @@ def _round_activations(graph: Graph, dtype: Dtype, takes: Callable[[QuantTensor]
     return replace(graph, ops=tuple(ops))
 
 
-def _all(op: MatMul, holds: Callable[[QuantTensor], bool]) -> bool:
+def _all(op: AnyMatMul, holds: Callable[[QuantTensor], bool]) -> bool:
     return all(holds(weight) for weight in op.weights)
 
 
 def _only_rounded(readers: list[Op], value: Value, takes: Callable[[QuantTensor], bool]) -> bool:
     return bool(readers) and all(
-        isinstance(op, MatMul) and op.x is value and op.residual is not value and _all(op, takes) for op in readers
+        isinstance(op, AnyMatMul) and op.inputs.count(value) == 1 and op.x is value and _all(op, takes)
+        for op in readers
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from pyinfer.graph.activation import quantize_activation
 from pyinfer.graph.backend import PageData, Progress, StageConfig, split_kv_dtype
 from pyinfer.graph.batch import Batch, Int32
+from pyinfer.graph.expert_math import combine, expert_matmul, route, sigmoid, softmax
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import (
     Activation,
@@ -18,13 +20,16 @@ from pyinfer.graph.ops import (
     AllReduce,
     ApplyRope,
     Attention,
+    CombineExperts,
     Embed,
+    ExpertMatMul,
     GatedActivation,
     Hidden,
     MatMul,
     Op,
     Quantize,
     RMSNorm,
+    RouteExperts,
     SelectRows,
     StoreKV,
     Value,
@@ -154,6 +159,14 @@ class ReferenceStage:
                 rows[op.out] = activate(rows[op.gate], op.activation) * rows[op.up]
             case Add():
                 rows[op.out] = rows[op.a] + rows[op.b]
+            case RouteExperts():
+                rows[op.experts], rows[op.weights] = route(op, rows[op.logits])
+            case ExpertMatMul():
+                for out, weight in zip(op.outs, op.weights, strict=True):
+                    kept = self._weights.get(id(weight))
+                    rows[out] = expert_matmul(rows[op.x], rows[op.experts], weight, kept)
+            case CombineExperts():
+                rows[op.out] = combine(rows[op.x], rows[op.weights], None if op.residual is None else rows[op.residual])
             case AllReduce():
                 assert self._all_reduce is not None
                 rows[op.out] = self._all_reduce(rows[op.x])
@@ -197,18 +210,19 @@ class _Rows:
     """The values of one run; a rounded value is held as the float32 that it stands for."""
 
     def __init__(self, graph: Graph) -> None:
-        self._arrays: dict[int, F32Array] = {}
+        self._arrays: dict[int, npt.NDArray[Any]] = {}
         self._last_use: dict[int, list[int]] = {}  # op index -> ids of the values that nothing later reads
         last = {id(value): index for index, op in enumerate(graph.ops) for value in (*op.inputs, *op.outputs)}
         last[id(graph.logits)] = len(graph.ops)
         for value_id, index in last.items():
             self._last_use.setdefault(index, []).append(value_id)
 
-    def __getitem__(self, value: Value) -> F32Array:
+    def __getitem__(self, value: Value) -> npt.NDArray[Any]:
         return self._arrays[id(value)]
 
-    def __setitem__(self, value: Value, array: F32Array) -> None:
-        assert array.shape[1] == value.width and array.dtype == np.float32, value.name
+    def __setitem__(self, value: Value, array: npt.NDArray[Any]) -> None:
+        assert array.shape[1] == value.width, value.name
+        assert array.dtype == (np.int32 if value.dtype == "i32" else np.float32), value.name
         if value.dtype == "a8":
             array = quantize_activation(array).dequantize()
         self._arrays[id(value)] = kept_as("bf16", array) if value.dtype == "bf16" else array
@@ -249,18 +263,10 @@ def apply_rope(x: F32Array, head_dim: int, rope: Rope, positions: npt.NDArray[np
     return out.reshape(x.shape)
 
 
-def softmax(scores: F32Array) -> F32Array:
-    """Over the last axis."""
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    out: F32Array = weights / weights.sum(axis=-1, keepdims=True)
-    return out
-
-
 def activate(x: F32Array, activation: Activation) -> F32Array:
     """SiLU (arXiv:1702.03118) or the tanh form of GELU (arXiv:1606.08415)."""
     if activation == "silu":
-        with np.errstate(over="ignore"):  # exp(-x) = inf gives the right 0
-            gate = np.reciprocal(np.exp(-x) + np.float32(1))
+        gate = sigmoid(x)
     else:
         inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
         gate = (np.tanh(inner) + np.float32(1)) / np.float32(2)
@@ -269,7 +275,9 @@ def activate(x: F32Array, activation: Activation) -> F32Array:
 
 
 def _dequantize_weights(graph: Graph, progress: Progress | None) -> dict[int, F32Array]:
-    tensors: dict[int, QuantTensor] = {id(w): w for op in graph.ops if isinstance(op, MatMul) for w in op.weights}
+    tensors: dict[int, QuantTensor] = {
+        id(w): w for op in graph.ops if isinstance(op, MatMul | ExpertMatMul) for w in op.weights
+    }
     weights = {}
     for done, (key, tensor) in enumerate(tensors.items()):
         if progress is not None:

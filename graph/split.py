@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Attention, Embed, Hidden, MatMul, Op, Quantize, RMSNorm, StoreKV, Value
+from pyinfer.graph.ops import Attention, Embed, ExpertMatMul, Hidden, MatMul, Op, Quantize, RMSNorm, StoreKV, Value
 from pyinfer.quant.tensor import QuantTensor
 
 
@@ -56,13 +56,17 @@ def weights_of(graph: Graph) -> Iterable[QuantTensor]:
     """Every matrix that the ops read, each once; a tied output matrix is the embedding's table."""
     seen: dict[int, QuantTensor] = {}
     for op in graph.ops:
-        for weight in (op.table,) if isinstance(op, Embed) else op.weights if isinstance(op, MatMul) else ():
+        read = (op.table,) if isinstance(op, Embed) else op.weights if isinstance(op, MatMul | ExpertMatMul) else ()
+        for weight in read:
             seen.setdefault(id(weight.data), weight)
     return seen.values()
 
 
 def expandable_weights(graph: Graph) -> Iterable[QuantTensor]:
-    """Matrices that a GPU may keep in float16 beside their packed form: those that all rows of a step are multiplied with."""
+    """Matrices that a GPU may keep in float16 beside their packed form: those that all rows of a step are multiplied with.
+
+    An expert's are not among them: it sees a few rows of each step.
+    """
     seen: dict[int, QuantTensor] = {}
     for op in graph.ops:
         if isinstance(op, MatMul) and op.outs[0].rows == "tokens":

@@ -21,11 +21,14 @@ from pyinfer.graph.ops import (
     AllReduce,
     ApplyRope,
     Attention,
+    CombineExperts,
     Embed,
+    ExpertMatMul,
     GatedActivation,
     MatMul,
     Op,
     RMSNorm,
+    RouteExperts,
     SelectRows,
     StoreKV,
     Value,
@@ -64,6 +67,8 @@ class _Shard:
             Add: self._like_input,
             SelectRows: self._like_input,
         }
+        if any(isinstance(op, RouteExperts | ExpertMatMul | CombineExperts) for op in graph.ops):
+            raise ConfigError(f"a mixture of experts cannot be shared out over {n} GPUs; use a layer split")
 
     def graph(self) -> Graph:
         for op in self._graph.ops:

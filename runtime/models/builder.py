@@ -10,17 +10,20 @@ from pyinfer.graph.ops import (
     Add,
     ApplyRope,
     Attention,
+    CombineExperts,
     Embed,
+    ExpertMatMul,
     GatedActivation,
     MatMul,
     Op,
     RMSNorm,
+    RouteExperts,
     SelectRows,
     StoreKV,
     Value,
 )
 from pyinfer.graph.rope import Rope
-from pyinfer.runtime.models.common import ModelReader, Sizes
+from pyinfer.runtime.models.common import ExpertSizes, ModelReader, Sizes
 
 
 class DecoderBuilder:
@@ -81,16 +84,68 @@ class DecoderBuilder:
         self.ops.append(Attention(out, q, layer, self.sizes.n_heads, scale))
         return out
 
-    def feed_forward(self, prefix: str, x: Value, activation: Activation, *, is_fused: bool = False) -> Value:
-        """down(activation(gate(x)) * up(x)); fused: `ffn_up` holds the rows of gate, then those of up."""
+    def feed_forward(
+        self,
+        prefix: str,
+        x: Value,
+        activation: Activation,
+        *,
+        is_fused: bool = False,
+        experts: ExpertSizes | None = None,
+    ) -> Value:
+        """down(activation(gate(x)) * up(x)), or that of experts; fused: `ffn_up` holds the rows of gate, then those of up."""
+        if experts is not None:
+            return self._experts(prefix, x, activation, experts)
         names = f"{prefix}.ffn_gate", f"{prefix}.ffn_up"
         if is_fused:
             gate, up = self.split_matmul(names[1], x, dict.fromkeys(names, self.sizes.n_ff))
         else:
             gate, up = (self.matmul(name, x, self.sizes.n_ff) for name in names)
-        gated = Value(f"{prefix}.ffn_gated", self.sizes.n_ff, x.rows)
+        return self.matmul(f"{prefix}.ffn_down", self._gated(prefix, gate, up, activation), self.sizes.n_embd)
+
+    def _gated(self, prefix: str, gate: Value, up: Value, activation: Activation) -> Value:
+        gated = Value(f"{prefix}.ffn_gated", gate.width, gate.rows)
         self.ops.append(GatedActivation(gated, gate, up, activation))
-        return self.matmul(f"{prefix}.ffn_down", gated, self.sizes.n_embd)
+        return gated
+
+    def _experts(self, prefix: str, x: Value, activation: Activation, sizes: ExpertSizes) -> Value:
+        """The weighted sum of what the experts that `ffn_gate_inp` chooses for a row make of it, and the shared expert."""
+        logits = self.matmul(f"{prefix}.ffn_gate_inp", x, sizes.n_experts)
+        experts = Value(f"{prefix}.experts", sizes.n_used, x.rows, "i32")
+        weights = Value(f"{prefix}.expert_weights", sizes.n_used, x.rows)
+        self.ops.append(RouteExperts(experts, weights, logits, sizes.normalize))
+        gate, up = (self._expert_matmul(f"{prefix}.{name}_exps", x, experts, sizes) for name in ("ffn_gate", "ffn_up"))
+        gated = self._gated(prefix, gate, up, activation)
+        down = self._expert_matmul(f"{prefix}.ffn_down_exps", gated, experts, sizes)
+        out = Value(f"{prefix}.ffn_experts", self.sizes.n_embd, x.rows)
+        self.ops.append(CombineExperts(out, down, weights))
+        if sizes.shared_n_ff is not None:
+            out = self._shared_expert(prefix, x, activation, sizes.shared_n_ff, out)
+        return out
+
+    def _shared_expert(self, prefix: str, x: Value, activation: Activation, n_ff: int, others: Value) -> Value:
+        """`others` + sigmoid(gate of the row) * the shared expert: a choice of one among one."""
+        logit = Value(f"{prefix}.ffn_gate_inp_shexp", 1, x.rows)
+        weight = self.reader.row(f"{prefix}.ffn_gate_inp_shexp.weight", x.width)
+        self.ops.append(MatMul((logit,), x, (weight,), (None,)))
+        only, share = Value(f"{prefix}.shared_expert", 1, x.rows, "i32"), Value(f"{prefix}.share", 1, x.rows)
+        self.ops.append(RouteExperts(only, share, logit, normalize=False, scoring="sigmoid"))
+        gate, up = (self.matmul(f"{prefix}.{name}_shexp", x, n_ff) for name in ("ffn_gate", "ffn_up"))
+        gated = self._gated(f"{prefix}.shared", gate, up, activation)
+        down = self.matmul(f"{prefix}.ffn_down_shexp", gated, self.sizes.n_embd)
+        out = Value(f"{prefix}.ffn_out", self.sizes.n_embd, x.rows)
+        self.ops.append(CombineExperts(out, down, share, others))
+        return out
+
+    def _expert_matmul(self, name: str, x: Value, experts: Value, sizes: ExpertSizes) -> Value:
+        """From n_embd columns to each expert's, or from those of every slot back."""
+        n_out, n_in = sizes.n_ff, self.sizes.n_embd
+        if name.endswith("ffn_down_exps"):
+            n_out, n_in = n_in, n_out
+        out = Value(name, sizes.n_used * n_out, x.rows)
+        weight = self.reader.experts(f"{name}.weight", sizes.n_experts, n_out, n_in)
+        self.ops.append(ExpertMatMul((out,), x, experts, (weight,)))
+        return out
 
     def add(self, a: Value, b: Value) -> Value:
         out = Value(f"{a.name}+", a.width, a.rows)

@@ -6,7 +6,7 @@ Each missing or malformed key or tensor is one `ModelError` that names it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,6 +22,7 @@ F32Array = npt.NDArray[np.float32]
 _FLOAT_TYPES = ("F32", "F16", "BF16")
 _SCALINGS: dict[str, Literal["none", "linear", "yarn"]] = {"none": "none", "linear": "linear", "yarn": "yarn"}
 _KEY_MAX = 2**31 - 1
+_SOFTMAX = 1  # of `expert_gating_func`
 
 
 class ModelReader:
@@ -73,7 +74,7 @@ class ModelReader:
     def reject_experts(self) -> None:
         if self.value("expert_count"):
             raise self.key_error(
-                "expert_count", f"is {self.value('expert_count')}; mixture-of-experts models are not supported"
+                "expert_count", f"is {self.value('expert_count')}; {self.arch} models with experts are not supported"
             )
 
     def has(self, name: str) -> bool:
@@ -81,11 +82,23 @@ class ModelReader:
 
     def matrix(self, name: str, rows: int, cols: int) -> QuantTensor:
         """The weight (rows, cols), of a float type or of a supported block type."""
-        tensor = self._tensor(name, (rows, cols))
+        return self._weight(name, (rows, cols))
+
+    def _weight(self, name: str, shape: tuple[int, ...]) -> QuantTensor:
+        tensor = self._tensor(name, shape)
         codec = tensor.codec
         if not codec.supported or (codec.block_size == 1 and codec.name not in _FLOAT_TYPES):
             raise self.error(f"tensor {name} is of type {codec.name}, which is not supported for weights")
         return tensor
+
+    def row(self, name: str, width: int) -> QuantTensor:
+        """The weight (1, width) that is stored as a vector."""
+        tensor = self._weight(name, (width,))
+        return replace(tensor, shape=(1, width), data=tensor.data.reshape(1, -1))
+
+    def experts(self, name: str, n_experts: int, rows: int, cols: int) -> QuantTensor:
+        """The weights (n_experts, rows, cols) of one matrix of every expert."""
+        return self._weight(name, (n_experts, rows, cols))
 
     def vector(self, name: str, width: int) -> F32Array:
         """float32 [width] of a norm's weight or a bias."""
@@ -171,6 +184,30 @@ def read_sizes(reader: ModelReader) -> Sizes:
         n_ctx_train=reader.integer("context_length"),
         eps=reader.number("attention.layer_norm_rms_epsilon"),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSizes:
+    """A mixture of experts: `n_used` of `n_experts` feed-forward networks of width `n_ff` for each token."""
+
+    n_experts: int
+    n_used: int
+    n_ff: int
+    normalize: bool  # what the chosen ones weigh adds up to 1
+    shared_n_ff: int | None = None  # the width of one more, which every token has
+
+
+def read_experts(reader: ModelReader, n_ff: int, *, normalize: bool, has_shared: bool = False) -> ExpertSizes:
+    """The sizes of the experts; `n_ff` is the width of those whose width is not in the metadata."""
+    n_experts, n_used = reader.integer("expert_count"), reader.integer("expert_used_count")
+    if n_used > n_experts:
+        raise reader.key_error("expert_used_count", f"is {n_used}; expected at most the {n_experts} experts there are")
+    if reader.value("expert_gating_func") not in (None, _SOFTMAX):
+        raise reader.key_error(
+            "expert_gating_func", f"is {reader.value('expert_gating_func')}; supported: {_SOFTMAX} (softmax)"
+        )
+    shared = reader.integer("expert_shared_feed_forward_length", n_ff) if has_shared else None
+    return ExpertSizes(n_experts, n_used, reader.integer("expert_feed_forward_length", n_ff), normalize, shared)
 
 
 def _n_vocab(reader: ModelReader) -> int:

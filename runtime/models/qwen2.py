@@ -9,4 +9,5 @@ from pyinfer.runtime.models.common import ModelReader
 
 def build(reader: ModelReader) -> Graph:
     """The biases are tensors of the file, which the builder takes wherever there are any."""
-    return llama.build(reader, pairing="half")
+    reader.reject_experts()
+    return llama.decoder(reader, "half")

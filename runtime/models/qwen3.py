@@ -1,4 +1,4 @@
-"""`qwen3`: Qwen 3, dense (arXiv:2505.09388): each head of q and k is normalized before it is rotated."""
+"""`qwen3` and `qwen3moe`: Qwen 3 (arXiv:2505.09388): each head of q and k is normalized before it is rotated."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import math
 
 from pyinfer.graph.graph import Graph
 from pyinfer.runtime.models.builder import DecoderBuilder
-from pyinfer.runtime.models.common import ModelReader, read_rope, read_sizes
+from pyinfer.runtime.models.common import ExpertSizes, ModelReader, read_experts, read_rope, read_sizes
 
 
 def build(reader: ModelReader) -> Graph:
     """Pre-norm decoder with grouped heads and an RMSNorm on every head of q and k."""
     reader.reject_experts()
+    return _build(reader, None)
+
+
+def build_moe(reader: ModelReader) -> Graph:
+    """The same with experts; without a width of their own they share `feed_forward_length`."""
+    n_ff = reader.integer("feed_forward_length") // reader.integer("expert_used_count")
+    return _build(reader, read_experts(reader, max(1, n_ff), normalize=True))
+
+
+def _build(reader: ModelReader, experts: ExpertSizes | None) -> Graph:
     sizes = read_sizes(reader)
     rope = read_rope(reader, sizes, "half")
     b = DecoderBuilder(reader, sizes)
@@ -26,5 +36,5 @@ def build(reader: ModelReader) -> Graph:
         if i == sizes.n_layers - 1:
             h, x = b.select_outputs(h, x)
         x = b.add(b.matmul(f"{blk}.attn_output", h, sizes.n_embd), x)
-        x = b.add(b.feed_forward(blk, b.norm(f"{blk}.ffn_norm", x), "silu"), x)
+        x = b.add(b.feed_forward(blk, b.norm(f"{blk}.ffn_norm", x), "silu", experts=experts), x)
     return b.finish(x)

@@ -8,14 +8,16 @@ from types import MappingProxyType
 from pyinfer.errors import ModelError
 from pyinfer.graph.graph import Graph
 from pyinfer.quant.gguf import GGUFFile
-from pyinfer.runtime.models import gemma3, llama, phi3, qwen2, qwen3
+from pyinfer.runtime.models import gemma3, llama, phi3, qwen2, qwen2moe, qwen3
 from pyinfer.runtime.models.common import ModelReader
 
 ARCHITECTURES: MappingProxyType[str, Callable[[ModelReader], Graph]] = MappingProxyType(
     {
         "llama": llama.build,
         "qwen2": qwen2.build,
+        "qwen2moe": qwen2moe.build,
         "qwen3": qwen3.build,
+        "qwen3moe": qwen3.build_moe,
         "gemma3": gemma3.build,
         "phi3": phi3.build,
     }

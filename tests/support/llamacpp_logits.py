@@ -117,6 +117,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3 short factors": ("phi3", _long_rope(512)),
     "phi3 long factors": ("phi3", _long_rope(256)),
     "phi3 half the head rotated": ("phi3", {"metadata": {"phi3.rope.dimension_count": 8}}),
+    "llama experts": ("llama", {"shape": TinyShape(n_experts=4)}),
+    "llama one expert of three": ("llama", {"shape": TinyShape(n_experts=3, n_used=1)}),
+    "qwen3moe": ("qwen3moe", {"shape": _WIDE}),
+    "qwen3moe no width of experts": (
+        "qwen3moe",
+        {
+            "shape": TinyShape(n_experts=20, n_used=5),
+            "metadata": {"qwen3moe.feed_forward_length": 640, "qwen3moe.expert_feed_forward_length": None},
+        },
+    ),
+    "qwen2moe": ("qwen2moe", {}),
     "gemma3 27b attention scale": ("gemma3", {"shape": TinyShape(n_layers=62, n_heads=2, head_dim=16)}),
 }
 

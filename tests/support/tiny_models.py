@@ -8,6 +8,7 @@ Tests say `from tiny_models import write_tiny_model` (pytest's `pythonpath` name
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class TinyShape:
     head_dim: int | None = None
     n_ctx: int = 512
     tied: bool = False
+    n_experts: int | None = None  # None: none, and 6 in architectures that cannot be without
+    n_used: int = 2
 
     def filled(self, block: int) -> TinyShape:
         n_embd = self.n_embd or max(64, block)
@@ -138,16 +141,24 @@ def write_tiny_model(
     s = (shape or TinyShape()).filled(max(codec_by_name(name).block_size for name in names))
     assert s.n_embd and s.n_ff and s.head_dim
     rng = np.random.RandomState(seed)  # its stream is frozen: logits stored in tests/data stay valid
+    n_experts = s.n_experts or (6 if arch.endswith("moe") else 0)
     tensors: dict[str, tuple[str, tuple[int, ...], npt.NDArray[np.uint8]]] = {}
 
-    def matrix(name: str, rows: int, cols: int, std: float) -> None:
-        tensors[name] = (choose(name), (rows, cols), random_weights(choose(name), rows, cols, rng, std))
+    def matrix(name: str, rows: int, cols: int, std: float, *experts: int) -> None:
+        data = random_weights(choose(name), rows * math.prod(experts), cols, rng, std)
+        tensors[name] = (choose(name), (*experts, rows, cols), data)
 
     def vector(name: str, values: npt.NDArray[Any]) -> None:
         tensors[name] = ("F32", values.shape, values.astype("<f4").view(np.uint8).reshape(1, -1))
 
     def norm(name: str, width: int) -> None:
         vector(name, rng.uniform(0.5, 1.5, width))
+
+    def experts(prefix: str, end: str, n_ff: int, *experts: int) -> None:
+        assert s.n_embd
+        matrix(f"{prefix}ffn_gate{end}", n_ff, s.n_embd, s.n_embd**-0.5, *experts)
+        matrix(f"{prefix}ffn_up{end}", n_ff, s.n_embd, s.n_embd**-0.5, *experts)
+        matrix(f"{prefix}ffn_down{end}", s.n_embd, n_ff, n_ff**-0.5, *experts)
 
     matrix("token_embd.weight", N_VOCAB, s.n_embd, 1.0 if arch != "gemma3" else s.n_embd**-0.5)
     norm("output_norm.weight", s.n_embd)
@@ -167,14 +178,19 @@ def write_tiny_model(
         matrix(b + "attn_output.weight", s.n_embd, q_width, q_width**-0.5)
         if arch == "phi3":
             matrix(b + "ffn_up.weight", 2 * s.n_ff, s.n_embd, s.n_embd**-0.5)
+            matrix(b + "ffn_down.weight", s.n_embd, s.n_ff, s.n_ff**-0.5)
+        elif n_experts:
+            vector(b + "ffn_gate_inp.weight", rng.normal(0, 2 * s.n_embd**-0.5, (n_experts, s.n_embd)))
+            experts(b, "_exps.weight", s.n_ff, n_experts)
         else:
-            matrix(b + "ffn_gate.weight", s.n_ff, s.n_embd, s.n_embd**-0.5)
-            matrix(b + "ffn_up.weight", s.n_ff, s.n_embd, s.n_embd**-0.5)
-        matrix(b + "ffn_down.weight", s.n_embd, s.n_ff, s.n_ff**-0.5)
-        if arch == "qwen2":
+            experts(b, ".weight", s.n_ff)
+        if arch == "qwen2moe":
+            vector(b + "ffn_gate_inp_shexp.weight", rng.normal(0, s.n_embd**-0.5, s.n_embd))
+            experts(b, "_shexp.weight", s.n_embd)
+        if arch in ("qwen2", "qwen2moe"):
             for name, width in (("attn_q", q_width), ("attn_k", kv_width), ("attn_v", kv_width)):
                 vector(f"{b}{name}.bias", rng.normal(0, 0.3, width))
-        if arch in ("qwen3", "gemma3"):
+        if arch in ("qwen3", "qwen3moe", "gemma3"):
             norm(b + "attn_q_norm.weight", s.head_dim)
             norm(b + "attn_k_norm.weight", s.head_dim)
         if arch == "gemma3":
@@ -184,7 +200,7 @@ def write_tiny_model(
         vector(name, values)
     for name in omit:
         del tensors[name]
-    keys = {**_architecture_keys(arch, s), **tiny_vocabulary(), **(metadata or {})}
+    keys = {**_architecture_keys(arch, s, n_experts), **tiny_vocabulary(), **(metadata or {})}
     write_gguf(path, {key: value for key, value in keys.items() if value is not None}, tensors)
     return path
 
@@ -194,7 +210,7 @@ def _matrix_names(layer: int) -> list[str]:
     return [f"blk.{layer}.{kind}.weight" for kind in kinds]
 
 
-def _architecture_keys(arch: str, s: TinyShape) -> dict[str, Any]:
+def _architecture_keys(arch: str, s: TinyShape, n_experts: int) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "general.architecture": arch,
         "general.name": f"tiny {arch}",
@@ -209,6 +225,13 @@ def _architecture_keys(arch: str, s: TinyShape) -> dict[str, Any]:
         f"{arch}.attention.layer_norm_rms_epsilon": 1e-5,
         f"{arch}.rope.freq_base": 10000.0 if arch != "gemma3" else 1_000_000.0,
     }
+    if n_experts:
+        keys |= {f"{arch}.expert_count": n_experts, f"{arch}.expert_used_count": s.n_used}
+    if arch.endswith("moe"):
+        assert s.n_ff and s.n_embd
+        keys |= {f"{arch}.feed_forward_length": 3 * s.n_ff, f"{arch}.expert_feed_forward_length": s.n_ff}
+    if arch == "qwen2moe":
+        keys["qwen2moe.expert_shared_feed_forward_length"] = s.n_embd
     if arch == "llama":
         keys["llama.rope.dimension_count"] = s.head_dim
     if arch == "phi3":

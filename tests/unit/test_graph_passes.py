@@ -14,8 +14,15 @@ from tiny_models import write_tiny_model
 
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Add, Embed, MatMul, Quantize, RMSNorm, Value
-from pyinfer.graph.passes import fuse_projections, fuse_residuals, is_quantized, optimize, quantize_activations
+from pyinfer.graph.ops import Add, CombineExperts, Embed, MatMul, Quantize, RMSNorm, Value
+from pyinfer.graph.passes import (
+    AnyMatMul,
+    fuse_projections,
+    fuse_residuals,
+    is_quantized,
+    optimize,
+    quantize_activations,
+)
 from pyinfer.graph.reference import ReferenceBackend
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime.models.registry import ARCHITECTURES, build_graph
@@ -53,11 +60,28 @@ def test_fusing_changes_no_logit(arch: str, rewrite: Callable[[Graph], Graph], c
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_projections_of_one_value_become_one_matmul(arch: str, tmp_path: Path) -> None:
     graph = fuse_projections(build(write_tiny_model(tmp_path / "m.gguf", arch)))
-    names = [tuple(w.name.split(".")[-2] for w in op.weights) for op in graph.ops if isinstance(op, MatMul)]
+    matmuls = [op for op in graph.ops if isinstance(op, AnyMatMul)]
+    names = [tuple(w.name.split(".")[-2] for w in op.weights) for op in matmuls]
     layer = [("attn_q", "attn_k", "attn_v"), ("attn_output",), ("ffn_gate", "ffn_up"), ("ffn_down",)]
+    experts = [("ffn_gate_exps", "ffn_up_exps"), ("ffn_down_exps",)]
+    if arch == "qwen3moe":
+        layer[2:] = [("ffn_gate_inp",), *experts]
+    if arch == "qwen2moe":  # both gates are float
+        layer[2:] = [
+            ("ffn_gate_inp", "ffn_gate_inp_shexp"),
+            *experts,
+            ("ffn_gate_shexp", "ffn_up_shexp"),
+            ("ffn_down_shexp",),
+        ]
     if arch == "phi3":  # parts of one matrix
         layer = [("attn_qkv",) * 3, ("attn_output",), ("ffn_up",) * 2, ("ffn_down",)]
     assert names == [*layer, *layer, ("token_embd" if arch == "gemma3" else "output",)]
+
+
+def test_residuals_join_the_combination_of_experts(tmp_path: Path) -> None:
+    graph = optimize(build(write_tiny_model(tmp_path / "m.gguf", "qwen3moe")))
+    assert not any(isinstance(op, Add) for op in graph.ops)
+    assert [op.residual is not None for op in graph.ops if isinstance(op, CombineExperts)] == [True, True]
 
 
 def test_float_and_quantized_weights_are_not_fused(tmp_path: Path) -> None:
@@ -106,11 +130,11 @@ def test_quantized_weights_read_int8_activations(arch: str, codec: str, tmp_path
     for rewritten in (quantize_activations(graph), optimize(graph)):
         rewritten.check()
         for op in rewritten.ops:
-            if isinstance(op, MatMul):
+            others = list(op.inputs)
+            if isinstance(op, AnyMatMul):
                 assert (op.x.dtype == "a8") == is_quantized(op.weights[0])
-                assert op.residual is None or op.residual.dtype == "f32"
-            else:
-                assert all(value.dtype == "f32" for value in op.inputs)
+                others.remove(op.x)
+            assert all(value.dtype in ("f32", "i32") for value in others)
         made = Counter(id(op.x) for op in rewritten.ops if isinstance(op, Quantize))
         assert set(made.values()) <= {1}, "a value is quantized twice"
         exact, rounded = logits(graph), logits(rewritten)

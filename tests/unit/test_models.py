@@ -14,7 +14,7 @@ from tiny_models import TinyShape, write_tiny_model
 from pyinfer.errors import ModelError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import ApplyRope, Attention, Embed, MatMul, SelectRows
+from pyinfer.graph.ops import ApplyRope, Attention, Embed, ExpertMatMul, MatMul, SelectRows
 from pyinfer.graph.passes import for_context
 from pyinfer.graph.reference import ReferenceBackend
 from pyinfer.quant.gguf import GGUFFile
@@ -58,11 +58,17 @@ def test_the_cases_differ_from_each_other() -> None:
 def test_the_last_layer_runs_its_feed_forward_for_wanted_rows_only(arch: str, tmp_path: Path) -> None:
     graph = build(write_tiny_model(tmp_path / "m.gguf", arch))
     selected = next(i for i, op in enumerate(graph.ops) if isinstance(op, SelectRows))
-    after = [op for op in graph.ops[selected:] if isinstance(op, MatMul)]
+    after = [op for op in graph.ops[selected:] if isinstance(op, MatMul | ExpertMatMul)]
+    experts, shared = (tuple(f"ffn_{part}_{end}" for part in ("gate", "up", "down")) for end in ("exps", "shexp"))
+    feed_forward = {
+        "qwen3moe": ("ffn_gate_inp", *experts),
+        "qwen2moe": ("ffn_gate_inp", *experts, "ffn_gate_inp_shexp", *shared),
+    }.get(arch, ("ffn_gate", "ffn_up", "ffn_down"))
     assert [op.outs[0].name for op in after] == [
-        *(f"blk.1.{name}" for name in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")),
+        *(f"blk.1.{name}" for name in ("attn_output", *feed_forward)),
         "output",
     ]
+    assert all(value.rows == "outputs" for op in graph.ops[selected:] for value in op.outputs)
     assert graph.logits.rows == "outputs" and graph.logits.width == graph.n_vocab == 300
 
 
@@ -121,7 +127,10 @@ def test_weights_of_different_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "mamba"}, r"architecture 'mamba' is not known; known: llama, qwen2, qwen3, gemma3, phi3"),
+        (
+            {"arch": "mamba"},
+            r"architecture 'mamba' is not known; known: llama, qwen2, qwen2moe, qwen3, qwen3moe, gemma3, phi3",
+        ),
         ({"metadata": {"general.architecture": None}}, r"architecture None is not known"),
         ({"metadata": {"llama.block_count": None}}, r"key llama\.block_count is missing"),
         ({"metadata": {"llama.block_count": 2**31 - 1}}, r"2147483647 layers cannot be made of 21 tensors"),
@@ -134,7 +143,31 @@ def test_weights_of_different_types(tmp_path: Path) -> None:
         ({"metadata": {"llama.attention.head_count_kv": 3}}, r"4 heads cannot share 3 key heads"),
         ({"metadata": {"llama.attention.value_length": 32}}, r"values of 32 columns a head beside keys of 16"),
         ({"metadata": {"llama.attention.layer_norm_rms_epsilon": float("nan")}}, r"epsilon is nan; expected a finite"),
-        ({"metadata": {"llama.expert_count": 8}}, r"expert_count is 8; mixture-of-experts models are not supported"),
+        (
+            {"arch": "qwen3", "metadata": {"qwen3.expert_count": 8}},
+            r"is 8; qwen3 models with experts are not supported",
+        ),
+        (
+            {"arch": "qwen2", "metadata": {"qwen2.expert_count": 8}},
+            r"is 8; qwen2 models with experts are not supported",
+        ),
+        ({"metadata": {"llama.expert_count": 8}}, r"key llama\.expert_used_count is missing"),
+        (
+            {"metadata": {"llama.expert_count": 4, "llama.expert_used_count": 5}},
+            r"expert_used_count is 5; expected at most the 4 experts there are",
+        ),
+        (
+            {"metadata": {"llama.expert_count": 4, "llama.expert_used_count": 2, "llama.expert_gating_func": 2}},
+            r"expert_gating_func is 2; supported: 1 \(softmax\)",
+        ),
+        (
+            {"metadata": {"llama.expert_count": 4, "llama.expert_used_count": 2}},
+            r"tensor blk\.0\.ffn_gate_inp\.weight is missing",
+        ),
+        (
+            {"shape": TinyShape(n_experts=4), "metadata": {"llama.expert_count": 5}},
+            r"tensor blk\.0\.ffn_gate_inp\.weight has shape \(4, 64\); expected \(5, 64\)",
+        ),
         ({"metadata": {"llama.rope.scaling.type": "longrope"}}, r"is 'longrope'; supported: none, linear, yarn"),
         ({"metadata": {"llama.rope.scaling.type": 3}}, r"rope\.scaling\.type is 3; expected a string"),
         (
