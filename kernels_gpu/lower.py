@@ -7,7 +7,7 @@ by a copy. Float32 is what everything else reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from pyinfer.kernels_gpu.buckets import DECODE_ROWS
 from pyinfer.kernels_gpu.fusion import AttentionGroup, GatedGroup, Group, NormGroup, SingleOp
 from pyinfer.kernels_gpu.launch import Buffer, Reduce
 from pyinfer.kernels_gpu.lower_attention import AttentionRules
+from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.products import build_products, operand_form
@@ -140,18 +141,27 @@ class _Lowering(AttentionRules):
         self.steps += build_quantize(self._write(op.out, form), x.data, self._rows(op.out))
 
     def _matmul(self, op: MatMul) -> None:
-        x, n = self.values[op.x], self._rows(op.outs[0])
-        form = operand_form(op.weights[0], n)
-        scratch = None
-        if x.form != form:
-            operand, scratch = self.values.operand_scratch(form, n, x.width)
-            self.steps += build_quantize(operand, x.data, n)
-            x = operand
         residual = None if op.residual is None else self.values[op.residual].data
         outs = [self._write(out).data for out in op.outs]
-        self.steps += build_products(op, x, outs, n, residual, self.memory, self.values)
-        if scratch is not None:
-            self.values.release(scratch)
+        self._multiply(op, outs, residual)
+
+    def _multiply(self, op: MatMul, outs: Sequence[Buffer], residual: Buffer | None) -> None:
+        """Float types read x in several forms, so each form's matrices go by themselves."""
+        x, n = self.values[op.x], self._rows(op.outs[0])
+        forms = [operand_form(weight, n) for weight in op.weights]
+        for form in dict.fromkeys(forms):
+            operand, scratch = x, None
+            if x.form != form:
+                operand, scratch = self.values.operand_scratch(form, n, x.width)
+                self.steps += build_quantize(operand, x.data, n)
+            products = [
+                Product(self.memory.weights[weight], out, None if bias is None else self.memory.weights.vector(bias))
+                for weight, out, bias, own in zip(op.weights, outs, op.biases, forms, strict=True)
+                if own == form
+            ]
+            self.steps += build_products(operand, products, n, residual, self.memory, self.values)
+            if scratch is not None:
+                self.values.release(scratch)
 
     def _gated(self, op: GatedActivation) -> None:
         gate, up = self.values[op.gate].data, self.values[op.up].data

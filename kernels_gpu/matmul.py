@@ -5,6 +5,7 @@ made float16, multiplied and finished one after another in the same scratch memo
 to device memory is the packed weights and the results. Where a float16 copy of a matrix is kept (`expand`), or the file has
 float16, that is multiplied instead. All rows of a step share what was made float16: a prompt that comes in larger steps
 pays for it less often (7e9 weights of Llama-3.1-8B, by an H200's bandwidth: 1.5 ms if it stays in the L2, else 4.2).
+Float32 weights are always cuBLAS's, with float32 rows and float32 products.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Step
+from pyinfer.kernels_gpu.launch import Buffer, Gemm, GemmType, Kernel, Launch, Step
 from pyinfer.kernels_gpu.matmul_route import Problem, Route
 from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.mma_tiling import FLOAT_KINDS, GPU, Tiling, tilings
@@ -25,7 +26,7 @@ MAX_MATRICES = 3  # of one launch of matmul_mma
 _NO_MATRIX = (None, None, None, 0)
 _FINISH_THREADS = 128
 # what weights are multiplied with before they become float16, which below 6e-5 would lose digits
-_GAINS = {"F16": 1.0, "BF16": 1.0}
+_GAINS = {"F32": 1.0, "F16": 1.0, "BF16": 1.0}
 _BLOCK_GAIN = 64.0
 
 
@@ -142,8 +143,8 @@ def build_gemm(
     *,
     residual: Buffer | None = None,
 ) -> list[Step]:
-    """cuBLAS on `slice_rows` weight rows at a time."""
-    assert x.form == "h16" and x.width == problem.columns
+    """cuBLAS on `slice_rows` weight rows at a time; float32 weights with float32 rows, as they lie."""
+    assert x.form == ("f32" if problem.kind == "F32" else "h16") and x.width == problem.columns
     assert residual is None or len(products) == 1
     steps: list[Step] = []
     for product in products:
@@ -157,19 +158,23 @@ def _slice(
     x: Operand, problem: Problem, product: Product, memory: MatmulMemory, first: int, n: int, residual: Buffer | None
 ) -> Iterator[Step]:
     m, columns, width = problem.m, problem.columns, product.weight.layout.n_rows
-    gain = gain_of(problem.kind)
+    kind: GemmType = "f32" if problem.kind == "F32" else "f16"
+    gain, stride = gain_of(problem.kind), columns
     weights = float16_of(product.weight, memory.copies)
-    if weights is not None:
+    if kind == "f32":
+        row_bytes = product.weight.layout.parts[0].row_bytes
+        weights, stride = product.weight.buffer.at(row_bytes * first, row_bytes * n), row_bytes // 4
+    elif weights is not None:
         weights = weights.at(2 * first * columns, 2 * n * columns)
     else:
         weights = memory.scratch.at(0, 2 * n * columns)
         yield from build_dequantize(weights, product.weight, first, n, gain)
     out, bias = product.out.at(4 * first), product.bias.at(4 * first) if product.bias else None
     if x.scales is None and bias is None and residual is None:
-        yield Gemm(out, x.data, weights, m, n, columns, out_stride=width, alpha=1.0 / gain)
+        yield Gemm(out, x.data, weights, m, n, columns, width, alpha=1.0 / gain, kind=kind, w_stride=stride)
         return
     result = memory.scratch.at(_slice_bytes(n, problem), 4 * m * n)
-    yield Gemm(result, x.data, weights, m, n, columns, out_stride=n)
+    yield Gemm(result, x.data, weights, m, n, columns, n, kind=kind, w_stride=stride)
     yield Launch(
         Kernel("matmul_finish.cu", "matmul_finish", (("THREADS", _FINISH_THREADS),)),
         grid=(-(-n // (4 * _FINISH_THREADS)), m, 1),
@@ -200,7 +205,8 @@ def float16_of(weight: DeviceWeight, copies: Mapping[int, Buffer]) -> Buffer | N
 
 
 def _slice_bytes(n: int, problem: Problem) -> int:
-    return -(-2 * n * problem.columns // 256) * 256
+    """Of weights that are made float16."""
+    return 0 if problem.kind == "F32" else -(-2 * n * problem.columns // 256) * 256
 
 
 def _kind(product: Product) -> str:

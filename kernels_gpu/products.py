@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyinfer.graph.ops import MatMul
 from pyinfer.kernels_gpu.buckets import DECODE_ROWS
 from pyinfer.kernels_gpu.launch import Buffer, Step
 from pyinfer.kernels_gpu.matmul import (
@@ -26,7 +25,7 @@ _MMA_COLUMNS = 8  # that a row of a tensor-core product must be a multiple of
 
 
 def operand_form(weight: QuantTensor, n_rows: int) -> Form:
-    """The form in which a matrix of this type reads so many rows."""
+    """The form in which a matrix of this type reads so many rows; many rows of float32 go to cuBLAS as they are."""
     kind = weight.codec.name
     if n_rows <= DECODE_ROWS:
         return "f32" if kind in FLOAT_BYTES else "a8"
@@ -34,28 +33,28 @@ def operand_form(weight: QuantTensor, n_rows: int) -> Form:
 
 
 def build_products(
-    op: MatMul,
     x: Operand,
-    outs: Sequence[Buffer],
+    products: Sequence[Product],
     n_rows: int,
     residual: Buffer | None,
     memory: StageMemory,
     plan: ValuePlan,
 ) -> list[Step]:
-    """outs[i] = x @ weights[i].T + biases[i] (+ residual), all of which read x in the same form."""
-    products = [
-        Product(memory.weights[weight], out, None if bias is None else memory.weights.vector(bias))
-        for weight, out, bias in zip(op.weights, outs, op.biases, strict=True)
-    ]
+    """Each product's out = x @ weight.T + bias (+ residual), all of which read x in the form that it has."""
     if x.form == "h16":
         return _many_rows(x, products, n_rows, residual, memory, plan)
-    return _few_rows(x, products, n_rows, residual, memory)
+    if n_rows <= DECODE_ROWS:
+        return _few_rows(x, products, n_rows, residual, memory)
+    by_cublas = [product for product in products if product.weight.layout.kind == "F32"]
+    others = [product for product in products if product.weight.layout.kind != "F32"]
+    steps = _many_rows(x, by_cublas, n_rows, residual, memory, plan)
+    return [*steps, *_few_rows(x, others, n_rows, residual, memory)] if others else steps
 
 
 def _few_rows(
     x: Operand, products: Sequence[Product], n_rows: int, residual: Buffer | None, memory: StageMemory
 ) -> list[Step]:
-    """Rows eight at a time: all there are in decode; for float32 weights, which have no other kernel, any number."""
+    """Rows eight at a time: all there are in decode; any number for 16-bit floats whose rows the tensor cores cannot take."""
     steps: list[Step] = []
     for first in range(0, n_rows, DECODE_ROWS):
         some = min(DECODE_ROWS, n_rows - first)

@@ -46,13 +46,12 @@ class ProgramBuilder:
 
     def _form(self, value: Value) -> Form:
         """What the readers of a value want: its matmuls' form if nothing else reads it, else float32."""
-        readers = self.memory.readers(value)
-        forms = {
-            operand_form(op.weights[0], self._rows(value))
-            if isinstance(op, MatMul) and op.residual is not value
-            else "f32"
-            for op in readers
-        }
+        forms: set[Form] = set()
+        for op in self.memory.readers(value):
+            if isinstance(op, MatMul) and op.residual is not value:
+                forms.update(operand_form(weight, self._rows(value)) for weight in op.weights)
+            else:
+                forms.add("f32")
         return forms.pop() if len(forms) == 1 and value is not self.graph.logits else "f32"
 
     def _write(self, value: Value, form: Form = "f32") -> Operand:

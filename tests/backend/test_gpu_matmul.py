@@ -25,7 +25,7 @@ from pyinfer.kernels_gpu.matmul import (
     problems_of,
     scratch_bytes,
 )
-from pyinfer.kernels_gpu.matmul_route import Problem, Route
+from pyinfer.kernels_gpu.matmul_route import Problem, Route, default_route
 from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.mma_tiling import GPU, MMA_KINDS, Tiling, chunk_units, model_cycles, tilings
 from pyinfer.kernels_gpu.nvrtc import load_nvrtc, read_resources
@@ -58,6 +58,8 @@ class Case:
     problem: Problem
     products: list[Product]
     expected: list[F32Array]
+    weights: list[F32Array]
+    biases: list[F32Array]
 
 
 def make(
@@ -75,7 +77,7 @@ def make(
     scales = np.exp2(rng.integers(-3, 4, m)).astype(np.float32)
     halves = rng.standard_normal((m, columns)).astype(np.float16)
     x = Operand("h16", columns, device.array(halves), device.array(scales))
-    products, expected = [], []
+    products, expected, matrices, biases = [], [], [], []
     for n in widths:
         codec = codec_by_name(kind)
         values = rng.standard_normal((n, columns)).astype(np.float32) * np.float32(magnitude)
@@ -84,13 +86,15 @@ def make(
         weight = DeviceWeight(layout, device.alloc(layout.n_bytes))
         for offset, part in pack(tensor):
             device.upload(weight.buffer, np.ascontiguousarray(part), offset)
-        added = rng.standard_normal(n).astype(np.float32)
+        added = rng.standard_normal(n).astype(np.float32) * np.float32(bias)
+        matrices.append(tensor.dequantize())
+        biases.append(added)
         products.append(Product(weight, device.empty(m, n), device.array(added) if bias else None))
-        exact = (halves.astype(np.float64) * scales[:, None]) @ tensor.dequantize().astype(np.float64).T
-        expected.append((exact + (added if bias else 0)).astype(np.float32))
+        exact = (halves.astype(np.float64) * scales[:, None]) @ matrices[-1].astype(np.float64).T
+        expected.append((exact + added).astype(np.float32))
     (problem, same) = problems_of(products, m)[0]
     assert same == products
-    return Case(x, problem, products, expected)
+    return Case(x, problem, products, expected, matrices, biases)
 
 
 def memory_for(device: EmulatedDevice, case: Case, n_scratch: int, n_arrivals: int) -> MatmulMemory:
@@ -188,6 +192,28 @@ def test_float16_and_cublas(device: EmulatedDevice, kind: str) -> None:
     for step in build_gemm(case.x, case.problem, case.products, memory, 20, residual=device.array(beside)):
         device.launch(step)
     check(device, case)
+
+
+@pytest.mark.parametrize("columns", [96, 95])
+@pytest.mark.parametrize("bias", [False, True])
+def test_float32_is_multiplied_as_float32(device: EmulatedDevice, columns: int, bias: bool) -> None:
+    """No digit is lost to a narrower type; rows of weights that are padded; several matrices of one x."""
+    case = make(device, "F32", 12, (50, 24), columns, bias=bias)
+    rows = np.random.default_rng(5).standard_normal((12, columns)).astype(np.float32)
+    case.x = Operand("f32", columns, device.array(rows))
+    route = default_route(case.problem, SMALL, is_float16=False)
+    assert route.slice_rows
+    memory = memory_for(device, case, max(1, scratch_bytes(case.problem, Route(20), SMALL)), 4)
+    steps = build_gemm(case.x, case.problem, case.products, memory, 20)
+    assert all(step.kind == "f32" for step in steps if isinstance(step, Gemm)) and len(steps) == (10 if bias else 5)
+    for step in steps:
+        device.launch(step)
+    exact = rows.astype(np.float64)
+    case.expected = [
+        (exact @ weights.astype(np.float64).T + added).astype(np.float32)
+        for weights, added in zip(case.weights, case.biases, strict=True)
+    ]
+    check(device, case, 1e-6)
 
 
 def test_nothing_is_left_to_do_without_scales(device: EmulatedDevice) -> None:
