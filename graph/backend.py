@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from pyinfer.errors import ConfigError
-from pyinfer.graph.batch import Batch
+from pyinfer.graph.batch import Batch, Rows
 from pyinfer.graph.graph import Graph
 
 PageData = npt.NDArray[np.uint8]
@@ -75,7 +75,7 @@ class Stage(Protocol):
     """A graph's layers on one device, with their weights, buffers and KV pages."""
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Run one step; logits float32 [n_outputs, n_vocab], valid until the next call."""
+        """Run one step; logits float32 [n_outputs, n_vocab], valid until the next call. Of a part: its first result."""
         ...
 
     def copy_page(self, source: int, target: int) -> None:
@@ -95,9 +95,40 @@ class Stage(Protocol):
         ...
 
 
+@runtime_checkable
+class PartStage(Stage, Protocol):
+    """A stage that can run any part of a graph."""
+
+    def run_part(self, batch: Batch) -> tuple[Rows, ...]:
+        """Run one step; the rows of `Graph.results`, each [n or n_outputs, width].
+
+        They are valid until the last stage that reads them has run, or the next call.
+        """
+        ...
+
+
 class Backend(Protocol):
     """A kind of device."""
 
     name: str
 
     def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> Stage: ...
+
+
+@runtime_checkable
+class PartsBackend(Backend, Protocol):
+    """A backend whose stages can share memory and threads."""
+
+    def open_stages(
+        self,
+        graphs: Sequence[Graph],
+        config: StageConfig,
+        progress: Progress | None = None,
+        last_readers: Sequence[int] = (),
+    ) -> list[PartStage]:
+        """Stages that run one after another in every step, in this order, maybe with others between.
+
+        `last_readers[i]`: which of these stages has begun last when the results of stage i are last read; without them all
+        results stay until the stage's next run.
+        """
+        ...

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
-F32Array = npt.NDArray[np.float32]
+Rows = npt.NDArray[Any]  # float32 or int32 [rows, width]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +24,7 @@ class Batch:
     # behind a group's window is some page of others, not to be read
     page_tables: Int32
     output_rows: Int32  # [n_outputs] ascending token indices whose logits are wanted
-    hidden: F32Array | None = None  # [n or n_outputs, n_embd] for the op `Hidden`, from the stage before
+    hidden: tuple[Rows, ...] = ()  # one for each op `Hidden`, in order: [n or n_outputs, width] of stages before
 
     @property
     def n_tokens(self) -> int:

@@ -14,7 +14,7 @@ __all__ = ["Graph", "KVGroup", "KVLayer"]
 class Graph:
     """Ops in execution order; `logits` (rows="outputs", width n_vocab) is what a run returns.
 
-    In a part that `graph.split` cut out, `logits` is the residual row of n_embd columns that the next part begins with.
+    In a part that `graph.split` cut out, `logits` and `passed` are what later parts read, each with rows and width of its own.
     """
 
     ops: tuple[Op, ...]
@@ -24,6 +24,7 @@ class Graph:
     n_embd: int
     n_ctx_train: int
     kv_groups: tuple[KVGroup, ...] = ()  # which layers share a block table; never empty once built
+    passed: tuple[Value, ...] = ()  # of a part: results beside `logits`
 
     def __post_init__(self) -> None:
         if not self.kv_groups:
@@ -38,9 +39,20 @@ class Graph:
             for value in op.outputs:
                 assert id(value) not in written, f"{value.name} is written twice"
                 written.add(id(value))
-        assert id(self.logits) in written, "logits are never written"
+        for value in self.results:
+            assert id(value) in written, f"{value.name}, a result, is never written"
         grouped = sorted(layer for group in self.kv_groups for layer in group.layers)
         assert grouped == list(range(len(self.kv_layers))), "a KV layer is in no group or in several"
+
+    @property
+    def results(self) -> tuple[Value, ...]:
+        """What a run gives: the logits, or what later parts read."""
+        return self.logits, *self.passed
+
+    @property
+    def is_head(self) -> bool:
+        """Whether a run gives logits."""
+        return not self.passed and self.logits.width == self.n_vocab
 
     def readers(self) -> dict[int, list[Op]]:
         """The ops that read each value, by its id; empty for values that none reads."""

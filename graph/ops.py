@@ -70,7 +70,7 @@ class Embed(Op):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hidden(Op):
-    """out = batch.hidden: the rows that the stage before this one ended with. The first op of every stage but the first."""
+    """out = batch.hidden[i], for the i-th `Hidden` of a graph: rows of a stage before. They are a graph's first ops."""
 
     out: Value
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pyinfer.graph.activation import quantize_activation
 from pyinfer.graph.backend import PageData, Progress, StageConfig, split_kv_dtype
-from pyinfer.graph.batch import Batch, Int32
+from pyinfer.graph.batch import Batch, Int32, Rows
 from pyinfer.graph.expert_math import combine, expert_matmul, route, sigmoid, softmax
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import (
@@ -81,12 +81,19 @@ class ReferenceStage:
 
     def run(self, batch: Batch) -> F32Array:
         """Logits float32 [n_outputs, n_vocab]."""
+        return self.run_part(batch)[0]
+
+    def run_part(self, batch: Batch) -> tuple[Rows, ...]:
+        """See `graph.backend.PartStage`."""
         self._check(batch)
-        rows = _Rows(self._graph)
+        rows, hidden = _Rows(self._graph), iter(batch.hidden)
         for index, op in enumerate(self._graph.ops):
-            self._execute(op, batch, rows)
+            if isinstance(op, Hidden):
+                rows[op.out] = next(hidden)
+            else:
+                self._execute(op, batch, rows)
             rows.forget(index)
-        return rows[self._graph.logits]
+        return tuple(rows[value] for value in self._graph.results)
 
     def observe(self, batch: Batch, on_input: Callable[[QuantTensor, F32Array], None]) -> None:
         """Run all but the output matrix, and tell of each matrix before it and the rows float32 that go into that."""
@@ -133,9 +140,6 @@ class ReferenceStage:
         match op:
             case Embed():
                 rows[op.out] = op.table.dequantize(batch.token_ids) * np.float32(op.scale)
-            case Hidden():
-                assert batch.hidden is not None
-                rows[op.out] = batch.hidden
             case RMSNorm():
                 rows[op.out] = rms_norm(rows[op.x], op.weight, op.eps)
             case Quantize():
@@ -213,7 +217,7 @@ class _Rows:
         self._arrays: dict[int, npt.NDArray[Any]] = {}
         self._last_use: dict[int, list[int]] = {}  # op index -> ids of the values that nothing later reads
         last = {id(value): index for index, op in enumerate(graph.ops) for value in (*op.inputs, *op.outputs)}
-        last[id(graph.logits)] = len(graph.ops)
+        last.update((id(value), len(graph.ops)) for value in graph.results)
         for value_id, index in last.items():
             self._last_use.setdefault(index, []).append(value_id)
 

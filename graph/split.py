@@ -1,55 +1,75 @@
-"""Cutting a graph at block boundaries, so that its parts can run on different devices.
+"""Cutting a graph between any two ops, so that its parts can run on different devices and compute what the whole did, bit by bit.
 
-A decoder passes one row of n_embd columns from block to block, the residual stream: where nothing else is alive a graph
-can be cut, and the two parts compute what the whole did, bit by bit.
+What a part makes and a later one reads is passed on as float32 or int32 rows: a value rounded for a matmul ("a8", "bf16")
+crosses as what it is made from, and each part that reads it rounds it again. Between the blocks of a decoder only one value
+is alive, the residual row of n_embd columns: `block_cuts` are those places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import Attention, Embed, ExpertMatMul, Hidden, MatMul, Op, Quantize, RMSNorm, StoreKV, Value
 from pyinfer.quant.tensor import QuantTensor
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Cut:
-    """A place between two ops: `value` is all that the ops from `index` on need of those before."""
-
-    index: int
-    value: Value
+_ROUNDED = ("a8", "bf16")
 
 
-def block_cuts(graph: Graph) -> list[Cut]:
-    """Where each block begins, and last where the head does: n_blocks + 1 cuts. A block holds one `Attention`.
+def block_cuts(graph: Graph) -> list[int]:
+    """The op at which each block begins, and last that of the head: n_blocks + 1 places. A block holds one `Attention`.
 
-    The first cut leaves the embedding before it; the head is the final norm and the output matrix.
+    The first leaves the embedding before it; the head is the final norm and the output matrix.
     """
-    places = list(_cuts(graph))
+    places = list(_single_rows(graph))
     attentions = [i for i, op in enumerate(graph.ops) if isinstance(op, Attention)]
     cuts = []
     for first, last in zip([0, *attentions], [*attentions, len(graph.ops)], strict=True):
-        between = [cut for cut in places if first < cut.index <= last]
+        between = [place for place in places if first < place <= last]
         assert between, f"ops {first} to {last} hold no block boundary"
         cuts.append(between[-1])
     return cuts
 
 
-def split_graph(graph: Graph, cuts: Sequence[Cut]) -> list[Graph]:
-    """The parts before, between and after the cuts, in ascending order; each begins where the one before ended."""
-    starts = [0, *(cut.index for cut in cuts)]
-    ends = [*(cut.index for cut in cuts), len(graph.ops)]
-    begins: list[Value | None] = [None, *(cut.value for cut in cuts)]
-    results = [*(cut.value for cut in cuts), graph.logits]
-    parts = []
-    for start, end, value, result in zip(starts, ends, begins, results, strict=True):
-        assert start < end, "an empty part"
-        ops: list[Op] = [] if value is None else [Hidden(value)]
-        parts.append(_part(graph, [*ops, *graph.ops[start:end]], result))
-        parts[-1].check()
-    return parts
+def split_graph(graph: Graph, cuts: Sequence[int], *, renumber: bool = True) -> list[Graph]:
+    """The parts before, between and after the ops of these numbers, which ascend.
+
+    A part begins with a `Hidden` for each value of earlier parts that it reads, and ends with all that later ones do
+    (`Graph.results`); the values are the same objects in both (`sources`). `StoreKV` and `Attention` of a layer must stay
+    together, and a part must hold more than a `Quantize`. A part has the KV layers that it uses, counted anew from 0;
+    without `renumber` it has all, as the whole has.
+    """
+    starts, ends = [0, *cuts], [*cuts, len(graph.ops)]
+    assert all(start < end for start, end in zip(starts, ends, strict=True)), "an empty part"
+    parts = _unrounded([list(graph.ops[start:end]) for start, end in zip(starts, ends, strict=True)])
+    made_in = {id(value): number for number, ops in enumerate(parts) for op in ops for value in op.outputs}
+    reads = [_from_before(ops, made_in, number) for number, ops in enumerate(parts)]
+    wanted = {id(value) for values in reads for value in values}
+    graphs = []
+    for number, (ops, values) in enumerate(zip(parts, reads, strict=True)):
+        results = [value for op in ops for value in op.outputs if id(value) in wanted]
+        if number == len(parts) - 1:
+            results = [graph.logits]
+        assert results, f"nothing reads part {number}"
+        graphs.append(_part(graph, [*map(Hidden, values), *ops], results, renumber))
+        graphs[-1].check()
+    return graphs
+
+
+def sources(parts: Sequence[Graph]) -> list[list[tuple[int, int]]]:
+    """For each part, in the order of its `Hidden` ops: the part that makes the value, and which of its results that is."""
+    made = {id(value): (number, i) for number, part in enumerate(parts) for i, value in enumerate(part.results)}
+    return [[made[id(op.out)] for op in part.ops if isinstance(op, Hidden)] for part in parts]
+
+
+def last_readers(parts: Sequence[Graph], own: Sequence[int]) -> list[int]:
+    """For each of the parts of the numbers `own`, which share memory: which of them, counted from 0, has begun last when
+    the results of that part are last read (`graph.backend.PartsBackend`)."""
+    last = dict[int, int]()
+    for reader, read in enumerate(sources(parts)):
+        last.update((number, reader) for number, _ in read)
+    return [sum(begun <= last.get(number, number) for begun in own) - 1 for number in own]
 
 
 def weights_of(graph: Graph) -> Iterable[QuantTensor]:
@@ -76,9 +96,51 @@ def expandable_weights(graph: Graph) -> Iterable[QuantTensor]:
     return seen.values()
 
 
-def _part(graph: Graph, ops: Sequence[Op], result: Value) -> Graph:
-    """These ops with the KV layers that they use, counted anew from 0; all groups stay, as the batch has their tables."""
-    layers = sorted({op.layer for op in ops if isinstance(op, StoreKV | Attention)})
+def _unrounded(parts: list[list[Op]]) -> list[list[Op]]:
+    """The same with a `Quantize` in every part that reads a rounded value of another: what crosses is not rounded."""
+    made = {id(value): (number, op) for number, ops in enumerate(parts) for op in ops for value in op.outputs}
+    readers: dict[int, set[int]] = {}
+    for number, ops in enumerate(parts):
+        for value in (value for op in ops for value in op.inputs if value.dtype in _ROUNDED):
+            readers.setdefault(id(value), set()).add(number)
+    exact: dict[int, Value] = {}  # id of a rounded value that crosses -> the value before rounding
+    for key, numbers in readers.items():
+        number, op = made[key]
+        if numbers != {number}:
+            (out,) = op.outputs
+            exact[key] = op.x if isinstance(op, Quantize) else Value(f"{out.name}.exact", out.width, out.rows)
+    rewritten = []
+    for ops in parts:
+        new: list[Op] = []
+        held: set[int] = set()  # rounded values that this part has
+        for op in ops:
+            for value in op.inputs:
+                if id(value) in exact and id(value) not in held:
+                    held.add(id(value))
+                    new.append(Quantize(value, exact[id(value)]))
+            if len(op.outputs) == 1 and id(op.outputs[0]) in exact:
+                if not isinstance(op, Quantize):
+                    new.append(replace(op, out=exact[id(op.outputs[0])]))  # type: ignore[call-arg]
+                continue
+            new.append(op)
+        rewritten.append(new)
+    return rewritten
+
+
+def _from_before(ops: Sequence[Op], made_in: dict[int, int], number: int) -> list[Value]:
+    """What these ops read of the parts before theirs, in the order of first reads."""
+    found = {id(value): value for op in ops for value in op.inputs if made_in[id(value)] < number}
+    return list(found.values())
+
+
+def _part(graph: Graph, ops: Sequence[Op], results: Sequence[Value], renumber: bool) -> Graph:
+    """These ops with the KV layers that they use; all groups stay, as the batch has their tables."""
+    part = replace(graph, ops=tuple(ops), logits=results[0], passed=tuple(results[1:]))
+    stored, read = ({op.layer for op in ops if isinstance(op, kind)} for kind in (StoreKV, Attention))
+    assert stored == read, "keys and values are stored in one part and read in another"
+    if not renumber:
+        return part
+    layers = sorted(stored)
     number = {layer: i for i, layer in enumerate(layers)}
     renumbered = (replace(op, layer=number[op.layer]) if isinstance(op, StoreKV | Attention) else op for op in ops)
     groups = (
@@ -86,16 +148,15 @@ def _part(graph: Graph, ops: Sequence[Op], result: Value) -> Graph:
         for group in graph.kv_groups
     )
     return replace(
-        graph,
+        part,
         ops=tuple(renumbered),
-        logits=result,
         kv_layers=tuple(graph.kv_layers[layer] for layer in layers),
         kv_groups=tuple(groups),
     )
 
 
-def _cuts(graph: Graph) -> Iterable[Cut]:
-    """Every place where a single residual row is alive. The row after a norm is none: the norm belongs to what follows."""
+def _single_rows(graph: Graph) -> Iterator[int]:
+    """Every place where one residual row is all that is alive. After a norm is none: the norm belongs to what follows."""
     makers = {id(value): op for op in graph.ops for value in op.outputs}
     last_read = {id(value): index for index, op in enumerate(graph.ops) for value in op.inputs}
     last_read[id(graph.logits)] = len(graph.ops)
@@ -105,7 +166,7 @@ def _cuts(graph: Graph) -> Iterable[Cut]:
             (value,) = alive.values()
             is_residual = not isinstance(makers[id(value)], RMSNorm | Quantize)
             if value.dtype == "f32" and value.width == graph.n_embd and is_residual:
-                yield Cut(index, value)
+                yield index
         for value in op.outputs:
             if last_read.get(id(value), -1) > index:
                 alive[id(value)] = value

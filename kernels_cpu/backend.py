@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pyinfer.graph.backend import Progress, StageConfig
+from collections.abc import Sequence
+
+from pyinfer.graph.backend import PartStage, Progress, StageConfig
 from pyinfer.graph.graph import Graph
+from pyinfer.kernels_cpu.share import StageShare
 from pyinfer.kernels_cpu.stage import CPUStage
 
 
@@ -14,3 +17,27 @@ class CPUBackend:
 
     def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> CPUStage:
         return CPUStage(graph, config, progress)
+
+    def open_stages(
+        self,
+        graphs: Sequence[Graph],
+        config: StageConfig,
+        progress: Progress | None = None,
+        last_readers: Sequence[int] = (),
+    ) -> list[PartStage]:
+        """See `graph.backend.PartsBackend`."""
+        share = StageShare(config, len(graphs[0].kv_groups), progress)
+        lasts = last_readers or [len(graphs)] * len(graphs)
+        stages = [
+            CPUStage(graph, config, share=share, number=number, last_reader=last)
+            for number, (graph, last) in enumerate(zip(graphs, lasts, strict=True))
+        ]
+        share.start(graphs, max(stage.n_records for stage in stages))
+        try:
+            for stage in stages:
+                stage.load(progress)
+        except BaseException:
+            for stage in stages:
+                stage.close()
+            raise
+        return list(stages)

@@ -35,12 +35,13 @@ def stride_of(value: Value) -> int:
 class BufferPlan:
     """Hands out buffers in the order ops are lowered, knowing how often each value is still to be read."""
 
-    def __init__(self, graph: Graph, max_rows: int) -> None:
+    def __init__(self, graph: Graph, max_rows: int, free: list[npt.NDArray[np.uint8]] | None = None) -> None:
+        """`free` is memory to begin with, and where what can be used again is put."""
         self._max_rows = max_rows
         self._reads_left = Counter(id(value) for op in graph.ops for value in op.inputs)
-        self._reads_left[id(graph.logits)] += 1  # the caller reads them
+        self._reads_left.update(map(id, graph.results))  # the caller reads them
         self._of: dict[int, Buffer] = {}
-        self._free: list[Buffer] = []
+        self._free = [] if free is None else free
 
     def __getitem__(self, value: Value) -> Buffer:
         return self._of[id(value)]
@@ -68,14 +69,14 @@ class BufferPlan:
             if self._reads_left[id(value)] > 0:
                 self._reads_left[id(value)] -= 1
                 if self._reads_left[id(value)] == 0:
-                    self._free.append(self._of[id(value)])
+                    self._free.append(self._of[id(value)].memory)
 
     def release(self, buffer: Buffer) -> None:
         """Give back the buffer of a value that is not in the graph."""
-        self._free.append(buffer)
+        self._free.append(buffer.memory)
 
     def _take(self, n_bytes: int) -> npt.NDArray[np.uint8] | None:
-        for i, buffer in enumerate(self._free):
-            if len(buffer.memory) == n_bytes:
-                return self._free.pop(i).memory
+        for i, memory in enumerate(self._free):
+            if len(memory) == n_bytes:
+                return self._free.pop(i)
         return None

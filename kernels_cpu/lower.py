@@ -63,23 +63,32 @@ def float_bits(value: float) -> int:
 @dataclass(frozen=True, slots=True, eq=False)
 class Lowered:
     records: npt.NDArray[np.int64]  # [n_ops, OP_WORDS]
-    logits: Buffer
-    hidden: Buffer | None  # to be filled before a run, if the graph begins with `Hidden`
+    results: list[Buffer]  # of `Graph.results`
+    hidden: list[Buffer]  # to be filled before a run, one for each `Hidden`
     keep: list[Any]  # what must be kept alive for the addresses to hold
 
 
 def lower(
-    graph: Graph, config: StageConfig, compiler: Compiler, weights: WeightArena, pages: KVPages, ropes: RopeTables
+    graph: Graph,
+    config: StageConfig,
+    compiler: Compiler,
+    weights: WeightArena,
+    pages: KVPages,
+    ropes: RopeTables,
+    free: list[npt.NDArray[np.uint8]] | None = None,
 ) -> Lowered:
+    """`free`: memory that values may lie in, and where theirs goes once it is not needed; results keep theirs."""
     for index, layer in enumerate(graph.kv_layers):
         if layer.head_dim % 16:
             raise ModelError(
                 f"attention layer {index} has heads of {layer.head_dim} columns; the CPU kernels need a multiple of 16"
             )
-    lowering = _Lowering(graph, config, compiler, weights, pages, ropes)
+    lowering = _Lowering(graph, config, compiler, weights, pages, ropes, free)
     for op in graph.ops:
         lowering.lower(op)
-    return Lowered(lowering.finish(), lowering.buffers[graph.logits], lowering.hidden, lowering.keep)
+    return Lowered(
+        lowering.finish(), [lowering.buffers[value] for value in graph.results], lowering.hidden, lowering.keep
+    )
 
 
 class _Lowering:
@@ -91,13 +100,14 @@ class _Lowering:
         weights: WeightArena,
         pages: KVPages,
         ropes: RopeTables,
+        free: list[npt.NDArray[np.uint8]] | None,
     ) -> None:
         self.graph, self.config, self.compiler = graph, config, compiler
         self.weights, self.pages, self.ropes = weights, pages, ropes
-        self.buffers = BufferPlan(graph, config.max_tokens)
+        self.buffers = BufferPlan(graph, config.max_tokens, free)
         self.partials = Partials(graph, config)
         self.keep: list[Any] = [self.buffers, self.partials]
-        self.hidden: Buffer | None = None
+        self.hidden: list[Buffer] = []
         self._records: list[npt.NDArray[np.int64]] = []
         self._pending_reads: set[int] = set()
         self._pending_writes: set[int] = set()
@@ -203,7 +213,7 @@ class _Lowering:
     def _hidden(self, op: Hidden) -> None:
         """No record: the stage fills the buffer before a run. Nothing is lowered before it, so nothing shares it yet."""
         assert not self._records
-        self.hidden = self.buffers.write(op.out)
+        self.hidden.append(self.buffers.write(op.out))
 
     def _rms_norm(self, op: RMSNorm) -> None:
         x, out = self.buffers[op.x], self.buffers.write(op.out)

@@ -8,9 +8,11 @@ from types import ModuleType
 from typing import Any
 
 from pyinfer.errors import BackendError
-from pyinfer.graph.backend import Progress, StageConfig
+from pyinfer.graph.backend import PartStage, Progress, StageConfig
 from pyinfer.graph.graph import Graph
+from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.requirements import INSTALL, usable_gpus
+from pyinfer.kernels_gpu.share import DeviceShare
 from pyinfer.kernels_gpu.stage import GPUStage
 
 
@@ -24,16 +26,55 @@ class GPUBackend:
         self._index, self._communicator = index, communicator
 
     def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> GPUStage:
-        device = _cupy_device().CuPyDevice(self._index, self._communicator)
-        if progress is not None:
-            device.cache.on_compile = lambda name, share: progress(f"compiling kernel {name}", share)
-        stage = GPUStage(device, graph, config, progress, measure=True)
+        stage = GPUStage(self._open_device(progress), graph, config, progress, measure=True)
         try:
             stage.prepare()
         except BaseException:
             stage.close()
             raise
         return stage
+
+    def open_stages(
+        self,
+        graphs: Sequence[Graph],
+        config: StageConfig,
+        progress: Progress | None = None,
+        last_readers: Sequence[int] = (),
+    ) -> list[PartStage]:
+        """See `graph.backend.PartsBackend`."""
+        return list(stages_on(self._open_device(progress), graphs, config, progress, last_readers, measure=True))
+
+    def _open_device(self, progress: Progress | None) -> Any:
+        device = _cupy_device().CuPyDevice(self._index, self._communicator)
+        if progress is not None:
+            device.cache.on_compile = lambda name, share: progress(f"compiling kernel {name}", share)
+        return device
+
+
+def stages_on(
+    device: Device,
+    graphs: Sequence[Graph],
+    config: StageConfig,
+    progress: Progress | None = None,
+    last_readers: Sequence[int] = (),
+    *,
+    measure: bool = False,
+) -> list[GPUStage]:
+    """Stages that share this device; see `graph.backend.PartsBackend`."""
+    lasts = last_readers or [len(graphs)] * len(graphs)
+    stages = []
+    try:
+        share = DeviceShare(device, graphs, config)
+        share.weights.load(progress)
+        for number, (graph, last) in enumerate(zip(graphs, lasts, strict=True)):
+            stages.append(
+                GPUStage(device, graph, config, share=share, number=number, last_reader=last, measure=measure)
+            )
+        device.prepare(list(dict.fromkeys(kernel for stage in stages for kernel in stage.kernels())))
+    except BaseException:
+        device.close()
+        raise
+    return stages
 
 
 def rank_backends(indices: Sequence[int]) -> list[GPUBackend]:

@@ -24,9 +24,6 @@ def _part(batch: Batch, start: int, end: int) -> Batch:
     first = int(np.searchsorted(starts, start, side="right")) - 1
     last = int(np.searchsorted(starts, end, side="left"))
     outputs = (batch.output_rows >= start) & (batch.output_rows < end)
-    hidden = batch.hidden
-    if hidden is not None:
-        hidden = hidden[start:end] if len(hidden) == batch.n_tokens else hidden[outputs]
     return Batch(
         token_ids=batch.token_ids[start:end],
         positions=batch.positions[start:end],
@@ -34,5 +31,5 @@ def _part(batch: Batch, start: int, end: int) -> Batch:
         sequence_starts=np.clip(starts[first : last + 1], start, end).astype(np.int32) - np.int32(start),
         page_tables=batch.page_tables[:, first:last],
         output_rows=batch.output_rows[outputs] - np.int32(start),
-        hidden=hidden,
+        hidden=tuple(rows[start:end] if len(rows) == batch.n_tokens else rows[outputs] for rows in batch.hidden),
     )

@@ -90,9 +90,8 @@ class _Lowering(AttentionRules):
             self.values.read(*(value for value in op.inputs if value in self.values))
 
     def finish(self) -> Program:
-        if self.graph.logits not in self.values:
-            return Program(tuple(self.steps), Buffer(0, 0))
-        return Program(tuple(self.steps), self.values[self.graph.logits].data)
+        results = (self.values[value].data if value in self.values else Buffer(0, 0) for value in self.graph.results)
+        return Program(tuple(self.steps), tuple(results))
 
     @staticmethod
     def _is_of_outputs(op: Op) -> bool:
@@ -112,8 +111,7 @@ class _Lowering(AttentionRules):
         self.steps += build_embed(out.data, table, ids, op.scale, self._rows(op.out))
 
     def _hidden(self, op: Hidden) -> None:
-        assert self.memory.hidden is not None
-        self.values.hold(op.out, Operand("f32", op.out.width, self.memory.hidden))
+        self.values.hold(op.out, Operand("f32", op.out.width, self.memory.hidden[id(op.out)]))
 
     def _rms_norm(self, op: RMSNorm) -> None:
         x, n = self.values[op.x].data, self._rows(op.out)

@@ -30,7 +30,12 @@ class ProgramShape:
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
     steps: tuple[Step, ...]
-    result: Buffer  # float32 [n_tokens or n_outputs, width]
+    results: tuple[Buffer, ...]  # [n_tokens or n_outputs, width], of 4 bytes each; empty buffers without outputs
+
+    @property
+    def result(self) -> Buffer:
+        """The logits, or a part's first result."""
+        return self.results[0]
 
 
 class ProgramBuilder:
@@ -52,7 +57,7 @@ class ProgramBuilder:
                 forms.update(operand_form(weight, self._rows(value)) for weight in op.weights)
             else:
                 forms.add("f32")
-        return forms.pop() if len(forms) == 1 and value is not self.graph.logits else "f32"
+        return forms.pop() if len(forms) == 1 and value not in self.graph.results else "f32"
 
     def _write(self, value: Value, form: Form = "f32") -> Operand:
         return self.values.write(value, form, self._rows(value))

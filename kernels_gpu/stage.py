@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pyinfer.graph.backend import PageData, Progress, StageConfig
-from pyinfer.graph.batch import Batch
+from pyinfer.graph.batch import Batch, Rows
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.ops import Value
 from pyinfer.graph.sampling import Int32, RowSampling, Sampled
 from pyinfer.kernels_gpu.attention import FEW_TOKENS, StepKind
 from pyinfer.kernels_gpu.batch_parts import split_batch
@@ -23,6 +24,7 @@ from pyinfer.kernels_gpu.lower import lower
 from pyinfer.kernels_gpu.program import Program, ProgramShape
 from pyinfer.kernels_gpu.route_measure import RouteCache, measure_routes
 from pyinfer.kernels_gpu.sample import MAX_EDITS, MAX_LOGPROBS
+from pyinfer.kernels_gpu.share import DeviceShare
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.kernels_gpu.stage_sampling import MAX_STEPS, StageSampling
 
@@ -56,50 +58,70 @@ class GPUStage:
         progress: Progress | None = None,
         *,
         measure: bool = False,
+        share: DeviceShare | None = None,
+        number: int = 0,
+        last_reader: int = 0,
     ) -> None:
-        """With `measure` large products are timed once on this kind of GPU (`route_measure`)."""
+        """With `measure` large products are timed once on this kind of GPU (`route_measure`).
+
+        With a `share` the device has other stages of the model as well, and the share has loaded the weights; `number` is
+        this one's among them, in the order in which they run, and `last_reader` that of the last that reads its results.
+        """
         graph.check()
         self._device, self._graph, self._config = device, graph, config
         self._max_outputs = max(_MAX_OUTPUTS, config.max_sequences)
         self._programs: dict[ProgramShape, _Captured] = {}
+        self._is_alone = share is None
         try:
-            self._memory = StageMemory(device, graph, config)
-            self._memory.weights.load(progress)
+            self._memory = StageMemory(device, graph, config, share)
+            if self._is_alone:
+                self._memory.weights.load(progress)
             if config.gpu_expand:
                 self._memory.copies.update(make_copies(device, graph, self._memory.weights))
             if measure:
                 measure_routes(self._memory, token_buckets(config.max_tokens), RouteCache(device.name))
             usual = [lower(self._memory, shape) for shape in self._usual_shapes()]  # makes room in the workspace
             self._kernels = _kernels_of(usual)
-            self._results = device.alloc_pinned(4 * self._max_results() * graph.logits.width)
+            sizes = [4 * self._max_results(value) * value.width for value in graph.results]
+            self._results = self._memory.share.pinned_results(number, last_reader, sizes)
             self._sampling = StageSampling(self._memory, self._max_outputs) if self.can_sample else None
         except BaseException:
-            device.close()
+            if self._is_alone:
+                device.close()
             raise
+        self._memory.share.n_users += 1
 
     def run(self, batch: Batch) -> F32Array:
-        """Logits float32 [n_outputs, n_vocab] (of a part of a model: rows [n, n_embd]), until the next call."""
+        """Logits float32 [n_outputs, n_vocab], or a part's first result, until the next call."""
+        return self.run_part(batch)[0]
+
+    def run_part(self, batch: Batch) -> tuple[Rows, ...]:
+        """See `graph.backend.PartStage`."""
         if len(batch.output_rows) <= self._max_outputs:
             return self._run(batch)
-        return np.concatenate([self._run(part).copy() for part in split_batch(batch, self._max_outputs)])
+        parts = [[rows.copy() for rows in self._run(part)] for part in split_batch(batch, self._max_outputs)]
+        return tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))
 
-    def _run(self, batch: Batch) -> F32Array:
-        result, n_rows = self.forward(batch), self.n_results(batch)
-        host = self._results.view(np.float32)[: n_rows * self._graph.logits.width]
-        if n_rows:
-            self._device.download(result, host)
+    def _run(self, batch: Batch) -> tuple[Rows, ...]:
+        buffers, rows = self._start(batch).results, []
+        for value, buffer, pinned in zip(self._graph.results, buffers, self._results, strict=True):
+            n = self.n_results(batch, value)
+            host = pinned.view(np.int32 if value.dtype == "i32" else np.float32)[: n * value.width]
+            if n:
+                self._device.download(buffer, host)
+            rows.append(host.reshape(n, value.width))
         self._device.synchronize()
-        return host.reshape(n_rows, self._graph.logits.width)
+        return tuple(rows)
 
     @property
     def can_sample(self) -> bool:
         """See `graph.sampling.SamplingStage`: with the head the tokens are drawn here."""
-        return self._graph.logits.width == self._graph.n_vocab
+        return self._graph.is_head
 
     @property
     def max_steps(self) -> int:
         """Without the embedding each step's tokens have to come back."""
-        return MAX_STEPS if self._memory.hidden is None else 1
+        return 1 if self._memory.hidden_values else MAX_STEPS
 
     def run_sampled(self, batch: Batch, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None) -> Sampled:
         assert self._sampling is not None
@@ -110,22 +132,26 @@ class GPUStage:
         logits = self.forward(batch)
         return self._sampling.steps(self._programs[self._shape(batch)].executable, logits, rows, n_steps)
 
-    def n_results(self, batch: Batch) -> int:
-        """Rows that a step of this batch gives."""
-        return batch.n_tokens if self._graph.logits.rows == "tokens" else len(batch.output_rows)
+    @staticmethod
+    def n_results(batch: Batch, value: Value) -> int:
+        """Rows of a result that a step of this batch gives."""
+        return batch.n_tokens if value.rows == "tokens" else len(batch.output_rows)
 
     def forward(self, batch: Batch) -> Buffer:
-        """Start a step; its rows will be in this buffer of the device, float32, padded. At most 256 or as many outputs as
-        there may be sequences."""
+        """Start a step; its logits will be in this buffer of the device, float32, padded. At most 256 or as many outputs
+        as there may be sequences."""
+        return self._start(batch).result
+
+    def _start(self, batch: Batch) -> Program:
         shape = self._shape(batch)
         captured = self._programs.pop(shape) if shape in self._programs else self._capture(shape)
         self._programs[shape] = captured  # as the latest
-        self._memory.step.upload(batch, shape.n_tokens, shape.n_outputs)
-        if self._memory.hidden is not None:
-            assert batch.hidden is not None
-            self._device.upload(self._memory.hidden, np.ascontiguousarray(batch.hidden, np.float32))
+        self._memory.step.upload(batch, shape.n_tokens, shape.n_outputs, once=not self._is_alone)
+        for value, rows in zip(self._memory.hidden_values, batch.hidden, strict=True):
+            if len(rows):
+                self._device.upload(self._memory.hidden[id(value)], np.ascontiguousarray(rows))
         self._device.run(captured.executable)
-        return captured.program.result
+        return captured.program
 
     def _shape(self, batch: Batch) -> ProgramShape:
         """The program that this batch runs."""
@@ -142,7 +168,11 @@ class GPUStage:
 
     def prepare(self) -> None:
         """Compile what decoding and prompts take, so that no step has to wait for it."""
-        self._device.prepare([*self._kernels, *(self._sampling.kernels() if self._sampling else ())])
+        self._device.prepare(self.kernels())
+
+    def kernels(self) -> list[Kernel]:
+        """What decoding and prompts take."""
+        return [*self._kernels, *(self._sampling.kernels() if self._sampling else ())]
 
     def _usual_shapes(self) -> list[ProgramShape]:
         """Of steps that only decode, of one prompt, and of both; the largest first."""
@@ -154,9 +184,9 @@ class GPUStage:
         shapes += [ProgramShape("prompt", n, 1, 1) for n in rows]
         return [*shapes, *(ProgramShape("decode", n, n, n, all_rows=True) for n in decode)]
 
-    def _max_results(self) -> int:
+    def _max_results(self, value: Value) -> int:
         n = self._config.max_tokens
-        return n if self._graph.logits.rows == "tokens" else bucket_of(min(n, self._max_outputs), output_buckets(n))
+        return n if value.rows == "tokens" else bucket_of(min(n, self._max_outputs), output_buckets(n))
 
     def _capture(self, shape: ProgramShape) -> _Captured:
         program = lower(self._memory, shape)
@@ -174,6 +204,6 @@ class GPUStage:
         self._memory.pages.write(pages, data)
 
     def close(self) -> None:
-        """Give the device's memory back."""
+        """Give the device's memory back, once no stage is left there."""
         self._programs.clear()
-        self._device.close()
+        self._memory.share.leave()

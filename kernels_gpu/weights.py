@@ -35,11 +35,11 @@ class DeviceWeight:
 
 
 class DeviceWeights:
-    """Every matrix of a graph, each once: a tied output matrix is the embedding's table."""
+    """Every matrix of some graphs, each once: a tied output matrix is the embedding's table."""
 
-    def __init__(self, device: Device, graph: Graph) -> None:
+    def __init__(self, device: Device, *graphs: Graph) -> None:
         self._device = device
-        self._tensors = list(weights_of(graph))
+        self._tensors = list({id(t.data): t for graph in graphs for t in weights_of(graph)}.values())
         self._weights = {
             id(tensor.data): DeviceWeight(layout, device.alloc(layout.n_bytes))
             for tensor in self._tensors

@@ -41,7 +41,7 @@ class ValuePlan:
         self._workspace = workspace
         self._free = list(workspace.slabs)
         self._reads_left = Counter(id(value) for op in graph.ops for value in op.inputs)
-        self._reads_left[id(graph.logits)] += 1  # the caller reads them
+        self._reads_left.update(map(id, graph.results))  # the caller reads them
         self._operands: dict[int, tuple[Operand, Buffer | None]] = {}
         self._holders: Counter[int] = Counter()  # slab -> values that lie in it
 

@@ -237,7 +237,7 @@ def buffer_bytes(graph: Graph, config: StageConfig) -> int:
     """An upper bound for activations and what the libraries take. Few of a step's rows go through the head."""
     rows = {"tokens": config.max_tokens, "outputs": min(config.max_tokens, max(_OUTPUTS, config.max_sequences))}
     last_read = {id(value): index for index, op in enumerate(graph.ops) for value in op.inputs}
-    last_read[id(graph.logits)] = len(graph.ops)
+    last_read.update((id(value), len(graph.ops)) for value in graph.results)
     alive: dict[int, int] = {}
     peak = 0
     for index, op in enumerate(graph.ops):

@@ -1,4 +1,4 @@
-"""`StageChain`: stages one after another as one stage; each runs some of a graph's blocks on its own device."""
+"""`StageChain`: stages one after another as one stage; each runs some of a graph's ops on its own device."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from pyinfer.graph.backend import PageData, Stage
-from pyinfer.graph.batch import Batch
+from pyinfer.graph.backend import PageData, PartStage, Stage
+from pyinfer.graph.batch import Batch, Rows
 from pyinfer.graph.ops import F32Array
 from pyinfer.graph.sampling import Int32, RowSampling, Sampled, SamplingStage
+
+Sources = Sequence[Sequence[tuple[int, int]]]
 
 
 class StageChain:
     """See `graph.backend.Stage`. A page number means the same page in every stage: each holds its own layers' part of it."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[Stage], sources: Sources | None = None) -> None:
+        """`sources` are those of `graph.split`: which results of which stages each one reads. None: all of the one before."""
         self.stages = list(stages)
+        self._sources = sources
         self._ends: list[int] = []  # of each stage's bytes in a page's
         last = self.stages[-1]
         self._sampler = last if isinstance(last, SamplingStage) and last.can_sample else None
@@ -28,14 +32,23 @@ class StageChain:
         self.max_steps = 1
 
     def run(self, batch: Batch) -> F32Array:
-        """Every stage but the last gives rows float32 [n, n_embd] to the next; the last gives the logits."""
+        """Every stage but the last gives rows to those after it; the last gives the logits."""
         return self.stages[-1].run(self._until_last(batch))
 
     def _until_last(self, batch: Batch) -> Batch:
         """Run all stages but the last; the batch for that."""
+        results: list[tuple[Rows, ...]] = []
         for stage in self.stages[:-1]:
-            batch = replace(batch, hidden=stage.run(batch))
-        return batch
+            part = self._batch_for(len(results), batch, results)
+            results.append(stage.run_part(part) if isinstance(stage, PartStage) else (stage.run(part),))
+        return self._batch_for(len(results), batch, results)
+
+    def _batch_for(self, number: int, batch: Batch, results: Sequence[tuple[Rows, ...]]) -> Batch:
+        if number == 0:
+            return batch
+        if self._sources is None:
+            return replace(batch, hidden=results[-1])
+        return replace(batch, hidden=tuple(results[stage][i] for stage, i in self._sources[number]))
 
     @property
     def can_sample(self) -> bool:

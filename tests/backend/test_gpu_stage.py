@@ -179,7 +179,7 @@ def test_parts_compute_what_the_whole_does(tiny_model: TinyModel, opened: Callab
         rows = batch
         for part in parts:
             result = part.run(rows).copy()
-            rows = replace(batch, hidden=result)
+            rows = replace(batch, hidden=(result,))
         assert (result == whole.run(batch)).all()
 
 

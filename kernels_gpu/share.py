@@ -1,0 +1,106 @@
+"""`DeviceShare`: what a model's stages on one device have in common. They run one after another, so most of their memory is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pyinfer.graph.backend import StageConfig
+from pyinfer.graph.graph import Graph
+from pyinfer.graph.held_results import HeldResults
+from pyinfer.graph.ops import Value
+from pyinfer.graph.rope import Rope
+from pyinfer.kernels_gpu.device import Bytes, Device
+from pyinfer.kernels_gpu.launch import Buffer
+from pyinfer.kernels_gpu.matmul_route import RouteTable
+from pyinfer.kernels_gpu.mma_tiling import GPU
+from pyinfer.kernels_gpu.rope import rope_frequencies
+from pyinfer.kernels_gpu.step_buffer import StepBuffer
+from pyinfer.kernels_gpu.weights import DeviceWeights
+from pyinfer.kernels_gpu.workspace import Workspace
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Memory that must be zero before its first use and is left zero by every launch: counters of blocks that arrived."""
+
+    buffers: list[Buffer] = field(default_factory=list)
+
+    def at_least(self, device: Device, n_bytes: int) -> Buffer:
+        for buffer in self.buffers:
+            if buffer.n_bytes >= n_bytes:
+                return buffer
+        buffer = device.alloc(n_bytes)
+        device.zero(buffer)
+        self.buffers.append(buffer)
+        return buffer
+
+
+class DeviceShare:
+    """Weights, the step's arrays, the workspace, tables of rope, and rows on their way between host and device."""
+
+    def __init__(self, device: Device, graphs: Sequence[Graph], config: StageConfig) -> None:
+        self.device, self.config = device, config
+        self.weights = DeviceWeights(device, *graphs)
+        self.step = StepBuffer(device, config, len(graphs[0].kv_groups))
+        self.workspace = Workspace(device)
+        self.routes = RouteTable(GPU(device.arch, device.n_sms, device.shared_bytes))
+        self.copies: dict[int, Buffer] = {}  # address of a packed matrix -> the same in float16, where that is kept
+        self.n_users = 0
+        self.results = HeldResults[Bytes]()
+        self._free_results: list[Bytes] = []
+        self._counters = _Kept()
+        self._ropes: dict[int, tuple[Rope, Buffer, Buffer]] = {}
+        self._hidden: dict[tuple[str, int], Buffer] = {}
+        self._staging: Bytes | None = None
+
+    def counters(self, n_bytes: int) -> Buffer:
+        """Zeros, shared by launches that come one after another."""
+        return self._counters.at_least(self.device, max(n_bytes, 4))
+
+    def rope(self, rope: Rope) -> tuple[Buffer, Buffer]:
+        """(frequencies float64, angles of all tokens of a step float32 [max_tokens, n_dims / 2, 2])."""
+        if id(rope) not in self._ropes:
+            table = np.ascontiguousarray(rope_frequencies(rope))
+            frequencies = self.device.alloc(table.nbytes)
+            self.device.upload(frequencies, table)
+            angles = self.device.alloc(4 * self.config.max_tokens * rope.n_dims)
+            self._ropes[id(rope)] = (rope, frequencies, angles)
+        return self._ropes[id(rope)][1:]
+
+    def hidden(self, values: Sequence[Value]) -> dict[int, Buffer]:
+        """Where a stage's rows from others arrive, by the values' ids; those of one type and place share memory."""
+        found: dict[int, Buffer] = {}
+        for place, value in enumerate(values):
+            key, n_bytes = (f"{value.dtype} {place}", value.width), 4 * self.config.max_tokens * value.width
+            if key not in self._hidden:
+                self._hidden[key] = self.device.alloc(n_bytes)
+                self.device.zero(self._hidden[key])  # padding is computed with too
+            found[id(value)] = self._hidden[key]
+        return found
+
+    def staging(self, n_bytes: int) -> Bytes:
+        """Pinned memory that pages go through."""
+        if self._staging is None or self._staging.nbytes < n_bytes:
+            self._staging = self.device.alloc_pinned(n_bytes)
+        return self._staging
+
+    def pinned_results(self, number: int, last_reader: int, sizes: Sequence[int]) -> list[Bytes]:
+        """Pinned memory of so many bytes each for the results of a stage; of those before it where that is not needed."""
+        free = self._free_results
+        free += self.results.release_before(number)
+        taken = []
+        for size in sizes:
+            fitting = [i for i, memory in enumerate(free) if memory.nbytes >= size]
+            best = min(fitting, key=lambda i: free[i].nbytes, default=None)
+            taken.append(self.device.alloc_pinned(size) if best is None else free.pop(best))
+        self.results.hold(last_reader, taken)
+        return taken
+
+    def leave(self) -> None:
+        """One stage less; the last one gives the memory back."""
+        self.n_users -= 1
+        if self.n_users <= 0:
+            self.device.close()
