@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from pyinfer.convert.half_float import round_to_half
-from pyinfer.convert.jit import compiled
+from pyinfer.convert.jit import compiled, stack_array
 from pyinfer.convert.lanes import LANES, Lanes, group_function
 from pyinfer.kernels_cpu.simd import Reg
 
@@ -75,6 +75,7 @@ def _emit_fit(
     return v.pick(gain, [scale_code, low_code, gain, sum_l, sum_ll, sum_lx])
 
 
+_groups_array, _found_array = stack_array(np.float32, 16, 6), stack_array(np.float32, 6)
 # float32 results of a search: scale, minimum, sums of w, w*x, w*l, w*l*l
 search_affine = group_function("search_affine", 1, _emit_search)
 # codes of scale and minimum, gain, sums of w*l, w*l*l, w*l*x
@@ -122,7 +123,7 @@ def fit_affine(x, w, wx, group, top, largest, rounds, scales, minimums):  # type
     (2, 256 / group). Starts from the smallest factors that reach all scales, and from larger ones that fit them better.
     """
     addresses = (x.ctypes.data, w.ctypes.data, wx.ctypes.data)
-    wanted, found = np.empty((scales.shape[1], 6), np.float32), np.empty(6, np.float32)
+    wanted, found = _groups_array()[: scales.shape[1]], _found_array()
     least_d = least_dmin = np.float32(0)
     for g in range(len(wanted)):
         at = 4 * g * group

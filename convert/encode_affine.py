@@ -1,7 +1,7 @@
 """Q2_K, Q4_K and Q5_K: search and packing in one pass, as Numba code.
 
-Every `encode_*` fills uint8 `out` (rows, bytes a row) from float32 x (rows, columns); `columns` are the importances of
-the columns, empty for none. Layouts are those of the codecs in `quant`.
+Every `encode_*` takes addresses: of float32 x (n_rows, n_columns), of float32 importances (n_columns,) or 0 for none, and
+of the bytes to be filled. Layouts are those of the codecs in `quant`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from pyinfer.convert.affine_search import fit_affine
 from pyinfer.convert.codes import write_affine_codes
 from pyinfer.convert.half_float import store_half
 from pyinfer.convert.importance import weigh_block
-from pyinfer.convert.jit import compiled
+from pyinfer.convert.jit import byte_rows_at, compiled, float_rows_at, stack_array
 
 _BLOCK = 256
+_w_array, _wx_array = stack_array(np.float32, _BLOCK), stack_array(np.float32, _BLOCK)
+_codes_array, _scales_16, _minimums_16, _scales_8, _minimums_8 = (
+    stack_array(np.uint8, *shape) for shape in ((_BLOCK,), (2, 16), (2, 16), (2, 8), (2, 8))
+)
 
 
 @compiled
-def encode_q2_k(x, columns, out):  # type: ignore[no-untyped-def]
-    w, wx = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    scales, minimums, codes = np.empty((2, 16), np.uint8), np.empty((2, 16), np.uint8), np.empty(_BLOCK, np.uint8)
+def encode_q2_k(x_at, columns_at, out_at, n_rows, n_columns):  # type: ignore[no-untyped-def]
+    x, out = float_rows_at(x_at, n_rows, n_columns), byte_rows_at(out_at, n_rows, n_columns // _BLOCK * 84)
+    columns = float_rows_at(columns_at, 1, n_columns if columns_at else 0)[0]
+    w, wx, codes, scales, minimums = _w_array(), _wx_array(), _codes_array(), _scales_16(), _minimums_16()
     for row in range(len(x)):
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 84 : (b + 1) * 84]
@@ -39,19 +44,22 @@ def encode_q2_k(x, columns, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def encode_q4_k(x, columns, out):  # type: ignore[no-untyped-def]
+def encode_q4_k(x_at, columns_at, out_at, n_rows, n_columns):  # type: ignore[no-untyped-def]
+    x, out = float_rows_at(x_at, n_rows, n_columns), byte_rows_at(out_at, n_rows, n_columns // _BLOCK * 144)
+    columns = float_rows_at(columns_at, 1, n_columns if columns_at else 0)[0]
     _encode_nibbles_k(x, columns, np.float32(15), 144, 16, out)
 
 
 @compiled
-def encode_q5_k(x, columns, out):  # type: ignore[no-untyped-def]
+def encode_q5_k(x_at, columns_at, out_at, n_rows, n_columns):  # type: ignore[no-untyped-def]
+    x, out = float_rows_at(x_at, n_rows, n_columns), byte_rows_at(out_at, n_rows, n_columns // _BLOCK * 176)
+    columns = float_rows_at(columns_at, 1, n_columns if columns_at else 0)[0]
     _encode_nibbles_k(x, columns, np.float32(31), 176, 48, out)
 
 
 @compiled
 def _encode_nibbles_k(x, columns, top, block_bytes, nibbles_at, out):  # type: ignore[no-untyped-def]
-    w, wx = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    scales, minimums, codes = np.empty((2, 8), np.uint8), np.empty((2, 8), np.uint8), np.empty(_BLOCK, np.uint8)
+    w, wx, codes, scales, minimums = _w_array(), _wx_array(), _codes_array(), _scales_8(), _minimums_8()
     for row in range(len(x)):
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * block_bytes : (b + 1) * block_bytes]

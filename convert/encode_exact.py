@@ -1,4 +1,4 @@
-"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks without an imatrix: one division a block, byte for byte what ggml writes; F16, BF16.
+"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 blocks without an imatrix, byte for byte what ggml writes; F16, BF16, F32.
 
 The codecs in `quant` are the specification; this is the same in vector code, at the speed of memory. The compiler of the
 CPU kernels compiles and keeps it: Numba alone would take longer to import than a small model to convert.
@@ -21,15 +21,14 @@ from pyinfer.kernels_cpu.simd import Emitter, Reg, f32, i8, i16, i32, vector
 _BLOCK = 32
 _FLOATS, _INTS, _BYTES = vector(f32, _BLOCK), vector(i32, _BLOCK), vector(i8, _BLOCK)
 
-Encode = Callable[[int, int, int], bool]  # addresses of float32 and of the bytes, number of blocks
+Encode = Callable[[int, int, int], bool]  # addresses of the weights and of the bytes, number of blocks
 
 
 class _Block:
     """One block of 32 weights in registers, and where its bytes go."""
 
     def __init__(self, e: Emitter, x: Reg, out: Reg) -> None:
-        self.e, self.b, self.out = e, e.b, out
-        self.x = e.load(x, _FLOATS, 4)
+        self.e, self.b, self.x, self.out = e, e.b, x, out
 
     def fold(self, combine: Callable[[Reg, Reg], Reg]) -> Reg:
         value, n = self.x, _BLOCK
@@ -136,6 +135,21 @@ def _bfloats(block: _Block, bits: int) -> None:
     e.store(b.select(b.fcmp_unordered("uno", block.x, block.x), quiet, e.float_to_bfloat(block.x)), block.out, 1)
 
 
+def _floats(block: _Block, bits: int) -> None:
+    """The 32 weights themselves."""
+    block.e.store(block.x, block.out, 1)
+
+
+def _load(e: Emitter, source: str, at: Reg) -> Reg:
+    """32 weights of a plain type."""
+    if source == "F16":
+        return e.load_halves(at, _BLOCK)
+    if source == "BF16":
+        upper = e.b.zext(e.load(at, vector(i16, _BLOCK), 2), _INTS)
+        return e.b.bitcast(e.b.shl(upper, ir.Constant(_INTS, [16] * _BLOCK)), _FLOATS)
+    return e.load(at, _FLOATS, 4)
+
+
 # type -> what is emitted for a block, bits of a code, bytes of a block
 _KINDS: dict[str, tuple[Callable[[_Block, int], None], int, int]] = {
     "Q4_0": (_signed, 4, 18),
@@ -145,25 +159,32 @@ _KINDS: dict[str, tuple[Callable[[_Block, int], None], int, int]] = {
     "Q8_0": (_bytes, 8, 34),
     "F16": (_halves, 16, 64),
     "BF16": (_bfloats, 16, 64),
+    "F32": (_floats, 32, 128),
 }
+_SOURCE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
-@lru_cache(maxsize=8)
-def exact_encoder(name: str) -> Encode:
-    """`encode(x, out, n_blocks)` of a type: whether all weights were finite. It lets other threads run meanwhile."""
+@lru_cache(maxsize=32)
+def exact_encoder(name: str, source: str = "F32") -> Encode:
+    """`encode(x, out, n_blocks)` from a plain type: whether all weights were finite. Other threads run meanwhile.
+
+    F16 is read where the CPU knows it: elsewhere infinities would be large numbers.
+    """
     emit, bits, block_bytes = _KINDS[name]
+    weight_bytes = _SOURCE_BYTES[source]
 
     def body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
         x, out = e.ptr(e.field(op, 0)), e.ptr(e.field(op, 1))
         nothing = ir.Constant(_FLOATS, [0.0] * _BLOCK)
         spoiled = e.var(nothing)  # 0 times a weight is NaN if that is not finite
         with e.loop(last, first) as i:
-            block = _Block(e, e.at(x, e.mul(i, 4 * _BLOCK)), e.at(out, e.mul(i, block_bytes)))
+            weights = _load(e, source, e.at(x, e.mul(i, weight_bytes * _BLOCK)))
+            block = _Block(e, weights, e.at(out, e.mul(i, block_bytes)))
             e.set(spoiled, e.b.fadd(e.get(spoiled), e.b.fmul(block.x, nothing)))
             emit(block, bits)
         e.store(e.reduce_add(e.get(spoiled)), scratch, 4)
 
-    address = compiler_for(current_isa()).kernel(f"encode_{name.lower()}_{_source_hash()}", body)
+    address = compiler_for(current_isa()).kernel(f"encode_{source}_{name}_{_source_hash()}", body)
     run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * N_ARGS)(address)
 
     def encode(x: int, out: int, n_blocks: int) -> bool:

@@ -10,16 +10,19 @@ import numpy as np
 from pyinfer.convert.codes import write_signed_codes
 from pyinfer.convert.half_float import store_half
 from pyinfer.convert.importance import weigh_block
-from pyinfer.convert.jit import compiled
+from pyinfer.convert.jit import byte_rows_at, compiled, float_rows_at, stack_array
 from pyinfer.convert.signed_search import fit_signed
 
 _BLOCK = 256
+_w_array, _wx_array = stack_array(np.float32, _BLOCK), stack_array(np.float32, _BLOCK)
+_codes_array, _scales_array = stack_array(np.uint8, _BLOCK), stack_array(np.int8, 2, 16)
 
 
 @compiled
-def encode_q3_k(x, columns, out):  # type: ignore[no-untyped-def]
-    w, wx = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    scales, codes = np.empty((2, 16), np.int8), np.empty(_BLOCK, np.uint8)
+def encode_q3_k(x_at, columns_at, out_at, n_rows, n_columns):  # type: ignore[no-untyped-def]
+    x, out = float_rows_at(x_at, n_rows, n_columns), byte_rows_at(out_at, n_rows, n_columns // _BLOCK * 110)
+    columns = float_rows_at(columns_at, 1, n_columns if columns_at else 0)[0]
+    w, wx, codes, scales = _w_array(), _wx_array(), _codes_array(), _scales_array()
     for row in range(len(x)):
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 110 : (b + 1) * 110]
@@ -47,9 +50,10 @@ def encode_q3_k(x, columns, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def encode_q6_k(x, columns, out):  # type: ignore[no-untyped-def]
-    w, wx = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    scales, codes = np.empty((2, 16), np.int8), np.empty(_BLOCK, np.uint8)
+def encode_q6_k(x_at, columns_at, out_at, n_rows, n_columns):  # type: ignore[no-untyped-def]
+    x, out = float_rows_at(x_at, n_rows, n_columns), byte_rows_at(out_at, n_rows, n_columns // _BLOCK * 210)
+    columns = float_rows_at(columns_at, 1, n_columns if columns_at else 0)[0]
+    w, wx, codes, scales = _w_array(), _wx_array(), _codes_array(), _scales_array()
     for row in range(len(x)):
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 210 : (b + 1) * 210]

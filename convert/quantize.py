@@ -1,22 +1,20 @@
 """From a GGUF to a smaller one: every tensor gets its type by the plan, and is made while it is written.
 
-What is decided (types, sizes, metadata) is decided before a byte is written; no more than a chunk of one tensor is in
-memory.
+What is decided (types, sizes, metadata) is decided before a byte is written.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pyinfer.convert.encode import transcode
+from pyinfer.convert.encode import usable_cores
 from pyinfer.convert.file_types import FileType, file_type
 from pyinfer.convert.importance_matrix import ImportanceMatrix
+from pyinfer.convert.pipeline import TensorJob, write_tensors
 from pyinfer.convert.type_plan import (
     QUANTIZED_TYPES,
     PlannedType,
@@ -27,13 +25,12 @@ from pyinfer.convert.type_plan import (
     plan_types,
 )
 from pyinfer.convert.writing import writing
-from pyinfer.errors import ConvertError, ModelError
-from pyinfer.quant.codec import ByteArray, FloatArray
+from pyinfer.errors import ConvertError
+from pyinfer.quant.codec import FloatArray
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.quant.tensor import QuantTensor
-from pyinfer.quant.writer import TensorStream, stream_gguf
+from pyinfer.quant.writer import gguf_file
 
-_CHUNK_WEIGHTS = 1 << 23
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
 _SHARD_KEYS = ("split.no", "split.count", "split.tensors.count")
 _NO_IMATRIX = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
@@ -47,7 +44,8 @@ class Quantization:
     target: FileType
     types: dict[str, PlannedType]
     metadata: dict[str, Any]
-    tensors: dict[str, TensorStream]
+    tensors: dict[str, TensorJob]
+    n_threads: int
 
     @property
     def n_bytes(self) -> int:
@@ -72,10 +70,7 @@ class Quantization:
 
     def made(self, file: GGUFFile, extra: Mapping[str, Any]) -> Quantization:
         """The same with more metadata, its tensors copied from a file that was written before."""
-        tensors = {
-            name: replace(stream, chunks=functools.partial(_copied, file.tensors[name]))
-            for name, stream in self.tensors.items()
-        }
+        tensors = {name: replace(job, source=file.tensors[name]) for name, job in self.tensors.items()}
         return replace(self, metadata={**self.metadata, **extra}, tensors=tensors)
 
     def write(
@@ -87,8 +82,8 @@ class Quantization:
         """
         if path.resolve() == self.source.path.resolve():
             raise ConvertError(f"{path}: is the model itself; write to another file", param="output")
-        with writing(name or path):
-            stream_gguf(path, self.metadata, self.tensors, on_bytes=on_bytes)
+        with writing(name or path), gguf_file(path, self.metadata, self.tensors) as (file, offsets):
+            write_tensors(file, offsets, self.tensors, self.n_threads, on_bytes)
 
 
 def plan_quantization(
@@ -109,19 +104,17 @@ def plan_quantization(
     options = replace(options or PlanOptions(), has_imatrix=imatrix is not None)
     specs = [TensorSpec(t.name, t.shape, t.codec.name) for t in source.tensors.values()]
     types = plan_types(specs, target, model_shape(source.metadata), options)
-    streams: dict[str, TensorStream] = {}
+    jobs: dict[str, TensorJob] = {}
     for tensor in source.tensors.values():
-        codec = types[tensor.name].codec
-        if codec == tensor.codec.name:
-            chunks = functools.partial(_copied, tensor)
-        else:
+        codec, columns = types[tensor.name].codec, None
+        if codec != tensor.codec.name:
             _check_source(tensor, codec, allow_requantize)
             columns = None if imatrix is None else _columns(tensor, imatrix)
             if columns is None and target.name == "Q2_K_S" and codec == "Q2_K" and tensor.name not in _NO_IMATRIX:
                 raise ConvertError(f"tensor {tensor.name}: Q2_K_S is garbage without importances; give --imatrix")
-            chunks = functools.partial(_transcoded, tensor, codec, columns, n_threads)
-        streams[tensor.name] = TensorStream(codec, tensor.shape, chunks)
-    return Quantization(source, target, types, _metadata(source, target, imatrix), streams)
+        jobs[tensor.name] = TensorJob(codec, tensor.shape, tensor, columns)
+    metadata = _metadata(source, target, imatrix)
+    return Quantization(source, target, types, metadata, jobs, n_threads or usable_cores())
 
 
 def _metadata(source: GGUFFile, target: FileType, imatrix: ImportanceMatrix | None) -> dict[str, Any]:
@@ -161,41 +154,3 @@ def _columns(tensor: QuantTensor, imatrix: ImportanceMatrix) -> FloatArray | Non
             f"{n_matrices} x {tensor.shape[-1]}; it was made with another model"
         )
     return columns
-
-
-def _copied(tensor: QuantTensor) -> Iterator[ByteArray]:
-    for rows in _row_slices(tensor, 0, len(tensor.data)):
-        yield tensor.data[rows]
-    tensor.release()
-
-
-def _transcoded(
-    tensor: QuantTensor, codec: str, columns: FloatArray | None, n_threads: int | None
-) -> Iterator[ByteArray]:
-    """The tensor's rows in another type; the next chunk is made while the last one is written."""
-    n_rows = tensor.shape[-2]
-    jobs = [
-        (rows, None if columns is None else columns[first // n_rows])
-        for first in range(0, len(tensor.data), n_rows)
-        for rows in _row_slices(tensor, first, first + n_rows)
-    ]
-
-    def run(job: tuple[slice, FloatArray | None]) -> ByteArray:
-        try:
-            return transcode(tensor.codec, tensor.data[job[0]], codec, job[1], n_threads)
-        except ModelError as error:
-            raise ConvertError(f"tensor {tensor.name}: {error}") from None
-
-    with ThreadPoolExecutor(1, "pyinfer-ahead") as ahead:
-        waiting = ahead.submit(run, jobs[0])
-        for job in jobs[1:]:
-            following = ahead.submit(run, job)
-            yield waiting.result()
-            waiting = following
-        yield waiting.result()
-    tensor.release()
-
-
-def _row_slices(tensor: QuantTensor, first: int, stop: int) -> list[slice]:
-    step = max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
-    return [slice(i, min(i + step, stop)) for i in range(first, stop, step)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pyinfer.convert.half_float import round_to_half
-from pyinfer.convert.jit import compiled
+from pyinfer.convert.jit import compiled, stack_array
 from pyinfer.convert.lanes import LANES, Lanes, group_function
 from pyinfer.kernels_cpu.simd import Reg
 
@@ -53,6 +53,7 @@ def _top(v: Lanes, zeros: Reg) -> Reg:
     return v.b.fsub(v.b.fadd(zeros, zeros), v.all(1.0))
 
 
+_groups_array, _found_array = stack_array(np.float32, 16), stack_array(np.float32, 4)
 # float32 result: the scale
 search_signed = group_function("search_signed", 1, _emit_search)
 _fit_group = group_function("_fit_group", 5, _emit_fit)  # code, gain, sum of w*l*l, of w*l*x
@@ -83,7 +84,7 @@ def fit_signed(x, w, wx, group, zero, lowest, rounds, scales):  # type: ignore[n
     The groups' scales, lowest..-lowest-1, go to row 0 of int8 `scales` (2, 256 / group).
     """
     addresses = (x.ctypes.data, w.ctypes.data, wx.ctypes.data)
-    wanted, found = np.empty(scales.shape[1], np.float32), np.empty(4, np.float32)
+    wanted, found = _groups_array()[: scales.shape[1]], _found_array()
     out = found.ctypes.data
     extreme = np.float32(0)
     for g in range(wanted.size):

@@ -5,9 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
+
+from pyinfer.quant.codec import ByteArray
+
+_one_writer = threading.Lock()  # where a file has one position for all
 
 
 @contextlib.contextmanager
@@ -28,6 +35,19 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_at(file: BinaryIO, data: ByteArray, offset: int) -> None:
+    """Write a contiguous array at an offset, which moves the file's position or not; any thread may."""
+    if not hasattr(os, "pwrite"):
+        with _one_writer:
+            file.seek(offset)
+            file.write(data.data)
+        return
+    left = data.reshape(-1).view(np.uint8).data
+    while left:
+        n = os.pwrite(file.fileno(), left, offset)
+        left, offset = left[n:], offset + n
 
 
 def _open_nameless(folder: Path) -> int | None:

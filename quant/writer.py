@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +19,7 @@ from pyinfer.quant.codecs import codec_by_name
 from pyinfer.quant.gguf import NATIVE_ORDER
 from pyinfer.quant.gguf_cursor import ByteOrder
 from pyinfer.quant.gguf_header import DEFAULT_ALIGNMENT
-from pyinfer.quant.whole_file import whole_file
+from pyinfer.quant.whole_file import whole_file, write_at
 
 TensorSource = tuple[str, tuple[int, ...], ByteArray]  # codec name, row-major shape, bytes in native order
 
@@ -29,17 +31,22 @@ _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
-class TensorStream:
-    """A tensor that is made while it is written, so that no more than one chunk of it is in memory."""
+class TensorHeader:
+    """What the beginning of a file says of a tensor."""
 
     codec: str
     shape: tuple[int, ...]  # row-major
-    chunks: Callable[[], Iterable[ByteArray]]  # consecutive whole blocks in native order, all of the tensor
 
     @property
     def n_bytes(self) -> int:
-        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
-        return rows * codec_by_name(self.codec).row_bytes(self.shape[-1])
+        return math.prod(self.shape[:-1]) * codec_by_name(self.codec).row_bytes(self.shape[-1])
+
+
+@dataclass(frozen=True)
+class TensorStream(TensorHeader):
+    """A tensor that is made while it is written, so that no more than one chunk of it is in memory."""
+
+    chunks: Callable[[], Iterable[ByteArray]]  # consecutive whole blocks in native order, all of the tensor
 
 
 def write_gguf(
@@ -75,15 +82,13 @@ def stream_gguf(
     `on_bytes` is told the bytes of tensors written so far. GGUFError for values that no GGUF type holds and for
     chunks that do not sum up to the tensor's size.
     """
-    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
     done = 0
-    with whole_file(Path(path)) as file:
-        file.write(_header(metadata, tensors, order, version, alignment))
-        _pad(file, alignment)
+    with gguf_file(path, metadata, tensors, order=order, version=version) as (file, offsets):
         for name, tensor in tensors.items():
             codec, n_bytes = codec_by_name(tensor.codec), 0
             for chunk in tensor.chunks():
-                file.write(np.ascontiguousarray(chunk if order == NATIVE_ORDER else codec.swap_bytes(chunk)).data)
+                data = np.ascontiguousarray(chunk if order == NATIVE_ORDER else codec.swap_bytes(chunk))
+                write_at(file, data, offsets[name] + n_bytes)
                 n_bytes += chunk.nbytes
                 on_bytes(done + n_bytes)
             if n_bytes != tensor.n_bytes:
@@ -91,11 +96,35 @@ def stream_gguf(
                     f"tensor {name!r}: {codec.name} of {tensor.shape} takes {tensor.n_bytes} bytes, not {n_bytes}"
                 )
             done += n_bytes
-            _pad(file, alignment)
+
+
+@contextmanager
+def gguf_file(
+    path: str | Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, TensorHeader],
+    *,
+    order: ByteOrder = NATIVE_ORDER,
+    version: int = 3,
+) -> Iterator[tuple[BinaryIO, dict[str, int]]]:
+    """A GGUF file, whole or not at all, and where in it each tensor's bytes belong: `write_at` puts them there.
+
+    Metadata as `stream_gguf`. What nobody writes is zero.
+    """
+    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+    with whole_file(Path(path)) as file:
+        file.write(_header(metadata, tensors, order, version, alignment))
+        end = -(-file.tell() // alignment) * alignment
+        offsets = {}
+        for name, tensor in tensors.items():
+            offsets[name] = end
+            end += -(-tensor.n_bytes // alignment) * alignment
+        file.truncate(end)
+        yield file, offsets
 
 
 def _header(
-    metadata: Mapping[str, Any], tensors: Mapping[str, TensorStream], order: ByteOrder, version: int, alignment: int
+    metadata: Mapping[str, Any], tensors: Mapping[str, TensorHeader], order: ByteOrder, version: int, alignment: int
 ) -> bytes:
     parts = [b"GGUF", struct.pack(order + "IQQ", version, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -108,10 +137,6 @@ def _header(
         parts.append(struct.pack(order + "IQ", codec_by_name(tensor.codec).type_id, offset))
         offset += -(-tensor.n_bytes // alignment) * alignment
     return b"".join(parts)
-
-
-def _pad(file: BinaryIO, alignment: int) -> None:
-    file.write(bytes(-file.tell() % alignment))
 
 
 def _string(order: ByteOrder, text: str) -> bytes:

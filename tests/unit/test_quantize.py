@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_models import TinyShape, write_tiny_model
 
-from pyinfer.convert import quantize as quantize_module
+from pyinfer.convert import pipeline
 from pyinfer.convert.encode import encode
 from pyinfer.convert.importance_matrix import ImportanceMatrix
 from pyinfer.convert.quantize import plan_quantization
@@ -71,7 +72,7 @@ def test_file_has_the_planned_types_and_bytes(source: Path, tmp_path: Path) -> N
 def test_chunks_make_the_same_file(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with GGUFFile.open(source) as file:
         plan_quantization(file, "q5_k_s").write(tmp_path / "whole.gguf")
-        monkeypatch.setattr(quantize_module, "_CHUNK_WEIGHTS", 1000)
+        monkeypatch.setattr(pipeline, "_WEIGHTS_PER_TASK", 1000)
         plan_quantization(file, "q5_k_s", n_threads=1).write(tmp_path / "chunks.gguf")
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "chunks.gguf").read_bytes()
 
@@ -183,6 +184,19 @@ def test_nothing_is_left_of_a_failed_write(source: Path, tmp_path: Path) -> None
             plan.write(source)
         with pytest.raises(ConvertError, match="No such file or directory"):
             plan.write(tmp_path / "missing" / "out.gguf")
+
+
+def test_an_interrupt_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_WEIGHTS_PER_TASK", 256)
+    monkeypatch.setattr(pipeline, "_TELL_SECONDS", 0.001)
+
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with GGUFFile.open(source) as file, pytest.raises(KeyboardInterrupt):
+        plan_quantization(file, "q4_0", n_threads=3).write(tmp_path / "out.gguf", interrupt)
+    assert not list(tmp_path.iterdir())
+    assert not [t for t in threading.enumerate() if t.name.startswith("pyinfer-quantize")]
 
 
 def test_a_weight_that_is_not_finite_names_its_tensor(tmp_path: Path) -> None:

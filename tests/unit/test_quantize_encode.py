@@ -144,14 +144,25 @@ print(hashlib.sha256(b"".join(parts)).hexdigest())
     assert digests[0] == digests[1] and len(digests[0]) > 60
 
 
-def test_other_sources_than_float32() -> None:
+@pytest.mark.parametrize("name", [*EXACT, "Q4_K", "F32", "F16", "BF16"])
+def test_other_sources_than_float32(name: str) -> None:
     weights = np.random.default_rng(2).normal(0, 1, (8, 256)).astype(np.float32)
+    weights[0, :5] = 0.0, -0.0, 6e-8, -3e-5, 65504.0
     for source in ("F16", "BF16", "Q8_0"):
         codec = codec_by_name(source)
         data = codec.quantize(weights)
-        np.testing.assert_array_equal(
-            transcode(codec, data, "Q4_K", n_threads=2), encode("Q4_K", codec.dequantize(data))
+        np.testing.assert_array_equal(transcode(codec, data, name, n_threads=2), encode(name, codec.dequantize(data)))
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+def test_other_sources_keep_what_is_not_finite(name: str) -> None:
+    weights = np.ones((2, 64), np.float32)
+    weights[0, 3], weights[1, 40], weights[1, 63] = np.inf, -np.inf, np.nan
+    for source in ("F16", "BF16"):
+        found = codec_by_name(name).dequantize(
+            transcode(codec_by_name(source), codec_by_name(source).quantize(weights), name)
         )
+        np.testing.assert_array_equal(found, weights)
 
 
 def test_columns_that_never_mattered_still_get_codes() -> None:
@@ -169,8 +180,10 @@ def test_columns_that_never_mattered_still_get_codes() -> None:
 def test_weights_that_are_not_finite(name: str, value: float) -> None:
     weights = np.ones((300, 256), np.float32)
     weights[299, 255] = value
-    with pytest.raises(ModelError, match="NaN or infinite"):
-        encode(name, weights)
+    for source in ("F32", "F16", "BF16"):
+        codec = codec_by_name(source)
+        with pytest.raises(ModelError, match="NaN or infinite"):
+            transcode(codec, codec.quantize(weights), name)
 
 
 @pytest.mark.parametrize(

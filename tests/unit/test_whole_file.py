@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from pyinfer.errors import GGUFError
 from pyinfer.quant.gguf import GGUFFile
-from pyinfer.quant.whole_file import whole_file
+from pyinfer.quant.whole_file import whole_file, write_at
 from pyinfer.quant.writer import TensorStream, stream_gguf
 
 pytestmark = pytest.mark.unit
@@ -76,6 +77,22 @@ def test_permissions_follow_the_umask(tmp_path: Path, kind: str) -> None:
 def test_a_missing_folder(tmp_path: Path, kind: str) -> None:
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "none" / "file"):
         pass
+
+
+@pytest.mark.parametrize("has_pwrite", [True, False])
+def test_parts_are_written_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_pwrite: bool) -> None:
+    if not has_pwrite:
+        monkeypatch.delattr(os, "pwrite", raising=False)
+    parts = [np.full((2, 5), i, np.uint8) for i in range(20)]
+    with whole_file(tmp_path / "file") as file:
+        file.write(b"head")
+        file.truncate(4 + 200 + 3)
+        threads = [threading.Thread(target=write_at, args=(file, part, 4 + 10 * i)) for i, part in enumerate(parts)]
+        for thread in reversed(threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (tmp_path / "file").read_bytes() == b"head" + b"".join(p.tobytes() for p in parts) + bytes(3)
 
 
 def stream(n_chunks: int) -> TensorStream:
