@@ -128,6 +128,7 @@ class PartsBackend(Backend, Protocol):
     ) -> list[PartStage]:
         """Stages that run one after another in every step, in this order, maybe with others between.
 
+        They share pages, so their graphs have the same KV layers; the first moves the pages for all.
         `last_readers[i]`: which of these stages has begun last when the results of stage i are last read; without them all
         results stay until the stage's next run.
         """

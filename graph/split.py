@@ -7,7 +7,7 @@ is alive, the residual row of n_embd columns: `block_cuts` are those places.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from pyinfer.graph.graph import Graph
@@ -32,13 +32,13 @@ def block_cuts(graph: Graph) -> list[int]:
     return cuts
 
 
-def split_graph(graph: Graph, cuts: Sequence[int], *, renumber: bool = True) -> list[Graph]:
+def split_graph(graph: Graph, cuts: Sequence[int], owners: Sequence[Hashable] | None = None) -> list[Graph]:
     """The parts before, between and after the ops of these numbers, which ascend.
 
     A part begins with a `Hidden` for each value of earlier parts that it reads, and ends with all that later ones do
     (`Graph.results`); the values are the same objects in both (`sources`). `StoreKV` and `Attention` of a layer must stay
-    together, and a part must hold more than a `Quantize`. A part has the KV layers that it uses, counted anew from 0;
-    without `renumber` it has all, as the whole has.
+    together, and a part must hold more than a `Quantize`. Parts of the same owner share pages, so each has the KV layers of
+    all of them, counted anew from 0; without `owners` a part has its own.
     """
     starts, ends = [0, *cuts], [*cuts, len(graph.ops)]
     assert all(start < end for start, end in zip(starts, ends, strict=True)), "an empty part"
@@ -46,13 +46,15 @@ def split_graph(graph: Graph, cuts: Sequence[int], *, renumber: bool = True) -> 
     made_in = {id(value): number for number, ops in enumerate(parts) for op in ops for value in op.outputs}
     reads = [_from_before(ops, made_in, number) for number, ops in enumerate(parts)]
     wanted = {id(value) for values in reads for value in values}
+    owners = owners or range(len(parts))
+    layers = {owner: _layers(parts, [i for i, each in enumerate(owners) if each == owner]) for owner in owners}
     graphs = []
     for number, (ops, values) in enumerate(zip(parts, reads, strict=True)):
         results = [value for op in ops for value in op.outputs if id(value) in wanted]
         if number == len(parts) - 1:
             results = [graph.logits]
         assert results, f"nothing reads part {number}"
-        graphs.append(_part(graph, [*map(Hidden, values), *ops], results, renumber))
+        graphs.append(_part(graph, [*map(Hidden, values), *ops], results, layers[owners[number]]))
         graphs[-1].check()
     return graphs
 
@@ -133,14 +135,18 @@ def _from_before(ops: Sequence[Op], made_in: dict[int, int], number: int) -> lis
     return list(found.values())
 
 
-def _part(graph: Graph, ops: Sequence[Op], results: Sequence[Value], renumber: bool) -> Graph:
-    """These ops with the KV layers that they use; all groups stay, as the batch has their tables."""
-    part = replace(graph, ops=tuple(ops), logits=results[0], passed=tuple(results[1:]))
-    stored, read = ({op.layer for op in ops if isinstance(op, kind)} for kind in (StoreKV, Attention))
-    assert stored == read, "keys and values are stored in one part and read in another"
-    if not renumber:
-        return part
-    layers = sorted(stored)
+def _layers(parts: Sequence[Sequence[Op]], own: Sequence[int]) -> list[int]:
+    """The KV layers of these parts."""
+    found: set[int] = set()
+    for number in own:
+        stored, read = ({op.layer for op in parts[number] if isinstance(op, kind)} for kind in (StoreKV, Attention))
+        assert stored == read, "keys and values are stored in one part and read in another"
+        found |= stored
+    return sorted(found)
+
+
+def _part(graph: Graph, ops: Sequence[Op], results: Sequence[Value], layers: Sequence[int]) -> Graph:
+    """These ops with these KV layers of the whole; all groups stay, as the batch has their tables."""
     number = {layer: i for i, layer in enumerate(layers)}
     renumbered = (replace(op, layer=number[op.layer]) if isinstance(op, StoreKV | Attention) else op for op in ops)
     groups = (
@@ -148,8 +154,10 @@ def _part(graph: Graph, ops: Sequence[Op], results: Sequence[Value], renumber: b
         for group in graph.kv_groups
     )
     return replace(
-        part,
+        graph,
         ops=tuple(renumbered),
+        logits=results[0],
+        passed=tuple(results[1:]),
         kv_layers=tuple(graph.kv_layers[layer] for layer in layers),
         kv_groups=tuple(groups),
     )

@@ -26,7 +26,7 @@ class CPUBackend:
         last_readers: Sequence[int] = (),
     ) -> list[PartStage]:
         """See `graph.backend.PartsBackend`."""
-        share = StageShare(config, len(graphs[0].kv_groups), progress)
+        share = StageShare(config, graphs[0], progress)
         lasts = last_readers or [len(graphs)] * len(graphs)
         stages = [
             CPUStage(graph, config, share=share, number=number, last_reader=last)

@@ -13,6 +13,7 @@ from pyinfer.graph.held_results import HeldResults
 from pyinfer.kernels_cpu.attention import scratch_bytes
 from pyinfer.kernels_cpu.compiler import compiler_for
 from pyinfer.kernels_cpu.isa import current_isa
+from pyinfer.kernels_cpu.pages import KVPages
 from pyinfer.kernels_cpu.pool import Pool
 from pyinfer.kernels_cpu.rope_tables import RopeTables
 from pyinfer.kernels_cpu.step_arrays import StepArrays
@@ -21,14 +22,16 @@ Memory = npt.NDArray[np.uint8]
 
 
 class StageShare:
-    """Threads, memory of activations, tables of rope, the step's arrays. Stages are lowered in the order in which they run."""
+    """Threads, pages, memory of activations, the step's arrays. Stages are lowered in the order in which they run."""
 
-    def __init__(self, config: StageConfig, n_groups: int, progress: Progress | None = None) -> None:
+    def __init__(self, config: StageConfig, graph: Graph, progress: Progress | None = None) -> None:
+        """`graph` is one of the parts, which all have the same KV layers."""
         self.isa = current_isa()
         self.compiler = compiler_for(self.isa)
         self.compiler.on_compile = (lambda name: progress(f"compiling kernel {name}", 0.0)) if progress else None
         self.ropes = RopeTables(config.n_ctx)
-        self.step = StepArrays(config, n_groups)
+        self.step = StepArrays(config, len(graph.kv_groups))
+        self.pages = KVPages(graph, config)
         self.free: list[Memory] = []  # of activations that nothing needs where the next stage is lowered
         self._n_threads = config.n_threads
         self._pool: Pool | None = None

@@ -19,7 +19,6 @@ from pyinfer.kernels_cpu.buffers import Buffer
 from pyinfer.kernels_cpu.compiler import source_hash
 from pyinfer.kernels_cpu.lower import lower, matrices
 from pyinfer.kernels_cpu.opcode import StepField
-from pyinfer.kernels_cpu.pages import KVPages
 from pyinfer.kernels_cpu.pool import Pool, Program
 from pyinfer.kernels_cpu.repack_cache import RepackCache
 from pyinfer.kernels_cpu.share import StageShare
@@ -52,14 +51,14 @@ class CPUStage:
                 param="block_size",
             )
         self._is_alone = share is None
-        self._share = share = share or StageShare(config, len(graph.kv_groups), progress)
+        self._share = share = share or StageShare(config, graph, progress)
         if share.isa.bfloat:
             graph = narrow_activations(graph)
         self.graph, self._config = graph, config
-        self._pages = KVPages(graph, config)
+        self._has_pages = number == 0  # for all stages that share them
         self._weights = WeightArena(matrices(graph.ops), share.isa)
         share.free += share.results.release_before(number)
-        self._lowered = lower(graph, config, share.compiler, self._weights, self._pages, share.ropes, share.free)
+        self._lowered = lower(graph, config, share.compiler, self._weights, share.pages, share.ropes, share.free)
         share.results.hold(last_reader, [result.memory for result in self._lowered.results])
         self._program = Program(self._lowered.records, share.step.header)
         self._repack_cache: RepackCache | None = None
@@ -133,13 +132,15 @@ class CPUStage:
         return max(1, min(partitions, 2 * self._config.n_threads // (n_tiles * heads)))
 
     def copy_page(self, source: int, target: int) -> None:
-        self._pages.copy(source, target)
+        if self._has_pages:
+            self._share.pages.copy(source, target)
 
     def read_pages(self, pages: Sequence[int]) -> PageData:
-        return self._pages.read(pages)
+        return self._share.pages.read(pages) if self._has_pages else np.empty((len(pages), 0), np.uint8)
 
     def write_pages(self, pages: Sequence[int], data: PageData) -> None:
-        self._pages.write(pages, data)
+        if self._has_pages:
+            self._share.pages.write(pages, data)
 
     def close(self) -> None:
         """Stop the threads, if no other stage has them; the memory goes with the object."""

@@ -6,7 +6,7 @@ own, [page][kv head][position][column / 32]. The layers in the same place of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import PageData, StageConfig, split_kv_dtype
 from pyinfer.graph.graph import Graph, KVLayer
-from pyinfer.kernels_gpu.device import Bytes, Device
+from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.launch import Buffer
 
 _ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1}
@@ -46,10 +46,7 @@ class LayerPages:
 class DevicePages:
     """Pools for `config.n_pages` pages. What is in them at first is undefined."""
 
-    def __init__(
-        self, device: Device, graph: Graph, config: StageConfig, staging: Callable[[int], Bytes] | None = None
-    ) -> None:
-        """`staging` gives pinned memory that others may use too; without it there is some of its own."""
+    def __init__(self, device: Device, graph: Graph, config: StageConfig) -> None:
         if not 1 <= config.block_size <= _MAX_BLOCK:
             raise ConfigError(f"block size {config.block_size} is not 1 to {_MAX_BLOCK}, as GPU pages are")
         self._device, self._n_pages = device, config.n_pages
@@ -61,7 +58,7 @@ class DevicePages:
         ]
         self.page_bytes = sum(size for _, size in self._parts())
         self._at_once = max(1, min(config.n_pages, _STAGING // max(1, self.page_bytes)))
-        self._host = (staging or device.alloc_pinned)(self._at_once * self.page_bytes)
+        self._host = device.alloc_pinned(self._at_once * self.page_bytes)
 
     def _pool(self, layer: KVLayer, kind: str, config: StageConfig) -> KVPool:
         vectors = layer.n_kv_heads * config.block_size

@@ -16,6 +16,7 @@ from pyinfer.kernels_gpu.device import Bytes, Device
 from pyinfer.kernels_gpu.launch import Buffer
 from pyinfer.kernels_gpu.matmul_route import RouteTable
 from pyinfer.kernels_gpu.mma_tiling import GPU
+from pyinfer.kernels_gpu.pages import DevicePages
 from pyinfer.kernels_gpu.rope import rope_frequencies
 from pyinfer.kernels_gpu.step_buffer import StepBuffer
 from pyinfer.kernels_gpu.weights import DeviceWeights
@@ -39,11 +40,13 @@ class _Kept:
 
 
 class DeviceShare:
-    """Weights, the step's arrays, the workspace, tables of rope, and rows on their way between host and device."""
+    """Weights, pages, the step's arrays, the workspace, tables of rope, and rows on their way between host and device."""
 
     def __init__(self, device: Device, graphs: Sequence[Graph], config: StageConfig) -> None:
+        """Parts that all have the same KV layers."""
         self.device, self.config = device, config
         self.weights = DeviceWeights(device, *graphs)
+        self.pages = DevicePages(device, graphs[0], config)
         self.step = StepBuffer(device, config, len(graphs[0].kv_groups))
         self.workspace = Workspace(device)
         self.routes = RouteTable(GPU(device.arch, device.n_sms, device.shared_bytes))
@@ -54,7 +57,6 @@ class DeviceShare:
         self._counters = _Kept()
         self._ropes: dict[int, tuple[Rope, Buffer, Buffer]] = {}
         self._hidden: dict[tuple[str, int], Buffer] = {}
-        self._staging: Bytes | None = None
 
     def counters(self, n_bytes: int) -> Buffer:
         """Zeros, shared by launches that come one after another."""
@@ -80,12 +82,6 @@ class DeviceShare:
                 self.device.zero(self._hidden[key])  # padding is computed with too
             found[id(value)] = self._hidden[key]
         return found
-
-    def staging(self, n_bytes: int) -> Bytes:
-        """Pinned memory that pages go through."""
-        if self._staging is None or self._staging.nbytes < n_bytes:
-            self._staging = self.device.alloc_pinned(n_bytes)
-        return self._staging
 
     def pinned_results(self, number: int, last_reader: int, sizes: Sequence[int]) -> list[Bytes]:
         """Pinned memory of so many bytes each for the results of a stage; of those before it where that is not needed."""

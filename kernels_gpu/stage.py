@@ -71,7 +71,7 @@ class GPUStage:
         self._device, self._graph, self._config = device, graph, config
         self._max_outputs = max(_MAX_OUTPUTS, config.max_sequences)
         self._programs: dict[ProgramShape, _Captured] = {}
-        self._is_alone = share is None
+        self._is_alone, self._has_pages = share is None, number == 0  # for all stages that share them
         try:
             self._memory = StageMemory(device, graph, config, share)
             if self._is_alone:
@@ -195,13 +195,15 @@ class GPUStage:
         return _Captured(program, self._device.capture(program.steps))
 
     def copy_page(self, source: int, target: int) -> None:
-        self._memory.pages.copy(source, target)
+        if self._has_pages:
+            self._memory.pages.copy(source, target)
 
     def read_pages(self, pages: Sequence[int]) -> PageData:
-        return self._memory.pages.read(pages)
+        return self._memory.pages.read(pages) if self._has_pages else np.empty((len(pages), 0), np.uint8)
 
     def write_pages(self, pages: Sequence[int], data: PageData) -> None:
-        self._memory.pages.write(pages, data)
+        if self._has_pages:
+            self._memory.pages.write(pages, data)
 
     def close(self) -> None:
         """Give the device's memory back, once no stage is left there."""

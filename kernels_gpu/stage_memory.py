@@ -1,4 +1,4 @@
-"""What all programs of a stage share: its pages and values, and what it has in common with the other stages of its device."""
+"""What all programs of a stage share: its values, and what it has in common with the other stages of its device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pyinfer.graph.rope import Rope
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.fusion import group_ops
 from pyinfer.kernels_gpu.launch import Buffer
-from pyinfer.kernels_gpu.pages import DevicePages
 from pyinfer.kernels_gpu.share import DeviceShare
 from pyinfer.kernels_gpu.step_buffer import StepFields
 
@@ -21,8 +20,8 @@ class StageMemory:
         self.device, self.graph, self.config = device, graph, config
         self.share = share or DeviceShare(device, [graph], config)
         self.weights, self.copies = self.share.weights, self.share.copies
-        self.workspace, self.routes, self.step = self.share.workspace, self.share.routes, self.share.step
-        self.pages = DevicePages(device, graph, config, self.share.staging)
+        self.workspace, self.routes = self.share.workspace, self.share.routes
+        self.pages, self.step = self.share.pages, self.share.step
         self.fields = [self.step.fields(group) for group in range(len(graph.kv_groups))]
         self.groups = group_ops(graph)
         self.hidden_values = [op.out for op in graph.ops if isinstance(op, Hidden)]

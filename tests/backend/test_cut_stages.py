@@ -18,7 +18,7 @@ from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import Attention, GatedActivation, MatMul, Op
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceBackend
-from pyinfer.graph.split import last_readers, sources, split_graph
+from pyinfer.graph.split import block_cuts, last_readers, sources, split_graph
 from pyinfer.kernels_cpu.backend import CPUBackend
 from pyinfer.kernels_cpu.stage import CPUStage
 from pyinfer.kernels_gpu.backend import stages_on
@@ -59,6 +59,11 @@ def around_feed_forward(graph: Graph) -> list[int]:
 CUTS: dict[str, Callable[[Graph], list[int]]] = {"attention": around_attention, "feed forward": around_feed_forward}
 
 
+def parts_of(graph: Graph, cuts: Sequence[int]) -> list[Graph]:
+    """All for one device."""
+    return split_graph(graph, cuts, ["it"] * (len(cuts) + 1))
+
+
 def on_cpu(parts: Sequence[Graph]) -> StageChain:
     lasts = last_readers(parts, range(len(parts)))
     return StageChain(CPUBackend().open_stages(parts, CONFIG, None, lasts), sources(parts))
@@ -79,7 +84,7 @@ def steps(stage: PartStage | StageChain) -> list[npt.NDArray[np.float32]]:
 @pytest.mark.parametrize("arch, codec", [("llama", "Q4_0"), ("gemma3", "Q8_0"), ("qwen3", "F16")])
 def test_cpu_stages_keep_every_bit(place: str, arch: str, codec: str, tiny_model: TinyModel) -> None:
     graph = graph_of(tiny_model(arch, codec, shape=SHAPE))
-    parts = split_graph(graph, CUTS[place](graph))
+    parts = parts_of(graph, CUTS[place](graph))
     assert len(parts) == 7
     whole, chain = CPUBackend().open_stage(graph, CONFIG), on_cpu(parts)
     try:
@@ -92,7 +97,7 @@ def test_cpu_stages_keep_every_bit(place: str, arch: str, codec: str, tiny_model
 
 def test_cpu_stages_share_threads_and_rows(tiny_model: TinyModel) -> None:
     graph = graph_of(tiny_model("llama", "Q4_0", shape=TinyShape(n_layers=6)))
-    parts = split_graph(graph, around_attention(graph))
+    parts = parts_of(graph, around_attention(graph))
     chain = on_cpu(parts)
     stages = [stage for stage in chain.stages if isinstance(stage, CPUStage)]
     assert len(stages) == 13 and len({id(stage._pool) for stage in stages}) == 1
@@ -116,7 +121,7 @@ class TestOnAGPU:
         """Cut at attention numbers are the whole's but where its kernels round what crosses: rows of few tokens do not."""
         graph = graph_of(tiny_model("llama", "Q4_0"))
         device = EmulatedDevice()
-        chain = self.on_gpu(split_graph(graph, around_attention(graph)), device)
+        chain = self.on_gpu(parts_of(graph, around_attention(graph)), device)
         expected = ReferenceBackend().open_stage(graph, CONFIG)
         for found, right in zip(steps(chain), steps(expected), strict=True):
             assert found.shape == right.shape
@@ -127,12 +132,10 @@ class TestOnAGPU:
         assert device.memory()[0] == device.memory()[1]
 
     def test_block_parts_keep_every_bit_and_take_little_more_memory(self, tiny_model: TinyModel) -> None:
-        from pyinfer.graph.split import block_cuts
-
         graph = graph_of(tiny_model("qwen2", "Q8_0", shape=SHAPE))
         alone, shared = EmulatedDevice(), EmulatedDevice()
         whole = GPUStage(alone, graph, CONFIG)
-        chain = self.on_gpu(split_graph(graph, block_cuts(graph)), shared)
+        chain = self.on_gpu(parts_of(graph, block_cuts(graph)), shared)
         assert len(chain.stages) == 5
         used = [device.memory()[1] - device.memory()[0] for device in (alone, shared)]
         assert used[1] < used[0] + 4 * 24 * 300 * 4
@@ -146,7 +149,7 @@ class TestOnAGPU:
         graph = graph_of(tiny_model("qwen3", "Q4_0", shape=SHAPE))
         starts = [i for i in ops_of(graph, MatMul) if len(graph.ops[i].outputs) == 2]
         ends = [i + 2 for i in ops_of(graph, GatedActivation)]
-        parts = split_graph(graph, sorted([*starts, *ends]))
+        parts = split_graph(graph, sorted([*starts, *ends]), ["gpu", "cpu"] * 3 + ["gpu"])
         gpu, cpu = range(0, 7, 2), range(1, 7, 2)
         stages: list[PartStage] = [None] * 7  # type: ignore[list-item]
         stages[::2] = stages_on(EmulatedDevice(), [parts[i] for i in gpu], CONFIG, None, last_readers(parts, gpu))

@@ -97,13 +97,13 @@ def test_keys_stay_with_their_attention(tiny_model: Callable[..., Path]) -> None
         split_graph(graph, [store + 1])
 
 
-def test_layers_keep_their_numbers_if_asked(tiny_model: Callable[..., Path]) -> None:
+def test_parts_of_one_owner_have_the_same_layers(tiny_model: Callable[..., Path]) -> None:
     graph = graph_of(tiny_model("llama", "Q4_0", shape=SHAPE))
     cut = [i for i, op in enumerate(graph.ops) if isinstance(op, Attention)][1] + 1
     assert [op.layer for op in split_graph(graph, [cut])[1].ops if isinstance(op, Attention)] == [0]
-    first, second = split_graph(graph, [cut], renumber=False)
-    assert [op.layer for op in second.ops if isinstance(op, Attention)] == [2]
-    assert first.kv_layers == second.kv_layers == graph.kv_layers
+    for first, second in (split_graph(graph, [cut], ["a", "a"]), split_graph(graph, [2, cut], ["a", "b", "b"])[1:]):
+        assert [op.layer for op in second.ops if isinstance(op, Attention)] == [2]
+        assert first.kv_layers == second.kv_layers == graph.kv_layers and first.kv_groups == second.kv_groups
 
 
 def test_results_are_held_as_long_as_they_are_read() -> None:
