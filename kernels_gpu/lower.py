@@ -17,13 +17,16 @@ from pyinfer.graph.ops import (
     AllReduce,
     ApplyRope,
     Attention,
+    CombineExperts,
     Embed,
+    ExpertMatMul,
     GatedActivation,
     Hidden,
     MatMul,
     Op,
     Quantize,
     RMSNorm,
+    RouteExperts,
     SelectRows,
     StoreKV,
 )
@@ -31,6 +34,7 @@ from pyinfer.kernels_gpu.buckets import DECODE_ROWS
 from pyinfer.kernels_gpu.fusion import AttentionGroup, GatedGroup, Group, NormGroup, SingleOp
 from pyinfer.kernels_gpu.launch import Buffer, Reduce
 from pyinfer.kernels_gpu.lower_attention import AttentionRules
+from pyinfer.kernels_gpu.lower_experts import ExpertRules
 from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated
 from pyinfer.kernels_gpu.operand import Operand
@@ -60,7 +64,7 @@ def lower(memory: StageMemory, shape: ProgramShape) -> Program:
     return lowering.finish()
 
 
-class _Lowering(AttentionRules):
+class _Lowering(AttentionRules, ExpertRules):
     def __init__(self, memory: StageMemory, shape: ProgramShape) -> None:
         super().__init__(memory, shape)
         self._rules: dict[type[Any], Callable[[Any], None]] = {
@@ -76,6 +80,9 @@ class _Lowering(AttentionRules):
             Add: self._add,
             AllReduce: self._all_reduce,
             SelectRows: self._select_rows,
+            RouteExperts: self._route_experts,
+            ExpertMatMul: self._expert_matmul,
+            CombineExperts: self._combine_experts,
             AttentionGroup: self._attention_group,
             NormGroup: self._norm_group,
             GatedGroup: self._gated_group,

@@ -17,7 +17,7 @@ from itertools import groupby
 from pyinfer.kernels_gpu.launch import Buffer, Gemm, GemmType, Kernel, Launch, Step
 from pyinfer.kernels_gpu.matmul_route import Problem, Route
 from pyinfer.kernels_gpu.matvec import Product
-from pyinfer.kernels_gpu.mma_tiling import FLOAT_KINDS, GPU, Tiling, tilings
+from pyinfer.kernels_gpu.mma_tiling import GPU, Tiling, tilings
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.unpack import build_dequantize
 from pyinfer.kernels_gpu.weights import DeviceWeight
@@ -116,22 +116,8 @@ def build_mma(
 
 
 def mma_kernel(kind: str, cut: Tiling) -> Kernel:
-    """The variant of the kernel; shapes are arguments, so that few variants serve a model."""
-    return Kernel(
-        "matmul_mma.cu",
-        "matmul_mma",
-        (
-            ("TYPE", kind),
-            ("BM", cut.rows),
-            ("MT", cut.fragments),
-            ("WARPS", cut.warps),
-            ("KX", cut.x_columns),
-            ("W_STAGES", cut.w_stages),
-            ("X_STAGES", cut.x_stages),
-            ("BLOCKS_PER_SM", cut.blocks),
-            *(() if kind in FLOAT_KINDS else (("UNITS", cut.chunk_units),)),
-        ),
-    )
+    """The variant of the kernel."""
+    return Kernel("matmul_mma.cu", "matmul_mma", cut.defines(kind))
 
 
 def build_gemm(

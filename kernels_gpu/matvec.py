@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
+from pyinfer.kernels_gpu.launch import Buffer, Defines, Kernel, Launch
 from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, step_columns, tuning_of
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
@@ -79,15 +79,15 @@ def _launch(x: Operand, products: Sequence[Product], problem: Problem, cut: Tuni
 
 def gemv_kernel(problem: Problem, cut: Tuning) -> Kernel:
     """The variant of the kernel; sizes are arguments, so that few variants serve a model."""
+    return Kernel("gemv.cu", "gemv", gemv_defines(problem, cut))
+
+
+def gemv_defines(problem: Problem, cut: Tuning) -> Defines:
     kinds = (*problem.kinds, *[problem.kinds[0]] * (MAX_MATRICES - len(problem.kinds)))
     ragged = any(problem.n_columns % step_columns(kind) for kind in kinds)
-    return Kernel(
-        "gemv.cu",
-        "gemv",
-        (
-            *((f"TYPE{i}", kind) for i, kind in enumerate(kinds)),
-            ("SEGMENTS", len(problem.kinds)), ("TOKENS", problem.n_tokens), ("ROWS", cut.rows), ("LANES", cut.lanes),
-            ("SPLIT", cut.split), ("WARPS", cut.warps), ("DEPTH", cut.depth),
-            ("MIN_BLOCKS", cut.min_blocks), ("RAGGED", int(ragged)),
-        ),
+    return (
+        *((f"TYPE{i}", kind) for i, kind in enumerate(kinds)),
+        ("SEGMENTS", len(problem.kinds)), ("TOKENS", problem.n_tokens), ("ROWS", cut.rows), ("LANES", cut.lanes),
+        ("SPLIT", cut.split), ("WARPS", cut.warps), ("DEPTH", cut.depth),
+        ("MIN_BLOCKS", cut.min_blocks), ("RAGGED", int(ragged)),
     )  # fmt: skip

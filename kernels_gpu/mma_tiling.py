@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
+from pyinfer.kernels_gpu.launch import Defines
 from pyinfer.kernels_gpu.weights_layout import layout_of
 
 _TILE_ROWS = (8, 16, 32, 64, 128)  # rows of activations of a tile; 128 are 128 float32 sums a thread
@@ -59,6 +60,14 @@ class Tiling:
     x_stages: int
     blocks: int  # on a multiprocessor
     units_per_block: int  # chunks of tiles that one block works through
+
+    def defines(self, kind: str) -> Defines:
+        """As the kernels take them; shapes are arguments, so that few variants serve a model."""
+        units = () if kind in FLOAT_KINDS else (("UNITS", self.chunk_units),)
+        return (
+            ("TYPE", kind), ("BM", self.rows), ("MT", self.fragments), ("WARPS", self.warps), ("KX", self.x_columns),
+            ("W_STAGES", self.w_stages), ("X_STAGES", self.x_stages), ("BLOCKS_PER_SM", self.blocks), *units,
+        )  # fmt: skip
 
     @property
     def tile(self) -> int:

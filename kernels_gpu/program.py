@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pyinfer.graph.ops import MatMul, Value
+from pyinfer.graph.ops import Value
+from pyinfer.graph.passes import AnyMatMul
 from pyinfer.kernels_gpu.attention import StepKind
 from pyinfer.kernels_gpu.launch import Buffer, Step
 from pyinfer.kernels_gpu.operand import Form, Operand
@@ -53,7 +54,7 @@ class ProgramBuilder:
         """What the readers of a value want: its matmuls' form if nothing else reads it, else float32."""
         forms: set[Form] = set()
         for op in self.memory.readers(value):
-            if isinstance(op, MatMul) and op.residual is not value:
+            if isinstance(op, AnyMatMul) and op.x is value and op.inputs.count(value) == 1:
                 forms.update(operand_form(weight, self._rows(value)) for weight in op.weights)
             else:
                 forms.add("f32")

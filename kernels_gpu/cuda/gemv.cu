@@ -10,8 +10,11 @@
 // Up to three matrices that read the same x (q, k, v; gate, up) go in one launch; blocks are dealt out to them in order.
 // With Launch.overlap the first tiles are asked for while the kernel before is still at work on x.
 //
+// With EXPERTS the matrices of some experts lie one above the other, and `gemv_experts` gives each slot of each row its own: what
+// is read is known only once the kernel before has ended.
+//
 // Defines: TYPE0..2 (a struct of weights.cuh), SEGMENTS, TOKENS, ROWS, LANES, SPLIT, WARPS (a block), DEPTH, MIN_BLOCKS (on a
-// multiprocessor: limits registers), RAGGED (float types: columns are no multiple of a step).
+// multiprocessor: limits registers), RAGGED (float types: columns are no multiple of a step), EXPERTS (how many; optional).
 #include "gemv_step.cuh"
 
 constexpr int kWarpRows = 32 / LANES * ROWS;
@@ -28,6 +31,7 @@ struct Segment {
   float* out;         // [TOKENS, n]
   const float* bias;  // [n] or null
   int n, n_blocks;
+  int above, total;  // rows of the memory at w before these n, and of all
 };
 
 // Asks for one round of tiles after the other, over all passes of a warp. What lies past the end of a row or of the matrix
@@ -36,7 +40,7 @@ template <class T>
 struct Supply {
   typename T::Parts parts;
   uint8_t* ring;  // of the warp
-  int n, steps, first_step, last_step;  // of a row; of this lane
+  int n, above, steps, first_step, last_step;  // of a row; of this lane
   int row, row_stride, step, slot;
 
   DEVICE uint8_t* tile(int slot, int r) const { return ring + (slot * ROWS + r) * 32 * T::kTileBytes; }
@@ -45,7 +49,7 @@ struct Supply {
     typename T::Tile unused;
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
-      T::visit(CopyTile(tile(slot, r), step < steps && row + r < n), unused, parts, row + r, step);
+      T::visit(CopyTile(tile(slot, r), step < steps && row + r < n), unused, parts, above + row + r, step);
     cp_async_commit();
     if (++slot == DEPTH) slot = 0;
     const bool ends = step == last_step;
@@ -63,7 +67,7 @@ DEVICE void multiply(const Segment& s, int block, const Input& x, const float* r
   const int steps = ceil_div(x.columns, T::kColumns), rounds = ceil_div(steps, kStride);
   const int first_step = share * LANES + lane % LANES;
   const int lane_row = group * kWarpRows + lane / LANES * ROWS;
-  Supply<T> supply{typename T::Parts(s.w, s.n, x.columns), ring + warp * kRingBytes, s.n, steps, first_step,
+  Supply<T> supply{typename T::Parts(s.w, s.total, x.columns), ring + warp * kRingBytes, s.n, s.above, steps, first_step,
                    first_step + (rounds - 1) * kStride, block_row + lane_row, row_stride, first_step, 0};
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) supply.ask();
@@ -130,6 +134,32 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
+// The matrix that this block works on, and with the type of it.
+DEVICE void multiply_one(const Segment (&segments)[3], const Input& x, const float* residual, uint8_t* ring,
+                         float (*partial)[WARPS][kOutputs]) {
+  Segment s = segments[0];
+  int block = blockIdx.x, which = 0;
+  if (SEGMENTS > 1 && block >= s.n_blocks) {
+    block -= s.n_blocks;
+    s = segments[1];
+    which = 1;
+    if (SEGMENTS > 2 && block >= s.n_blocks) {
+      block -= s.n_blocks;
+      s = segments[2];
+      which = 2;
+    }
+  }
+  // one body for each type, not for each matrix
+  if constexpr (SEGMENTS > 1 && !kSame<TYPE1, TYPE0>) {
+    if (which == 1 || (which == 2 && kSame<TYPE2, TYPE1>)) return multiply<TYPE1>(s, block, x, residual, ring, partial);
+  }
+  if constexpr (SEGMENTS > 2 && !kSame<TYPE2, TYPE0> && !kSame<TYPE2, TYPE1>) {
+    if (which == 2) return multiply<TYPE2>(s, block, x, residual, ring, partial);
+  }
+  multiply<TYPE0>(s, block, x, residual, ring, partial);
+}
+
+#ifndef EXPERTS
 // x is int8 [TOKENS, columns] with scales and sums, or float [TOKENS, columns]; a missing matrix has no rows. Each
 // matrix is worked on by so many blocks, which take kBlockRows rows in turns.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
@@ -140,25 +170,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   __shared__ __align__(16) uint8_t ring[WARPS * kRingBytes];
   __shared__ float partial[2][WARPS][kOutputs];
   let_next_start();
-  const Input in{x, x_scales, x_sums, columns};
-  Segment s{w0, out0, bias0, n0, blocks0};
-  int block = blockIdx.x, which = 0;
-  if (SEGMENTS > 1 && block >= s.n_blocks) {
-    block -= s.n_blocks;
-    s = {w1, out1, bias1, n1, blocks1};
-    which = 1;
-    if (SEGMENTS > 2 && block >= s.n_blocks) {
-      block -= s.n_blocks;
-      s = {w2, out2, bias2, n2, blocks2};
-      which = 2;
-    }
-  }
-  // one body for each type, not for each matrix
-  if constexpr (SEGMENTS > 1 && !kSame<TYPE1, TYPE0>) {
-    if (which == 1 || (which == 2 && kSame<TYPE2, TYPE1>)) return multiply<TYPE1>(s, block, in, residual, ring, partial);
-  }
-  if constexpr (SEGMENTS > 2 && !kSame<TYPE2, TYPE0> && !kSame<TYPE2, TYPE1>) {
-    if (which == 2) return multiply<TYPE2>(s, block, in, residual, ring, partial);
-  }
-  multiply<TYPE0>(s, block, in, residual, ring, partial);
+  const Segment segments[3] = {
+      {w0, out0, bias0, n0, blocks0, 0, n0}, {w1, out1, bias1, n1, blocks1, 0, n1}, {w2, out2, bias2, n2, blocks2, 0, n2}};
+  multiply_one(segments, {x, x_scales, x_sums, columns}, residual, ring, partial);
 }
+#else
+// Grid (blocks of all matrices, slots): slot i of the step is multiplied with the matrix of expert experts[i]. x has a row for
+// every x_slots of them (all of a token, or each one); `first` is the number of the grid's first slot. out [slots, n].
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
+    gemv_experts(const void* x, const float* x_scales, const float* x_sums, int columns, const int* experts, int first,
+                 int x_slots, const void* w0, float* out0, int n0, int blocks0, const void* w1, float* out1, int n1,
+                 int blocks1, const void* w2, float* out2, int n2, int blocks2) {
+  __shared__ __align__(16) uint8_t ring[WARPS * kRingBytes];
+  __shared__ float partial[2][WARPS][kOutputs];
+  static_assert(TOKENS == 1, "a row of x for each slot");
+  let_next_start();
+  wait_for_previous();
+  const int slot = first + blockIdx.y, expert = experts[slot];
+  const long long start = static_cast<long long>(slot / x_slots) * columns, to = slot;
+  const Input in = {static_cast<const uint8_t*>(x) + start * (TYPE0::kWords ? 1 : 4), x_scales + start / 32,
+                    x_sums + start / 32, columns};
+  const Segment segments[3] = {{w0, out0 + to * n0, nullptr, n0, blocks0, expert * n0, EXPERTS * n0},
+                               {w1, out1 + to * n1, nullptr, n1, blocks1, expert * n1, EXPERTS * n1},
+                               {w2, out2 + to * n2, nullptr, n2, blocks2, expert * n2, EXPERTS * n2}};
+  multiply_one(segments, in, nullptr, ring, partial);
+}
+#endif

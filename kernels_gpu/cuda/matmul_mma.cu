@@ -1,31 +1,15 @@
 // out[m, n] = scale[m] * sum_k x[m, k] * w[n, k] + bias[n] + residual[m, n] for 8..256 rows m, weights in their blocks.
 //
 // A block of WARPS warps owns tiles of WARPS * 16 * MT weight rows and BM activation rows. Weights travel quantized, by
-// cp.async, through a ring of W_STAGES chunks in shared memory (Marlin, arXiv:2408.11743); x through a finer ring of its own.
-// Weights are operand a of mma, 16 rows of them to 8 activation rows, and are decoded straight into its registers: a sum does
-// not care about the order of its columns, so lane t of four takes columns 8t..8t+7 of each 32 as its share of two
-// products of depth 16, and reads x in the same order, 16 bytes at a time. Each weight is decoded once for BM rows.
+// cp.async, through a ring of W_STAGES chunks in shared memory (Marlin, arXiv:2408.11743); x through a finer ring of its own
+// (mma_tile.cuh). Each weight is decoded once for BM rows.
 //
 // Work is cut into units of one chunk of one tile; each block takes `units_per_block` of them in a row (stream-K,
 // arXiv:2301.03598). Blocks that share a tile leave their sums in `workspace`; the last to arrive adds them in order of
 // columns, so results do not depend on timing.
 //
-// Defines: TYPE (mma_weights.cuh), UNITS (of a chunk; not for F16 and BF16), BM, MT, WARPS, KX (columns of x a stage), W_STAGES,
-// X_STAGES, BLOCKS_PER_SM; the last bounds the registers.
-#include "mma_weights.cuh"
-
-using Format = TYPE;
-constexpr int kThreads = WARPS * 32;
-constexpr int kTileN = WARPS * 16 * MT;
-constexpr int kColumns = Format::kColumns;  // of a chunk
-constexpr int kSteps = kColumns / KX;       // stages of x a chunk
-constexpr int kGroups = BM / 8;
-constexpr int kXRow = KX * 2;  // bytes
-constexpr int kXStage = BM * kXRow;
-constexpr int kWStage = kTileN * Format::kRowBytes;
-constexpr int kFragments = MT * kGroups;
-static_assert(BM % 8 == 0 && KX % 64 == 0 && kColumns % KX == 0, "tiles are whole");
-static_assert(W_STAGES > 1 && X_STAGES > 1 && X_STAGES - 1 <= (W_STAGES - 1) * kSteps, "a chunk must be asked for before its x");
+// Defines: those of mma_tile.cuh, and BLOCKS_PER_SM, which bounds the registers.
+#include "mma_tile.cuh"
 
 // The matrices of a launch, such as q, k and v or gate and up: they read the same x. Those that are not needed have no rows.
 constexpr int kSegments = 3;
@@ -84,9 +68,6 @@ struct Asked {
   DEVICE void find_x(const Task& task) { first = at.tile % task.m_tiles * BM; }
 };
 
-// Byte of a column of x in a stage: the 32 bytes that four lanes read of each of four rows lie in different banks.
-DEVICE int x_at(int row, int column) { return row * kXRow + (column / 8 ^ (row & 3) << 1) * 16 + column % 8 * 2; }
-
 DEVICE void ask_weights(const Task& task, Asked& asked, uint8_t* ring, int slot) {
   Format::stage<kTileN, kThreads>(asked.from.w, ring + slot * kWStage, asked.first, asked.from.n, asked.at.k, task.columns);
   asked.at.next(task.n_chunks);
@@ -110,61 +91,6 @@ DEVICE void ask_x(const Task& task, Asked& asked, int step, uint8_t* ring, int s
   if (step == kSteps - 1) {
     asked.at.next(task.n_chunks);
     if (asked.at.k == 0) asked.find_x(task);
-  }
-}
-
-// Four columns from `column` + 4t, a constant multiple of 16, of row `first` + g: what depends on the lane is one number.
-DEVICE uint2 load_x(const uint8_t* x, int first, int g, int t, int column) {
-  return *reinterpret_cast<const uint2*>(x + first * kXRow + (x_at(g, 4 * t) ^ column * 2));
-}
-
-DEVICE void stage_weights(const Task& task, Cursor at, uint8_t* ring, int slot) {
-  int first;
-  const Segment s = task.segment(at.tile / task.m_tiles, first);
-  Format::stage<kTileN, kThreads>(s.w, ring + slot * kWStage, first, s.n, at.k, task.columns);
-}
-
-// Columns past the end are zeros, rows past the end a copy of the last one: what they give is never written.
-DEVICE void stage_x(const Task& task, Cursor at, int step, uint8_t* ring, int slot) {
-  const int first = at.tile % task.m_tiles * BM;
-  const int column0 = at.k * kColumns + step * KX;
-  uint8_t* to = ring + slot * kXStage;
-#pragma unroll
-  for (int i = 0; i < whole(BM * KX / 8, kThreads) / kThreads; i++) {
-    const int piece = threadIdx.x + i * kThreads;
-    if (BM * KX / 8 % kThreads && piece >= BM * KX / 8) break;
-    const int row = piece / (KX / 8), column = piece % (KX / 8) * 8;
-    const half* from = task.x + static_cast<long long>(min(first + row, task.rows - 1)) * task.columns + column0 + column;
-    cp_async16(to + x_at(row, column), from, column0 + column < task.columns);
-  }
-}
-
-DEVICE void multiply(float (&sums)[MT][kGroups][4], const uint8_t* w, const uint8_t* x, int chunk, int step) {
-  const int lane = lane_id(), g = lane >> 2, t = lane & 3, warp = threadIdx.x >> 5;
-#pragma unroll
-  for (int pair = 0; pair < KX / 64; pair++) {
-    uint32_t h[MT][2][2][4];  // [16 rows][row g or g + 8][32 columns][columns 8t + 2i and the next]
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-        Format::decode<kTileN>(w, (warp * MT + m) * 16 + r * 8, g, t, chunk, step * (KX / 64) + pair, h[m][r]);
-#pragma unroll
-    for (int s = 0; s < 2; s++) {
-      const int column = pair * 64 + s * 32;
-      #pragma unroll
-      for (int j = 0; j < kGroups; j++) {
-        const uint2 low = load_x(x, j * 8, g, t, column), high = load_x(x, j * 8, g, t, column + 16);
-        const uint32_t b0[2] = {low.x, low.y}, b1[2] = {high.x, high.y};
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-          const uint32_t a0[4] = {h[m][0][s][0], h[m][1][s][0], h[m][0][s][1], h[m][1][s][1]};
-          const uint32_t a1[4] = {h[m][0][s][2], h[m][1][s][2], h[m][0][s][3], h[m][1][s][3]};
-          mma_f16(sums[m][j], a0, b0);
-          mma_f16(sums[m][j], a1, b1);
-        }
-      }
-    }
   }
 }
 
@@ -229,7 +155,7 @@ DEVICE void write_out(const Task& task, const float (&sums)[MT][kGroups][4], int
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
-    matmul_mma(const half* __restrict__ x, const float* __restrict__ scale, const float* residual, float4* workspace,
+    matmul_mma(const half* x, const float* scale, const float* residual, float4* workspace,
                int* arrivals, int rows, int columns, int n_units, int units_per_block, const uint8_t* w0, float* out0,
                const float* bias0, int n0, const uint8_t* w1, float* out1, const float* bias1, int n1, const uint8_t* w2,
                float* out2, const float* bias2, int n2) {

@@ -1,0 +1,275 @@
+"""A mixture of experts on the emulator: the choice, the products of every type by both ways, the sum, and whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from batches import Piece, make_batch
+from cuda_emulator.build import has_compiler
+from cuda_emulator.device import EmulatedDevice
+from tiny_models import TinyShape
+
+from pyinfer.errors import BackendError
+from pyinfer.graph.activation import quantize_activation
+from pyinfer.graph.backend import StageConfig
+from pyinfer.graph.expert_math import combine, expert_matmul, route
+from pyinfer.graph.ops import RouteExperts, Value
+from pyinfer.graph.passes import optimize
+from pyinfer.graph.reference import ReferenceStage
+from pyinfer.kernels_gpu.experts import (
+    Scoring,
+    Slots,
+    build_combine,
+    build_expert_matmul,
+    build_expert_matvec,
+    build_route,
+    expert_mma_kernel,
+    expert_scratch,
+    expert_tiling,
+)
+from pyinfer.kernels_gpu.kernel_cache import unit_text
+from pyinfer.kernels_gpu.launch import Kernel, Launch
+from pyinfer.kernels_gpu.matvec import Product
+from pyinfer.kernels_gpu.mma_tiling import GPU, MMA_KINDS
+from pyinfer.kernels_gpu.nvrtc import load_nvrtc, read_resources
+from pyinfer.kernels_gpu.operand import Operand
+from pyinfer.kernels_gpu.stage import GPUStage
+from pyinfer.kernels_gpu.weights import DeviceWeight
+from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES, KINDS, layout_of, pack
+from pyinfer.quant.codecs import codec_by_name
+from pyinfer.quant.gguf import GGUFFile
+from pyinfer.quant.tensor import QuantTensor
+from pyinfer.runtime.models.registry import build_graph
+
+pytestmark = [pytest.mark.backend, pytest.mark.skipif(not has_compiler, reason="the emulator needs g++")]
+F32 = npt.NDArray[np.float32]
+N_EXPERTS = 5
+SMALL = GPU(90, 4, 227 << 10)
+
+
+@pytest.fixture
+def device() -> Iterator[EmulatedDevice]:
+    made = EmulatedDevice()
+    yield made
+    made.close()
+
+
+def launch(device: EmulatedDevice, steps: list[Launch]) -> None:
+    for step in steps:
+        device.launch(step)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "n_experts, n_used, normalize", [(5, 2, True), (60, 4, False), (128, 8, True), (64, 40, True), (1, 1, False)]
+)
+def test_the_choice_of_experts(
+    device: EmulatedDevice, scoring: Scoring, n_experts: int, n_used: int, normalize: bool
+) -> None:
+    """Among them rows with ties, a row of equal logits, and one so small that the sum of weights is bounded."""
+    rng = np.random.default_rng(n_experts)
+    logits = rng.normal(0, 3, (9, n_experts)).astype(np.float32)
+    logits[1] = np.round(logits[1])
+    logits[2] = 0.5
+    logits[3] -= 40
+    op = RouteExperts(
+        Value("e", n_used, "tokens", "i32"), Value("w", n_used), Value("l", n_experts), normalize, 2.5, scoring
+    )
+    expected = route(op, logits)
+    experts, weights = device.empty(9, n_used, dtype=np.int32), device.empty(9, n_used)
+    launch(device, build_route(
+        experts, weights, device.array(logits), 9, n_used, n_experts, normalize=normalize, scale=2.5, scoring=scoring,
+    ))  # fmt: skip
+    assert (device.values(experts, np.int32, 9, n_used) == expected[0]).all()
+    np.testing.assert_allclose(device.values(weights, np.float32, 9, n_used), expected[1], rtol=3e-6, atol=1e-30)
+
+
+def test_no_number_is_no_expert_past_the_last(device: EmulatedDevice) -> None:
+    """What is read with the choice as an index must exist, whatever the logits are."""
+    logits = np.full((3, 5), np.nan, np.float32)
+    logits[1] = -np.inf
+    logits[2, 3] = 1.0
+    experts, weights = device.empty(3, 4, dtype=np.int32), device.empty(3, 4)
+    launch(device, build_route(
+        experts, weights, device.array(logits), 3, 4, 5, normalize=True, scale=1.0, scoring="softmax",
+    ))  # fmt: skip
+    chosen = device.values(experts, np.int32, 3, 4)
+    assert all(sorted(set(row)) == sorted(row) and min(row) >= 0 and max(row) < 5 for row in chosen.tolist())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_weighted_sum(device: EmulatedDevice, in_place: bool) -> None:
+    rng = np.random.default_rng(3)
+    arrays = rng.normal(size=(6, 3 * 132)), rng.random((6, 3)), rng.normal(size=(6, 132))
+    x, weights, residual = (array.astype(np.float32) for array in arrays)
+    beside = device.array(residual)
+    out = beside if in_place else device.empty(6, 132)
+    launch(device, build_combine(out, device.array(x), device.array(weights), 132, 6, 3, beside))
+    np.testing.assert_allclose(
+        device.values(out, np.float32, 6, 132), combine(x, weights, residual), rtol=1e-5, atol=1e-6
+    )
+    launch(device, build_combine(out, device.array(x), device.array(weights), 132, 6, 3))
+    np.testing.assert_allclose(device.values(out, np.float32, 6, 132), combine(x, weights, None), rtol=1e-5, atol=1e-6)
+
+
+class Case:
+    """Matrices of `N_EXPERTS` experts, chosen experts, and rows of x in a form."""
+
+    def __init__(
+        self,
+        device: EmulatedDevice,
+        kinds: tuple[str, ...],
+        widths: tuple[int, ...],
+        columns: int,
+        n_rows: int,
+        *,
+        own: bool,
+    ) -> None:
+        """`own`: each slot has a row of x of its own."""
+        self.rng = rng = np.random.default_rng(n_rows * columns + sum(widths))
+        self.device, n_used = device, 2
+        self.experts = np.array([rng.permutation(N_EXPERTS)[:n_used] for _ in range(n_rows)], np.int32)
+        self.experts[self.experts == 3] = 4  # nobody asks the fourth; some ask the fifth twice
+        self.slots = Slots(device.array(self.experts), n_rows, n_used, N_EXPERTS)
+        self.width = columns * (n_used if own else 1)
+        self.tensors, self.products = [], []
+        for kind, n in zip(kinds, widths, strict=True):
+            codec = codec_by_name(kind)
+            values = rng.standard_normal((N_EXPERTS * n, columns)).astype(np.float32) * np.float32(0.02)
+            tensor = QuantTensor("w", codec, (N_EXPERTS, n, columns), codec.quantize(values))
+            layout = layout_of(kind, N_EXPERTS * n, columns)
+            weight = DeviceWeight(layout, device.alloc(layout.n_bytes))
+            for offset, part in pack(tensor):
+                device.upload(weight.buffer, np.ascontiguousarray(part), offset)
+            self.tensors.append(tensor)
+            self.products.append(Product(weight, device.empty(n_rows * n_used, n)))
+
+    def check(self, x: F32, tolerance: float) -> None:
+        for tensor, product in zip(self.tensors, self.products, strict=True):
+            expected = expert_matmul(x, self.experts, tensor, None)
+            got = self.device.values(product.out, np.float32, *expected.shape)
+            assert np.linalg.norm(got - expected) / np.linalg.norm(expected) <= tolerance
+            assert np.abs(got - expected).max() <= 20 * tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_slots_of_every_type(device: EmulatedDevice, kind: str, own: bool) -> None:
+    case = Case(device, (kind,), (40,), 512 if kind.endswith("_K") else 352, 3, own=own)
+    x = case.rng.standard_normal((3, case.width)).astype(np.float32)
+    if kind in FLOAT_BYTES:
+        operand = Operand("f32", case.width, device.array(x))
+    else:
+        rounded = quantize_activation(x)
+        sums = (rounded.scales * rounded.codes.reshape(3, -1, 32).sum(axis=2)).astype(np.float32)
+        operand = Operand("a8", case.width, *(device.array(part) for part in (rounded.codes, rounded.scales, sums)))
+        x = rounded.dequantize()
+    launch(device, build_expert_matvec(operand, case.products, case.slots, n_sms=4, arch=90))
+    case.check(x, 2e-6)
+
+
+def test_few_slots_of_matrices_of_several_types(device: EmulatedDevice) -> None:
+    case = Case(device, ("Q4_K", "Q6_K", "Q8_0", "Q4_K"), (40, 24, 8, 16), 256, 2, own=False)
+    x = quantize_activation(case.rng.standard_normal((2, 256)).astype(np.float32))
+    sums = (x.scales * x.codes.reshape(2, -1, 32).sum(axis=2)).astype(np.float32)
+    operand = Operand("a8", 256, *(device.array(part) for part in (x.codes, x.scales, sums)))
+    launch(device, build_expert_matvec(operand, case.products, case.slots, n_sms=4, arch=90))
+    case.check(x.dequantize(), 2e-6)
+
+
+def run_tiles(device: EmulatedDevice, case: Case, n_rows: int, *, scaled: bool, tolerance: float = 2e-3) -> None:
+    halves = case.rng.standard_normal((n_rows, case.width)).astype(np.float16)
+    scales = np.exp2(case.rng.integers(-3, 4, n_rows)).astype(np.float32) if scaled else np.ones(n_rows, np.float32)
+    operand = Operand("h16", case.width, device.array(halves), device.array(scales) if scaled else None)
+    scratch = device.alloc(expert_scratch(case.products, case.slots, SMALL))
+    launch(device, build_expert_matmul(operand, case.products, case.slots, scratch, SMALL))
+    case.check(halves.astype(np.float32) * scales[:, None], tolerance)
+
+
+@pytest.mark.parametrize("kind", MMA_KINDS)
+def test_many_slots_of_every_type(device: EmulatedDevice, kind: str) -> None:
+    """Columns that end within a chunk, rows that end within a tile, an expert without slots."""
+    case = Case(device, (kind,), (72,), 512 if kind.endswith("_K") else 288, 13, own=True)
+    run_tiles(device, case, 13, scaled=True)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("n_rows", [9, 200])
+def test_many_slots_of_several_matrices(descending: bool, n_rows: int) -> None:
+    """Tiles of several sizes; experts with several tiles; two types are two launches."""
+    device = EmulatedDevice(descending=descending)
+    case = Case(device, ("Q4_K", "Q6_K", "Q4_K"), (136, 40, 24), 256, n_rows, own=False)
+    run_tiles(device, case, n_rows, scaled=False)
+    device.close()
+
+
+CONFIG = StageConfig(n_pages=24, block_size=16, max_tokens=32, max_sequences=4, n_ctx=96, kv_dtype="f32")
+
+
+def kinds_of_a_file(name: str) -> str:
+    return "F32" if "gate_inp" in name else "Q6_K" if "down" in name else "Q4_K"
+
+
+@pytest.mark.parametrize(
+    "arch, kind, bound",
+    [
+        ("qwen3moe", "F32", 1e-5),
+        ("qwen2moe", "F32", 1e-5),
+        ("llama", "BF16", 5e-2),
+        ("qwen3moe", kinds_of_a_file, 5e-2),
+    ],
+    ids=["qwen3moe F32", "qwen2moe F32", "llama BF16", "qwen3moe mixed"],
+)
+def test_whole_models(
+    arch: str, kind: str | Callable[[str], str], bound: float, tiny_model: Callable[..., Path]
+) -> None:
+    """Prompt, chunk and decode against the reference; a rounded code may fall the other way, and then another expert may win."""
+    graph = optimize(build_graph(GGUFFile.open(tiny_model(arch, kind, shape=TinyShape(n_experts=6)))))
+    device = EmulatedDevice()
+    stage, expected = GPUStage(device, graph, CONFIG), ReferenceStage(graph, CONFIG)
+    ids, table = np.random.RandomState(5).randint(0, 300, 60).tolist(), [3, 1, 7, 9]
+    try:
+        for start, n in ((0, 20), (20, 1), (21, 3), (24, 12)):
+            batch = make_batch([Piece(ids[start : start + n], table, start)], 16)
+            got, wanted = stage.run(batch), expected.run(batch)
+            assert np.median(np.abs(got - wanted)) < bound * np.abs(wanted).max()
+            if kind == "F32":
+                assert np.abs(got - wanted).max() < bound * np.abs(wanted).max()
+        names = set(device.launches)
+        assert {"route_experts", "combine_experts", "gemv_experts"} <= names
+        assert ("expert_mma" in names) == (kind != "F32")
+    finally:
+        stage.close()
+
+
+@pytest.mark.parametrize("arch, shared", [(75, 64 << 10), (80, 163 << 10), (90, 227 << 10)])
+def test_they_compile(arch: int, shared: int) -> None:
+    """For qwen3moe's 128 experts; nothing spills."""
+    try:
+        nvrtc = load_nvrtc()
+    except BackendError as error:
+        pytest.skip(str(error))
+    device_weight = DeviceWeight(layout_of("Q4_K", 128 * 768, 2048), EmulatedDevice().alloc(0))
+    none = device_weight.buffer
+    few, many = Slots(none, 1, 8, 128), Slots(none, 512, 8, 128)
+    gpu = GPU(arch, 100, shared)
+    products = [Product(device_weight, none)] * 2
+    x = Operand("a8", 2048, none, none, none)
+    kernels: list[Kernel] = [
+        launch.kernel
+        for launch in (
+            *build_route(none, none, none, 1, 8, 128, normalize=True, scale=1.0, scoring="softmax"),
+            *build_combine(none, none, none, 2048, 1, 8),
+            *build_expert_matvec(x, products, few, n_sms=100, arch=arch),
+        )
+    ]
+    kernels += [expert_mma_kernel(kind, expert_tiling(kind, many, (768, 768), 2048, gpu)) for kind in ("Q4_K", "BF16")]
+    kernels.append(Kernel("experts.cu", "sort_slots", (("N_EXPERTS", 128), ("TILE_ROWS", 32), ("THREADS", 1024))))
+    for kernel in kernels:
+        binary = nvrtc.compile(unit_text((kernel.source, kernel.defines)), kernel.source, arch, ("--ptxas-options=-v",))
+        found = {resources.name: resources for resources in read_resources(binary.log)}
+        assert found[kernel.name].spill_bytes == 0, kernel
