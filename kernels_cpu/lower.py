@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,12 +18,14 @@ from pyinfer.graph.ops import (
     ApplyRope,
     Attention,
     Embed,
+    ExpertMatMul,
     GatedActivation,
     Hidden,
     MatMul,
     Op,
     Quantize,
     RMSNorm,
+    RouteExperts,
     SelectRows,
     StoreKV,
     Value,
@@ -35,9 +36,11 @@ from pyinfer.kernels_cpu.attention_args import AttentionArg
 from pyinfer.kernels_cpu.attention_merge import Partials, merge_body
 from pyinfer.kernels_cpu.buffers import Buffer, BufferPlan
 from pyinfer.kernels_cpu.compiler import Compiler
+from pyinfer.kernels_cpu.float_bits import float_bits
 from pyinfer.kernels_cpu.kv_store import StoreArg, store_kv_body
+from pyinfer.kernels_cpu.lower_experts import ExpertRules
 from pyinfer.kernels_cpu.matmul_bfloat import BFLOAT_PAIRS
-from pyinfer.kernels_cpu.matmul_block import MatMulArg
+from pyinfer.kernels_cpu.matmul_block import ROW_BLOCK_BYTES, MatMulArg
 from pyinfer.kernels_cpu.matmul_float import FLOAT_BYTES
 from pyinfer.kernels_cpu.matmul_types import BLOCK_SOURCES
 from pyinfer.kernels_cpu.memory import address, allocate
@@ -50,14 +53,8 @@ from pyinfer.kernels_cpu.row_ops import RowArg, add_body, gated_body, quantize_b
 from pyinfer.kernels_cpu.weight_format import ROWS
 from pyinfer.kernels_cpu.weights import WeightArena, check_supported, embed_kernel, matmul_kernel
 
-_ROW_BLOCK_BYTES = 512 << 10  # of activations that stay in L2 while weight groups pass by
 _NO_WINDOW = 1 << 40
 _PART_BLOCKS = 16  # 32-column blocks that are worth a task of their own
-
-
-def float_bits(value: float) -> int:
-    """A float32's bits, as the low half of an operand word."""
-    return int.from_bytes(struct.pack("<f", value), "little")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,6 +108,9 @@ class _Lowering:
         self._records: list[npt.NDArray[np.int64]] = []
         self._pending_reads: set[int] = set()
         self._pending_writes: set[int] = set()
+        experts = ExpertRules(self.buffers, config.max_tokens, weights, compiler, self._emit)
+        self.keep.append(experts.keep)
+        self._any_width = _read_by_experts_only(graph)
         self._rules: dict[type[Op], Callable[[Any], None]] = {
             Embed: self._embed,
             Hidden: self._hidden,
@@ -123,11 +123,12 @@ class _Lowering:
             GatedActivation: self._gated,
             Add: self._add,
             SelectRows: self._select_rows,
+            **experts.rules,
         }
 
     def lower(self, op: Op) -> None:
         for value in op.outputs:
-            if value.width % 16 and value is not self.graph.logits:
+            if value.width % 16 and id(value) not in self._any_width:
                 raise ModelError(f"{value.name} is {value.width} wide; the CPU kernels need a multiple of 16")
         self._rules[type(op)](op)
         self.buffers.read(*op.inputs)
@@ -264,7 +265,7 @@ class _Lowering:
                 MatMulArg.BIAS: 0 if bias is None else self._floats(bias),
                 MatMulArg.RESIDUAL: residual.address if residual else 0,
                 MatMulArg.RESIDUAL_STRIDE: residual.stride if residual else 0,
-                MatMulArg.ROWS_FIELD: rows, MatMulArg.ROW_BLOCK: max(8, _ROW_BLOCK_BYTES // x.stride // 8 * 8),
+                MatMulArg.ROWS_FIELD: rows, MatMulArg.ROW_BLOCK: max(8, ROW_BLOCK_BYTES // x.stride // 8 * 8),
             }  # fmt: skip
             self._emit(
                 matmul_kernel(self.compiler, packed.kind), packed.n_groups, StepField.ONE, arguments,
@@ -339,5 +340,17 @@ class _Lowering:
 
 
 def matrices(ops: Sequence[Op]) -> list[Any]:
-    """Every MatMul weight in order of use."""
-    return [weight for op in ops if isinstance(op, MatMul) for weight in op.weights]
+    """Every matmul's weight in order of use."""
+    return [weight for op in ops if isinstance(op, MatMul | ExpertMatMul) for weight in op.weights]
+
+
+def _read_by_experts_only(graph: Graph) -> set[int]:
+    """Ids of the values that only kernels of `lower_experts` read, which do with any width, or none, such as logits."""
+    read = {
+        id(value)
+        for op in graph.ops
+        for value in op.inputs
+        if not isinstance(op, RouteExperts)
+        and value not in (getattr(op, "experts", None), getattr(op, "weights", None))
+    }
+    return {id(value) for op in graph.ops for value in op.outputs} - read

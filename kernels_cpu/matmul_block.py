@@ -43,7 +43,19 @@ class MatMulArg(IntEnum):
     ROW_BLOCK = OpField.ARGS + 11  # activation rows (a multiple of 8) that stay in cache while weight groups pass
 
 
+ROW_BLOCK_BYTES = 512 << 10  # of activations that stay in L2 while weight groups pass by
 N_TILE_ARGS = 9  # records, weights, x, x row bytes, out, out stride, bias, residual, residual stride
+
+
+def define_tiles(e: Emitter, emit_tile: Any, name: str) -> dict[int, Any]:
+    """A function for each number of activation rows, made by `emit_tile(e, rows, args)`, in the module of `e`."""
+    tiles = {}
+    for rows in TILES:
+        tile_e, fn = define(e.b.module, f"{name}_tile{rows}", e.isa, N_TILE_ARGS, internal=True)
+        emit_tile(tile_e, rows, fn.args)
+        tile_e.b.ret_void()
+        tiles[rows] = fn
+    return tiles
 
 
 def matmul_body(emit_tile: Any, name: str) -> Body:
@@ -51,12 +63,7 @@ def matmul_body(emit_tile: Any, name: str) -> Body:
 
     def body(e: Emitter, op: Reg, step: Reg, first: Reg, last: Reg, scratch: Reg) -> None:
         b = e.b
-        tiles = {}
-        for rows in TILES:
-            tile_e, fn = define(b.module, f"{name}_tile{rows}", e.isa, N_TILE_ARGS, internal=True)
-            emit_tile(tile_e, rows, fn.args)
-            tile_e.b.ret_void()
-            tiles[rows] = fn
+        tiles = define_tiles(e, emit_tile, name)
         weights, group_bytes = e.field(op, MatMulArg.WEIGHTS), e.field(op, MatMulArg.GROUP_BYTES)
         n_records, x, x_row = (e.field(op, i) for i in (MatMulArg.N_RECORDS, MatMulArg.X, MatMulArg.X_ROW_BYTES))
         out, out_stride = e.field(op, MatMulArg.OUT), e.field(op, MatMulArg.OUT_STRIDE)

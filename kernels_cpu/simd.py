@@ -7,7 +7,7 @@ every float operation is the one written down, which is what makes a row's resul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -165,6 +165,10 @@ class Emitter:
     def reduce_max(self, a: Reg) -> Reg:
         return self._halve(a, self.fmax)
 
+    def reduce_min(self, a: Reg) -> Reg:
+        """Of 32-bit integers."""
+        return self._halve(a, lambda x, y: self.b.select(self.b.icmp_signed("<", x, y), x, y))
+
     def _halve(self, a: Reg, combine: Any) -> Reg:
         n = a.type.count
         while n > 1:
@@ -305,6 +309,19 @@ class Emitter:
         b.position_at_end(body)
         yield index
         index.add_incoming(b.add(index, as_reg(step)), b.block)
+        b.branch(head)
+        b.position_at_end(done)
+
+    @contextmanager
+    def repeat_while(self, condition: Callable[[], Reg]) -> Iterator[None]:
+        """while condition(): for loops whose step is found inside; what changes is in `var`s."""
+        b = self.b
+        head, body, done = (b.function.append_basic_block(n) for n in ("head", "body", "done"))
+        b.branch(head)
+        b.position_at_end(head)
+        b.cbranch(condition(), body, done)
+        b.position_at_end(body)
+        yield
         b.branch(head)
         b.position_at_end(done)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from pyinfer.kernels_cpu.compiler import Body, Compiler
 from pyinfer.kernels_cpu.isa import ISA
 from pyinfer.kernels_cpu.matmul_bfloat import BFLOAT_PAIRS, emit_bfloat_tile, repack_bfloat_body
 from pyinfer.kernels_cpu.matmul_block import emit_block_tile, matmul_body
+from pyinfer.kernels_cpu.matmul_experts import expert_matmul_body
 from pyinfer.kernels_cpu.matmul_float import FLOAT_BYTES, embed_float_body, emit_float_tile, repack_float_body
 from pyinfer.kernels_cpu.matmul_types import BLOCK_SOURCES
 from pyinfer.kernels_cpu.memory import address, allocate
@@ -27,7 +29,7 @@ from pyinfer.quant.tensor import QuantTensor
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """One matrix: groups of 16 rows, `n_records` records each (for float types: columns)."""
+    """One matrix: groups of 16 rows, `n_records` records each (for float types: columns). Experts lie one behind the other."""
 
     offset: int  # in the arena
     n_groups: int
@@ -42,15 +44,26 @@ def check_supported(weight: QuantTensor) -> None:
     if kind not in BLOCK_SOURCES and kind not in FLOAT_BYTES:
         known = ", ".join((*FLOAT_BYTES, *BLOCK_SOURCES))
         raise ModelError(f"tensor {weight.name!r} is {kind}, which has no CPU kernel yet; known are {known}")
+    if len(weight.shape) == 3 and weight.shape[1] % ROWS:
+        raise ModelError(
+            f"tensor {weight.name!r} has experts of {weight.shape[1]} rows; the CPU kernels need a multiple of {ROWS}"
+        )
     if columns % 16:
         raise ModelError(f"tensor {weight.name!r} has rows of {columns} columns; the CPU kernels need a multiple of 16")
 
 
-def matmul_kernel(compiler: Compiler, kind: str) -> int:
+def _tile_of(kind: str) -> Any:
     if kind == BFLOAT_PAIRS:
-        return compiler.kernel("matmul_bf16_pairs", matmul_body(emit_bfloat_tile, "bf16_pairs"))
-    tile = emit_float_tile(kind) if kind in FLOAT_BYTES else emit_block_tile(BLOCK_SOURCES[kind])
-    return compiler.kernel(f"matmul_{kind.lower()}", matmul_body(tile, kind.lower()))
+        return emit_bfloat_tile
+    return emit_float_tile(kind) if kind in FLOAT_BYTES else emit_block_tile(BLOCK_SOURCES[kind])
+
+
+def matmul_kernel(compiler: Compiler, kind: str) -> int:
+    return compiler.kernel(f"matmul_{kind.lower()}", matmul_body(_tile_of(kind), kind.lower()))
+
+
+def expert_matmul_kernel(compiler: Compiler, kind: str) -> int:
+    return compiler.kernel(f"expert_matmul_{kind.lower()}", expert_matmul_body(_tile_of(kind), kind.lower()))
 
 
 def embed_kernel(compiler: Compiler, kind: str) -> int:
@@ -116,7 +129,7 @@ class WeightArena:
             op[0, OpField.TASKS], op[0, OpField.TASKS_PER] = packed.n_groups, StepField.ONE
             op[0, RepackArg.SOURCE] = address(weight.data)
             op[0, RepackArg.ROW_BYTES] = weight.data.shape[-1]
-            op[0, RepackArg.N_ROWS] = weight.shape[0]
+            op[0, RepackArg.N_ROWS] = len(weight.data)
             op[0, RepackArg.TARGET] = self.address(weight)
             op[0, RepackArg.N_RECORDS] = packed.n_records
             pool.run(Program(op, step))
@@ -127,7 +140,7 @@ class WeightArena:
 
 
 def _layout(weight: QuantTensor, offset: int, isa: ISA) -> PackedWeight:
-    rows, columns = weight.shape
+    rows, columns = len(weight.data), weight.shape[-1]
     codec = weight.codec.name
     kind = BFLOAT_PAIRS if isa.bfloat and is_bfloat(weight) else codec
     if codec in FLOAT_BYTES:
