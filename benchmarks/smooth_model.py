@@ -1,6 +1,6 @@
 """A model in F16 whose weights are on no grid, made of a quantized one: something to quantize where no original is at hand.
 
-python benchmarks/smooth_model.py IN.gguf OUT.gguf
+python benchmarks/smooth_model.py IN.gguf OUT.gguf [--seed 0]
 
 Quantized weights lie on a few levels a block, so quantizing them again says little about a search. Every weight gets noise
 spread evenly over one step of its block's grid, which is where its original was: the result is a model of its own, a little
@@ -60,8 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="another model of the same kind")
     args = parser.parse_args()
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(args.seed)
     with GGUFFile.open(args.source) as file:
         metadata: dict[str, Any] = dict(file.metadata)
         arch = metadata["general.architecture"]

@@ -144,9 +144,15 @@ def _string(order: ByteOrder, text: str) -> bytes:
 
 
 def _strings(order: ByteOrder, texts: list[str]) -> bytes:
-    length = struct.Struct(order + "Q").pack
-    contents = [text.encode("utf-8", "surrogateescape") for text in texts]
-    return b"".join(part for content in contents for part in (length(len(content)), content))
+    try:
+        contents = list(map(str.encode, texts))
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        contents = [text.encode("utf-8", "surrogateescape") for text in texts]
+    lengths = list(map(len, contents))
+    packed = {n: struct.pack(order + "Q", n) for n in set(lengths)}
+    parts = [b""] * (2 * len(texts))  # a vocabulary has 262,144 of these
+    parts[::2], parts[1::2] = map(packed.__getitem__, lengths), contents
+    return b"".join(parts)
 
 
 def _value(order: ByteOrder, value: Any) -> tuple[int, bytes]:

