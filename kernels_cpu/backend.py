@@ -34,10 +34,17 @@ class CPUBackend:
         ]
         share.start(graphs, max(stage.n_records for stage in stages))
         try:
-            for stage in stages:
-                stage.load(progress)
+            for number, stage in enumerate(stages):
+                stage.load(_part_of(progress, number, len(stages)))
         except BaseException:
             for stage in stages:
                 stage.close()
             raise
         return list(stages)
+
+
+def _part_of(progress: Progress | None, number: int, count: int) -> Progress | None:
+    """For one of so many stages, whose shares are taken as equal."""
+    if progress is None:
+        return None
+    return lambda what, share: progress(what, (number + share) / count)

@@ -25,6 +25,8 @@ class LoadOptions:
     gpu_expand: GPUExpand = (
         "auto"  # float16 copies of packed matrices on GPUs, for prompts; auto: if there is much room
     )
+    cpu_moe: bool = False  # the experts of all blocks stay on the CPU, whatever else is on GPUs
+    n_cpu_moe: int = 0  # those of so many blocks do, the first ones
     n_threads: int | None = None  # None: physical cores this process may use
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
@@ -50,7 +52,7 @@ class LoadOptions:
                 param="gpu_memory_utilization",
             )
         at_least_1 = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_scheduler_steps")
-        for name, low in (("n_ctx", 0), *((name, 1) for name in at_least_1)):
+        for name, low in (("n_ctx", 0), ("n_cpu_moe", 0), *((name, 1) for name in at_least_1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}", param=name)
         if self.block_size > 64:

@@ -2,7 +2,7 @@
 
 The first blocks stay on the CPU and the last go to the GPUs, so that rows hop once. `-ngl N` moves N blocks, `all` the
 embedding and the head too, `auto` as much as fits: the head first, which is worth a few blocks and whose rows are only
-those whose logits are asked for.
+those whose logits are asked for. The experts of the first `n_cpu_experts` blocks stay on the CPU wherever their blocks are.
 """
 
 from __future__ import annotations
@@ -12,22 +12,27 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pyinfer.errors import ConfigError
-from pyinfer.graph.backend import DeviceInfo, StageConfig, kv_page_bytes
+from pyinfer.graph.backend import DeviceInfo, StageConfig
+from pyinfer.graph.experts import ExpertRun, gather_experts
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.ops import ExpertMatMul
 from pyinfer.graph.passes import optimize
-from pyinfer.graph.split import block_cuts, expandable_weights, split_graph, weights_of
+from pyinfer.graph.split import block_cuts, split_graph
 from pyinfer.graph.tensor_split import shard_graph
-from pyinfer.runtime.sizes import format_binary
+from pyinfer.runtime.stage_plan import (
+    StagePlan,
+    aligned_bytes,
+    copies_bytes,
+    room,
+    stage_lines,
+    stage_plan,
+)
 
 GPULayers = int | Literal["auto", "all"]
 GPUExpand = Literal["auto", "on", "off"]
 GPUSplit = Literal["layer", "tensor"]
 GPU_SPLIT: tuple[GPUSplit, ...] = ("layer", "tensor")
 GPU_EXPAND: tuple[GPUExpand, ...] = ("auto", "on", "off")
-# CUDA context, cuBLAS workspace, CUDA graphs, loaded kernels, slices of matrices in float16, attention's partial sums
-_FIXED = 512 << 20
-_OUTPUTS = 256  # rows that go through the head at once, if there are not more sequences
-_ALIGNMENT = 1.02  # packed weights end at multiples of 16 and of 256 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class Offload:
     n_blocks: int
     has_head: bool = False
     has_embedding: bool = False
+    n_cpu_experts: int = 0  # the experts of the first so many blocks are on the CPU
 
     @property
     def n_layers(self) -> int:
@@ -45,24 +51,8 @@ class Offload:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StagePlan:
-    """One stage: a part of the graph on a device, and the bytes that it takes there."""
-
-    graph: Graph
-    device: DeviceInfo | None  # None: the CPU
-    what: str  # "blocks 0 to 15", "head"
-    weight_bytes: int
-    page_bytes: int  # of one KV page
-    buffer_bytes: int
-    copy_bytes: int = 0  # float16 copies of matrices (`StageConfig.gpu_expand`)
-
-    def n_bytes(self, n_pages: int) -> int:
-        return self.weight_bytes + self.copy_bytes + self.buffer_bytes + n_pages * self.page_bytes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class OffloadPlan:
-    """Stages in order of execution."""
+    """Stages in the order in which they first run."""
 
     offload: Offload
     stages: tuple[StagePlan, ...]
@@ -70,13 +60,23 @@ class OffloadPlan:
     is_tensor: bool = False  # the stages are ranks of a tensor split, which work at the same time
 
     @property
+    def parts(self) -> list[tuple[Graph, DeviceInfo | None]]:
+        """The graph's parts in order of execution, each with its device."""
+        parts = {
+            number: (graph, stage.device)
+            for stage in self.stages
+            for number, graph in zip(stage.numbers, stage.graphs, strict=True)
+        }
+        return [parts[number] for number in range(len(parts))]
+
+    @property
     def host_weight_bytes(self) -> int:
         return sum(stage.weight_bytes for stage in self.stages if stage.device is None)
 
     @property
     def is_all(self) -> bool:
-        """Nothing runs on the CPU."""
-        return all(stage.device is not None for stage in self.stages)
+        """Nothing runs on the CPU, but maybe experts."""
+        return self.offload.has_embedding
 
     @property
     def page_bytes(self) -> int:
@@ -93,49 +93,37 @@ class OffloadPlan:
 
     def lines(self, n_pages: int) -> list[str]:
         """The plan as people read it, a line a stage."""
-        lines = []
-        for stage in self.stages:
-            device = "CPU" if stage.device is None else f"GPU {stage.device.index} ({stage.device.name})"
-            parts = [f"weights {format_binary(stage.weight_bytes)}"]
-            if stage.copy_bytes:
-                parts.append(f"float16 copies {format_binary(stage.copy_bytes)}")
-            if stage.page_bytes:
-                parts.append(f"KV {format_binary(n_pages * stage.page_bytes)}")
-            if stage.device is not None:
-                parts.append(f"buffers {format_binary(stage.buffer_bytes)}")
-                parts.append(f"of {format_binary(room(stage.device, self.utilization))} usable")
-            lines.append(f"{device}: {stage.what}; {', '.join(parts)}")
-        return lines
+        return stage_lines(self.stages, n_pages, self.utilization)
 
 
-def room(device: DeviceInfo, utilization: float) -> int:
-    """Bytes that we may still take: `utilization` of all, less what others have taken."""
-    return max(0, int(utilization * device.total) - (device.total - device.free))
-
-
-def wanted(layers: GPULayers, n_blocks: int) -> Offload:
+def wanted(layers: GPULayers, n_blocks: int, n_cpu_experts: int = 0) -> Offload:
     """What `-ngl` asks for; more layers than there are blocks mean all, as in llama.cpp."""
     if isinstance(layers, int) and layers <= n_blocks:
-        return Offload(layers)
-    return Offload(n_blocks, has_head=True, has_embedding=True)
+        return Offload(layers, n_cpu_experts=n_cpu_experts)
+    return Offload(n_blocks, has_head=True, has_embedding=True, n_cpu_experts=n_cpu_experts)
 
 
-def candidates(layers: GPULayers, n_blocks: int) -> Iterator[Offload]:
+def candidates(layers: GPULayers, n_blocks: int, n_cpu_experts: int = 0) -> Iterator[Offload]:
     """What was asked for, then less and less, down to nothing."""
-    first = wanted(layers, n_blocks)
+    first = wanted(layers, n_blocks, n_cpu_experts)
     yield first
     most = n_blocks if first.has_head else first.n_blocks - 1
     for n in range(most, 0, -1):
-        yield Offload(n, has_head=first.has_head)
-    if first != Offload(0):
+        yield Offload(n, has_head=first.has_head, n_cpu_experts=n_cpu_experts)
+    if first.n_layers:
         yield Offload(0)
 
 
 def plan_offload(
-    graph: Graph, config: StageConfig, devices: Sequence[DeviceInfo], layers: GPULayers, utilization: float
+    graph: Graph,
+    config: StageConfig,
+    devices: Sequence[DeviceInfo],
+    layers: GPULayers,
+    utilization: float,
+    n_cpu_experts: int = 0,
 ) -> OffloadPlan:
     """The largest of the `candidates` that leaves room for the KV pages of `config`."""
-    for offload in candidates(layers, len(graph.kv_layers)):
+    for offload in candidates(layers, len(graph.kv_layers), n_cpu_experts):
         plan = make_plan(graph, config, devices, offload, utilization)
         if plan.max_pages() >= config.n_pages:
             return plan
@@ -148,7 +136,10 @@ def make_tensor_plan(
     """An equal part of every block on each GPU, of a graph that is not yet optimized; ConfigError if that is not possible."""
     shards = [optimize(shard) for shard in shard_graph(graph, len(devices))]
     what = f"1/{len(devices)} of every block and of the head"
-    stages = (_stage(shard, device, what, config) for shard, device in zip(shards, devices, strict=True))
+    stages = (
+        stage_plan([(number, shard)], device, what, config)
+        for number, (shard, device) in enumerate(zip(shards, devices, strict=True))
+    )
     return OffloadPlan(offload, tuple(stages), utilization, is_tensor=True)
 
 
@@ -158,12 +149,12 @@ def make_plan(
     """Where everything goes for this offload, whether it fits or not; blocks are shared out over the GPUs."""
     n = len(graph.kv_layers)
     if not offload.n_layers:
-        return OffloadPlan(offload, (_stage(graph, None, "all", config),), utilization)
+        return OffloadPlan(offload, (stage_plan([(0, graph)], None, "all", config),), utilization)
+    graph, runs = gather_experts(graph)
     cuts = block_cuts(graph)
     first = n - offload.n_blocks
-    parts = split_graph(graph, cuts)  # embedding, blocks, head
-    costs = [weight_bytes(part) + config.n_pages * _page_bytes(part, config) for part in parts[1 + first : n + 1]]
-    shares = divide(costs, [room(device, utilization) for device in devices])
+    runs = [run for run in runs if first <= run.block < offload.n_cpu_experts]
+    shares = divide(_costs(graph, config, cuts, runs)[first:], [room(device, utilization) for device in devices])
     ends = [first + sum(shares[: i + 1]) for i in range(len(shares))]
     # (first unit, last unit + 1, device): the embedding is unit 0, block i is unit i + 1, the head is the last
     starts = [0 if offload.has_embedding else first + 1, *(end + 1 for end in ends)]
@@ -173,12 +164,49 @@ def make_plan(
     pieces.append((a, b + 1, last) if offload.has_head else (a, b, last))
     pieces.append((pieces[-1][1], n + 2, None))
     pieces = [piece for piece in pieces if piece[0] < piece[1]]
-    graphs = split_graph(graph, [cuts[start - 1] for start, _, _ in pieces[1:]])
-    stages = (
-        _stage(part, device, _name(start, end, n), config)
-        for part, (start, end, device) in zip(graphs, pieces, strict=True)
+    places = [0, *cuts, len(graph.ops)]
+    spans = _spans([(places[start], places[end]) for start, end, _ in pieces], runs)
+    owners = [None if piece is None else pieces[piece][2] for _, piece in spans]
+    parts = split_graph(graph, [start for start, _ in spans[1:]], [device and device.index for device in owners])
+    stages: dict[int | None, list[tuple[int, Graph]]] = {}
+    for number, (part, (_, piece)) in enumerate(zip(parts, spans, strict=True)):
+        stages.setdefault(piece, []).append((number, part))
+    away = sorted({run.block for run in runs})
+    return OffloadPlan(
+        offload,
+        tuple(
+            stage_plan(numbered, None, f"experts of {_blocks(away)}", config)
+            if piece is None
+            else stage_plan(numbered, pieces[piece][2], _name(*pieces[piece][:2], n, away), config)
+            for piece, numbered in stages.items()
+        ),
+        utilization,
     )
-    return OffloadPlan(offload, tuple(stages), utilization)
+
+
+def _costs(graph: Graph, config: StageConfig, cuts: Sequence[int], runs: Sequence[ExpertRun]) -> list[int]:
+    """Bytes of each block and its pages, without the experts of `runs`."""
+    costs = [
+        stage_plan([(0, block)], None, "", config).n_bytes(config.n_pages) for block in split_graph(graph, cuts)[1:-1]
+    ]
+    for run in runs:
+        experts = (op for op in graph.ops[run.start : run.end] if isinstance(op, ExpertMatMul))
+        costs[run.block] -= aligned_bytes(weight for op in experts for weight in op.weights)
+    return costs
+
+
+def _spans(pieces: Sequence[tuple[int, int]], runs: Sequence[ExpertRun]) -> list[tuple[int, int | None]]:
+    """(first op, piece) of each part, in order: what is left of these pieces [first op, end) between `runs`, which are None's."""
+    spans: list[tuple[int, int | None]] = []
+    for number, (start, end) in enumerate(pieces):
+        for run in (run for run in runs if start <= run.start < end):
+            if start < run.start:
+                spans.append((start, number))
+            spans.append((run.start, None))
+            start = run.end
+        if start < end:
+            spans.append((start, number))
+    return spans
 
 
 def divide(costs: Sequence[int], rooms: Sequence[int]) -> list[int]:
@@ -204,16 +232,6 @@ def check_layers(layers: object) -> None:
         raise ConfigError(f"n_gpu_layers is {layers!r}; give a number of layers, 'auto' or 'all'", param="n_gpu_layers")
 
 
-def weight_bytes(graph: Graph) -> int:
-    """Of the matrices as they lie on a device, each once."""
-    return int(sum(weight.data.nbytes for weight in weights_of(graph)) * _ALIGNMENT)
-
-
-def copies_bytes(graph: Graph) -> int:
-    """Of float16 copies of the matrices."""
-    return sum(2 * weight.n_elements for weight in expandable_weights(graph))
-
-
 def keeps_copies(
     graph: Graph,
     config: StageConfig,
@@ -227,44 +245,31 @@ def keeps_copies(
         return mode == "on"
     plan = make_plan(graph, replace(config, gpu_expand=False), devices, offload, utilization)
     return all(
-        4 * copies_bytes(stage.graph) <= room(stage.device, utilization) - stage.n_bytes(config.n_pages)
+        4 * sum(map(copies_bytes, stage.graphs)) <= room(stage.device, utilization) - stage.n_bytes(config.n_pages)
         for stage in plan.stages
         if stage.device is not None
     )
 
 
-def buffer_bytes(graph: Graph, config: StageConfig) -> int:
-    """An upper bound for activations and what the libraries take. Few of a step's rows go through the head."""
-    rows = {"tokens": config.max_tokens, "outputs": min(config.max_tokens, max(_OUTPUTS, config.max_sequences))}
-    last_read = {id(value): index for index, op in enumerate(graph.ops) for value in op.inputs}
-    last_read.update((id(value), len(graph.ops)) for value in graph.results)
-    alive: dict[int, int] = {}
-    peak = 0
-    for index, op in enumerate(graph.ops):
-        alive |= {id(value): 4 * value.width * rows[value.rows] for value in op.outputs}
-        peak = max(peak, sum(alive.values()))
-        alive = {key: size for key, size in alive.items() if last_read.get(key, -1) > index}
-    return _FIXED + 2 * peak
-
-
-def _page_bytes(graph: Graph, config: StageConfig) -> int:
-    return kv_page_bytes(graph, config.block_size, config.kv_dtype)
-
-
-def _stage(graph: Graph, device: DeviceInfo | None, what: str, config: StageConfig) -> StagePlan:
-    buffers = 0 if device is None else buffer_bytes(graph, config)
-    copies = copies_bytes(graph) if device is not None and config.gpu_expand else 0
-    return StagePlan(graph, device, what, weight_bytes(graph), _page_bytes(graph, config), buffers, copies)
-
-
-def _name(start: int, end: int, n: int) -> str:
-    """What units [start, end) are."""
+def _name(start: int, end: int, n: int, away: Sequence[int]) -> str:
+    """What units [start, end) are, where the experts of the blocks `away` are elsewhere."""
     parts = ["embedding"] if start == 0 else []
-    first, last = max(start, 1) - 1, min(end, n + 1) - 2
-    if first < last:
-        parts.append(f"blocks {first} to {last}")
-    elif first == last:
-        parts.append(f"block {first}")
+    blocks = list(range(max(start, 1) - 1, min(end, n + 1) - 1))
+    if blocks:
+        here = [block for block in away if block in blocks]
+        without = (
+            "" if not here else " without experts" if here == blocks else f" without the experts of {_numbers(here)}"
+        )
+        parts.append(_blocks(blocks) + without)
     if end == n + 2:
         parts.append("head")
     return ", ".join(parts)
+
+
+def _blocks(blocks: Sequence[int]) -> str:
+    return f"block{'s' if len(blocks) > 1 else ''} {_numbers(blocks)}"
+
+
+def _numbers(blocks: Sequence[int]) -> str:
+    """Of blocks that follow each other."""
+    return f"{blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else str(blocks[0])

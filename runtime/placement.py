@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pyinfer.errors import BackendError, ConfigError, DeviceMemoryError
-from pyinfer.graph.backend import DeviceInfo, Progress, Stage, StageConfig, kv_page_bytes
+from pyinfer.graph.backend import Backend, DeviceInfo, PartsBackend, Progress, Stage, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.ops import ExpertMatMul
 from pyinfer.graph.passes import for_context, optimize
+from pyinfer.graph.split import last_readers, sources
 from pyinfer.runtime.backends import gpus, open_backend, open_ranks
 from pyinfer.runtime.kv_size import MAX_KV_MEMORY, plan_sizes
 from pyinfer.runtime.load_options import LoadOptions
@@ -53,14 +55,15 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
     """
     devices = find_devices(options)
     layers = options.n_gpu_layers if devices else 0
-    asked = wanted(layers, len(graph.kv_layers))
+    n_cpu_experts = cpu_experts(graph, options)
+    asked = wanted(layers, len(graph.kv_layers), n_cpu_experts)
     most = asked.n_blocks
     if wants_tensor_split(options, devices) and not asked.has_embedding:
         raise ConfigError(
             f"gpu_split is 'tensor', which needs everything on GPUs, and n_gpu_layers is {layers}; use 'all' or a layer split",
             param="gpu_split",
         )
-    for offload in candidates(layers, len(graph.kv_layers)):
+    for offload in candidates(layers, len(graph.kv_layers), n_cpu_experts):
         config = sizes(offload, devices) if offload.n_blocks <= most else None
         if config is None:
             continue
@@ -78,10 +81,22 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
             most = offload.n_blocks - max(1, offload.n_blocks // 8)
             _log.warning("%s did not fit on the GPU after all (%s); fewer are tried", _layers(offload), error)
             continue
+        if n_cpu_experts and not offload.n_layers:
+            _log.warning("cpu_moe and n_cpu_moe change nothing: nothing runs on a GPU, so all experts are on the CPU")
         placed = Placed(stage, whole, config, plan)
         _report(placed, devices)
         return placed
     raise AssertionError("nothing on a GPU always fits")
+
+
+def cpu_experts(graph: Graph, options: LoadOptions) -> int:
+    """The experts of how many blocks, the first ones, are to stay on the CPU."""
+    if not (options.cpu_moe or options.n_cpu_moe):
+        return 0
+    if not any(isinstance(op, ExpertMatMul) for op in graph.ops):
+        _log.warning("cpu_moe and n_cpu_moe change nothing: the model has no experts")
+        return 0
+    return len(graph.kv_layers) if options.cpu_moe else min(options.n_cpu_moe, len(graph.kv_layers))
 
 
 def wants_tensor_split(options: LoadOptions, devices: Sequence[DeviceInfo]) -> bool:
@@ -162,20 +177,42 @@ def _host_pages(plan: OffloadPlan) -> int:
 
 def open_stages(plan: OffloadPlan, config: StageConfig, host: str, progress: Progress | None) -> Stage:
     """The plan's stages, as one. `host` is the backend of those without a GPU. DeviceMemoryError if a GPU lacks room."""
-    graphs = [each.graph for each in plan.stages]
+    graphs = [graph for graph, _ in plan.parts]
     if plan.is_tensor:
         ranks = open_ranks([each.device.index for each in plan.stages if each.device is not None])
         return open_tensor_stage(ranks, graphs, config, progress)
+    own: dict[int | None, list[int]] = {}  # device -> the parts that are there
+    for number, (_, device) in enumerate(plan.parts):
+        own.setdefault(None if device is None else device.index, []).append(number)
+    stages: dict[int, Stage] = {}
+    try:
+        for index, numbers in own.items():
+            backend = open_backend(host) if index is None else open_backend("gpu", index)
+            stages.update(zip(numbers, _open_parts(backend, graphs, numbers, config, progress), strict=True))
+    except BaseException:
+        for stage in stages.values():
+            stage.close()
+        raise
+    in_order = [stages[number] for number in range(len(graphs))]
+    return in_order[0] if len(in_order) == 1 else StageChain(in_order, sources(graphs))
+
+
+def _open_parts(
+    backend: Backend, graphs: Sequence[Graph], numbers: Sequence[int], config: StageConfig, progress: Progress | None
+) -> Sequence[Stage]:
+    """The parts of these numbers, which share what the backend lets them share."""
+    if len(numbers) > 1 and isinstance(backend, PartsBackend):
+        own = [graphs[number] for number in numbers]
+        return backend.open_stages(own, config, progress, last_readers(graphs, numbers))
     stages: list[Stage] = []
     try:
-        for each in plan.stages:
-            backend = open_backend(host) if each.device is None else open_backend("gpu", each.device.index)
-            stages.append(backend.open_stage(each.graph, config, progress))
+        for number in numbers:
+            stages.append(backend.open_stage(graphs[number], config, progress))
     except BaseException:
         for stage in stages:
             stage.close()
         raise
-    return stages[0] if len(stages) == 1 else StageChain(stages)
+    return stages
 
 
 def _layers(offload: Offload) -> str:

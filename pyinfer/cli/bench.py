@@ -62,6 +62,8 @@ _NUMBERS = checked(parse_numbers)
     "gpu_memory_utilization",
     "gpu_split",
     "gpu_expand",
+    "cpu_moe",
+    "n_cpu_moe",
     "kv_cache_dtype",
     "max_num_batched_tokens",
     "block_size",

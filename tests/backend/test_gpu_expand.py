@@ -28,7 +28,7 @@ from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime.models.registry import build_graph
-from pyinfer.runtime.offload import copies_bytes
+from pyinfer.runtime.stage_plan import copies_bytes
 
 pytestmark = [pytest.mark.backend, pytest.mark.skipif(not has_compiler, reason="the emulator needs g++")]
 

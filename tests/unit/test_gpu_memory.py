@@ -66,7 +66,7 @@ def test_the_plan_covers_what_is_taken(
     plan = make_plan(graph, config, [CARD], offload, 1.0)
     stage = next(stage for stage in plan.stages if stage.device is not None)
     device = CountingDevice()
-    GPUStage(device, stage.graph, config)
+    GPUStage(device, stage.graphs[0], config)
     planned = stage.n_bytes(config.n_pages)
     assert device.used < planned - FIXED // 2  # the rest is for what CUDA takes by itself
     assert planned - FIXED < 2 * device.used

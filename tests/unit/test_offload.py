@@ -26,17 +26,14 @@ from pyinfer.runtime.offload import (
     GPUExpand,
     GPULayers,
     Offload,
-    buffer_bytes,
     candidates,
-    copies_bytes,
     divide,
     keeps_copies,
     make_plan,
     plan_offload,
-    room,
     wanted,
-    weight_bytes,
 )
+from pyinfer.runtime.stage_plan import buffer_bytes, copies_bytes, room, weight_bytes
 
 pytestmark = pytest.mark.unit
 N = 6  # blocks
