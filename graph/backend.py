@@ -107,6 +107,19 @@ class PartStage(Stage, Protocol):
         ...
 
 
+@runtime_checkable
+class FeedingStage(PartStage, Protocol):
+    """A part on a device that can write into the memory of another part's."""
+
+    def can_feed(self, follower: Stage, batch: Batch) -> bool:
+        """Whether `run_into` would do. `follower` reads all results of this part and of no other, in order."""
+        ...
+
+    def run_into(self, batch: Batch, follower: Stage) -> None:
+        """Start a step. Its results go to where the next run of `follower` reads them, whose batch has no `hidden` then."""
+        ...
+
+
 class Backend(Protocol):
     """A kind of device."""
 

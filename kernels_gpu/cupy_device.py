@@ -19,7 +19,7 @@ from cupy.cuda import driver, runtime
 from pyinfer.errors import BackendError, DeviceMemoryError
 from pyinfer.kernels_gpu.cublas import WORKSPACE_BYTES, CuBLAS
 from pyinfer.kernels_gpu.cuda_launch import Launcher
-from pyinfer.kernels_gpu.device import Bytes
+from pyinfer.kernels_gpu.device import Bytes, Device
 from pyinfer.kernels_gpu.kernel_cache import KernelCache, Unit, unit_of
 from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Reduce, Step
 
@@ -69,6 +69,8 @@ class CuPyDevice:
         self._allocated: list[int] = []
         self._chunk, self._chunk_left = 0, 0
         self._pinned: list[tuple[int, int]] = []
+        self._peers: dict[int, bool] = {}  # index of another GPU -> whether its memory can be read
+        self._order: int | None = None  # an event
         self._staging: list[tuple[Bytes, int]] = []  # pinned memory and the event of its last copy
 
     # ---- memory
@@ -144,6 +146,39 @@ class CuPyDevice:
         self._enter()
         to, start = target.at(0, n_bytes).ptr, source.at(0, n_bytes).ptr
         runtime.memcpyAsync(to, start, n_bytes, runtime.memcpyDeviceToDevice, self._stream.ptr)
+
+    def can_receive(self, other: Device) -> bool:
+        """Where GPUs cannot read each other's memory, copies would go through the host all the same."""
+        if not isinstance(other, CuPyDevice) or other.index == self.index:
+            return False
+        if other.index not in self._peers:
+            self._enter()
+            self._peers[other.index] = bool(runtime.deviceCanAccessPeer(self.index, other.index))
+            if self._peers[other.index]:
+                try:
+                    runtime.deviceEnablePeerAccess(other.index)
+                except runtime.CUDARuntimeError as error:  # by another stage of this process
+                    self._peers[other.index] = "AlreadyEnabled" in str(error)
+        return self._peers[other.index]
+
+    def receive(self, other: Device, target: Buffer, source: Buffer, n_bytes: int) -> None:
+        assert isinstance(other, CuPyDevice)
+        to, start = target.at(0, n_bytes).ptr, source.at(0, n_bytes).ptr
+        done = other._event()
+        runtime.eventRecord(done, other._stream.ptr)
+        copied = self._event()
+        runtime.streamWaitEvent(self._stream.ptr, done)
+        runtime.memcpyPeerAsync(to, self.index, start, other.index, n_bytes, self._stream.ptr)
+        runtime.eventRecord(copied, self._stream.ptr)
+        other._enter()
+        runtime.streamWaitEvent(other._stream.ptr, copied)
+
+    def _event(self) -> int:
+        """This device's, for orders between streams: a wait is for what was recorded last, so that one does."""
+        self._enter()
+        if self._order is None:
+            self._order = int(runtime.eventCreateWithFlags(runtime.eventDisableTiming))
+        return self._order
 
     def zero(self, target: Buffer) -> None:
         self._enter()
@@ -223,6 +258,9 @@ class CuPyDevice:
             driver.moduleUnload(module)
         for _, event in self._staging:
             runtime.eventDestroy(event)
+        if self._order is not None:
+            runtime.eventDestroy(self._order)
+            self._order = None
         for ptr in self._allocated:
             runtime.free(ptr)
         for ptr, _ in self._pinned:

@@ -49,6 +49,15 @@ class Device(Protocol):
         """From device memory to device memory."""
         ...
 
+    def can_receive(self, other: Device) -> bool:
+        """Whether `receive` can copy from that device; never from itself."""
+        ...
+
+    def receive(self, other: Device, target: Buffer, source: Buffer, n_bytes: int) -> None:
+        """Copy from another device's memory, behind what that one was asked for so far; what it is asked for next waits for
+        the copy, and the host for neither."""
+        ...
+
     def zero(self, target: Buffer) -> None: ...
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:

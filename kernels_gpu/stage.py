@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pyinfer.graph.backend import PageData, Progress, StageConfig
+from pyinfer.graph.backend import PageData, Progress, Stage, StageConfig
 from pyinfer.graph.batch import Batch, Rows
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import Value
@@ -72,6 +72,7 @@ class GPUStage:
         self._max_outputs = max(_MAX_OUTPUTS, config.max_sequences)
         self._programs: dict[ProgramShape, _Captured] = {}
         self._is_alone, self._has_pages = share is None, number == 0  # for all stages that share them
+        self._is_fed = False  # rows of the stage before are there, or on their way, for the next step
         try:
             self._memory = StageMemory(device, graph, config, share)
             if self._is_alone:
@@ -101,6 +102,26 @@ class GPUStage:
             return self._run(batch)
         parts = [[rows.copy() for rows in self._run(part)] for part in split_batch(batch, self._max_outputs)]
         return tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))
+
+    def can_feed(self, follower: Stage, batch: Batch) -> bool:
+        """See `graph.backend.FeedingStage`: from GPU to GPU, where one reads the other's memory."""
+        return (
+            isinstance(follower, GPUStage)
+            and len(batch.output_rows) <= min(self._max_outputs, follower._max_outputs)
+            and list(map(id, follower._memory.hidden_values)) == list(map(id, self._graph.results))
+            and follower._device.can_receive(self._device)
+        )
+
+    def run_into(self, batch: Batch, follower: Stage) -> None:
+        """See `graph.backend.FeedingStage`. The host does not wait: the follower's device does."""
+        assert isinstance(follower, GPUStage)
+        buffers = self._start(batch).results
+        for value, buffer in zip(self._graph.results, buffers, strict=True):
+            n_bytes = 4 * value.width * self.n_results(batch, value)
+            if n_bytes:
+                target = follower._memory.hidden[id(value)]
+                follower._device.receive(self._device, target, buffer, n_bytes)
+        self._memory.step.is_pending, follower._is_fed = True, True
 
     def _run(self, batch: Batch) -> tuple[Rows, ...]:
         buffers, rows = self._start(batch).results, []
@@ -147,7 +168,8 @@ class GPUStage:
         captured = self._programs.pop(shape) if shape in self._programs else self._capture(shape)
         self._programs[shape] = captured  # as the latest
         self._memory.step.upload(batch, shape.n_tokens, shape.n_outputs, once=not self._is_alone)
-        for value, rows in zip(self._memory.hidden_values, batch.hidden, strict=True):
+        is_fed, self._is_fed = self._is_fed, False
+        for value, rows in zip(self._memory.hidden_values, batch.hidden, strict=not is_fed):
             if len(rows):
                 self._device.upload(self._memory.hidden[id(value)], np.ascontiguousarray(rows))
         self._device.run(captured.executable)

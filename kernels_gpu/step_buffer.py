@@ -62,6 +62,7 @@ class StepBuffer:
         self._tables = self._arrays["page_tables"].reshape(n_groups, config.max_sequences, self._stride)
         self._tables[:] = -1  # as no table has: every row is new at first
         self._uploaded: tuple[Int32, int, int] | None = None
+        self.is_pending = False  # the last upload may not have happened: nobody has waited for its step
 
     def fields(self, group: int) -> StepFields:
         """Device addresses for kernels of a layer of this group."""
@@ -83,14 +84,18 @@ class StepBuffer:
         )
 
     def upload(self, batch: Batch, n_tokens: int, n_outputs: int, *, once: bool = False) -> None:
-        """Fill the arrays, padded to a program's rows, and copy what the step reads. The last upload must have happened.
+        """Fill the arrays, padded to a program's rows, and copy what the step reads.
 
+        The last upload must have happened, unless `is_pending` says that it may not have.
         `once`: not if it was this batch's already, for stages that run it one after another.
         """
         step = batch.token_ids, n_tokens, n_outputs
         if once and self._uploaded is not None and step[0] is self._uploaded[0] and step[1:] == self._uploaded[1:]:
             return
         self._uploaded = step
+        if self.is_pending:
+            self._device.synchronize()
+            self.is_pending = False
         arrays, n, n_sequences = self._arrays, batch.n_tokens, batch.n_sequences
         assert n <= n_tokens <= len(arrays["token_ids"]) and n_sequences <= self._n_sequences
         _fill(arrays["token_ids"], batch.token_ids, n_tokens, -1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from pyinfer.graph.backend import PageData, PartStage, Stage
+from pyinfer.graph.backend import FeedingStage, PageData, PartStage, Stage
 from pyinfer.graph.batch import Batch, Rows
 from pyinfer.graph.ops import F32Array
 from pyinfer.graph.sampling import Int32, RowSampling, Sampled, SamplingStage
@@ -38,10 +38,24 @@ class StageChain:
     def _until_last(self, batch: Batch) -> Batch:
         """Run all stages but the last; the batch for that."""
         results: list[tuple[Rows, ...]] = []
-        for stage in self.stages[:-1]:
-            part = self._batch_for(len(results), batch, results)
-            results.append(stage.run_part(part) if isinstance(stage, PartStage) else (stage.run(part),))
-        return self._batch_for(len(results), batch, results)
+        is_fed = False
+        for number, (stage, follower) in enumerate(pairwise(self.stages)):
+            part = replace(batch, hidden=()) if is_fed else self._batch_for(number, batch, results)
+            is_fed = self._is_straight(number) and isinstance(stage, FeedingStage) and stage.can_feed(follower, batch)
+            if is_fed and isinstance(stage, FeedingStage):
+                stage.run_into(part, follower)
+                results.append(())
+            else:
+                results.append(stage.run_part(part) if isinstance(stage, PartStage) else (stage.run(part),))
+        return replace(batch, hidden=()) if is_fed else self._batch_for(len(results), batch, results)
+
+    def _is_straight(self, number: int) -> bool:
+        """Whether the stage after this one reads all that it gives, and no other does."""
+        if self._sources is None:
+            return True
+        read = self._sources[number + 1]
+        others = [place for later, places in enumerate(self._sources) if later != number + 1 for place in places]
+        return all(stage == number for stage, _ in read) and all(stage != number for stage, _ in others)
 
     def _batch_for(self, number: int, batch: Batch, results: Sequence[tuple[Rows, ...]]) -> Batch:
         if number == 0:

@@ -15,6 +15,7 @@ from tiny_models import TinyShape, write_tiny_model
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.passes import optimize
+from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch, Step
 from pyinfer.kernels_gpu.lower import lower
 from pyinfer.kernels_gpu.program import ProgramShape
@@ -46,6 +47,11 @@ class RecordingDevice:
     def download(self, source: Buffer, target: npt.NDArray[Any], offset: int = 0) -> None: ...
 
     def copy(self, target: Buffer, source: Buffer, n_bytes: int) -> None: ...
+
+    def can_receive(self, other: Device) -> bool:
+        return False
+
+    def receive(self, other: Device, target: Buffer, source: Buffer, n_bytes: int) -> None: ...
 
     def zero(self, target: Buffer) -> None: ...
 

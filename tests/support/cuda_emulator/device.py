@@ -13,6 +13,7 @@ import numpy.typing as npt
 from cuda_emulator.build import CompiledKernel, EmulatorError, compile_all, compiled, runtime
 from pyinfer.errors import DeviceMemoryError
 from pyinfer.kernels_gpu.cuda_launch import as_word, kind_of
+from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Reduce, Step
 
 STATIC_SHARED = 48 << 10  # what a function may declare
@@ -40,6 +41,7 @@ class EmulatedDevice:
         self.all_reduce = all_reduce
         self.name, self.arch, self.n_sms, self.shared_bytes = "emulated", arch, n_sms, shared_bytes
         self.descending = descending
+        self.peers = True  # whether it can read the memory of other devices
         self.launches: dict[str, int] = {}
         self._total, self._used = n_bytes, 0
         self._buffers: list[int] = []
@@ -72,6 +74,14 @@ class EmulatedDevice:
 
     def copy(self, target: Buffer, source: Buffer, n_bytes: int) -> None:
         ctypes.memmove(target.at(0, n_bytes).ptr, source.at(0, n_bytes).ptr, n_bytes)
+
+    def can_receive(self, other: Device) -> bool:
+        return self.peers and isinstance(other, EmulatedDevice) and other is not self
+
+    def receive(self, other: Device, target: Buffer, source: Buffer, n_bytes: int) -> None:
+        assert self.can_receive(other)
+        self._count("receive")
+        self.copy(target, source, n_bytes)
 
     def zero(self, target: Buffer) -> None:
         ctypes.memset(target.ptr, 0, target.n_bytes)
