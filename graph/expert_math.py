@@ -40,7 +40,7 @@ def expert_matmul(x: F32Array, experts: Int32, weight: QuantTensor, kept: F32Arr
     """`ExpertMatMul` of one tensor; `kept` is the tensor dequantized, if that is at hand."""
     _, n_out, n_in = weight.shape
     n_rows, n_used = experts.shape
-    slots = np.broadcast_to(x.reshape(n_rows, -1, n_in), (n_rows, n_used, n_in))
+    slots = np.broadcast_to(x.reshape(n_rows, x.shape[1] // n_in, n_in), (n_rows, n_used, n_in))
     out = np.empty((n_rows, n_used, n_out), np.float32)
     for expert in np.unique(experts):
         matrix = weight.part(expert * n_out, (expert + 1) * n_out).dequantize() if kept is None else kept[expert]
@@ -52,7 +52,7 @@ def expert_matmul(x: F32Array, experts: Int32, weight: QuantTensor, kept: F32Arr
 def combine(x: F32Array, weights: F32Array, residual: F32Array | None) -> F32Array:
     """`CombineExperts`."""
     n_rows, n_used = weights.shape
-    slots = x.reshape(n_rows, n_used, -1)
+    slots = x.reshape(n_rows, n_used, x.shape[1] // n_used)
     out = np.zeros_like(slots[:, 0]) if residual is None else residual
     for s in range(n_used):
         out = out + weights[:, s : s + 1] * slots[:, s]
