@@ -240,6 +240,17 @@ class AllReduce(Op):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class GatherColumns(Op):
+    """out = the ranks' x side by side, the same on each; for graphs that `graph.tensor_split` made."""
+
+    READS = ("x",)
+
+    out: Value
+    x: Value  # of width out.width / number of ranks
+    rank: int  # whose columns x is
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SelectRows(Op):
     """out (rows="outputs") = x[batch.output_rows]: only these tokens go through what follows."""
 

@@ -24,6 +24,7 @@ from pyinfer.graph.ops import (
     Embed,
     ExpertMatMul,
     GatedActivation,
+    GatherColumns,
     Hidden,
     MatMul,
     Op,
@@ -174,6 +175,11 @@ class ReferenceStage:
             case AllReduce():
                 assert self._all_reduce is not None
                 rows[op.out] = self._all_reduce(rows[op.x])
+            case GatherColumns():
+                assert self._all_reduce is not None
+                own = np.zeros((len(rows[op.x]), op.out.width), np.float32)
+                own[:, op.rank * op.x.width :][:, : op.x.width] = rows[op.x]
+                rows[op.out] = self._all_reduce(own)
             case SelectRows():
                 rows[op.out] = rows[op.x][batch.output_rows]
             case _:

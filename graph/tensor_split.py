@@ -2,8 +2,8 @@
 
 A device holds its share of the heads (rows of q, k and v, columns of the output projection) and of the feed-forward's width
 (rows of gate and up, columns of down). Both halves of a block end with a partial sum over all of n_embd, which an `AllReduce`
-makes whole on every device; norms and the residual row are on each. The head's rows are shared out too: what each device
-returns is its columns of the logits.
+makes whole on every device; norms and the residual row are on each. The head's rows are shared out too; its columns of the
+logits are brought together on every device, so that each can draw tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pyinfer.graph.ops import (
     Embed,
     ExpertMatMul,
     GatedActivation,
+    GatherColumns,
     MatMul,
     Op,
     RMSNorm,
@@ -76,9 +77,12 @@ class _Shard:
         layers = tuple(
             replace(layer, n_kv_heads=self._share(layer.n_kv_heads, "key heads")) for layer in self._graph.kv_layers
         )
-        graph = replace(
-            self._graph, ops=tuple(self._ops), logits=self._values[id(self._graph.logits)], kv_layers=layers
-        )
+        logits = self._values[id(self._graph.logits)]
+        if self._is_split(self._graph.logits):
+            whole = self._graph.logits
+            self._ops.append(GatherColumns(Value(whole.name, whole.width, whole.rows), logits, self._rank))
+            logits = self._ops[-1].outputs[0]
+        graph = replace(self._graph, ops=tuple(self._ops), logits=logits, kv_layers=layers)
         graph.check()
         return graph
 

@@ -50,6 +50,7 @@ class CuPyDevice:
         """`communicator`: this device's of `rank_communicators`, if it is one of several that add up what they have."""
         self.index = index
         self._communicator = communicator
+        self._reduced: set[int] = set()  # sizes that were summed over the ranks before
         self._enter()
         properties = runtime.getDeviceProperties(index)
         self.name: str = properties["name"].decode()
@@ -211,6 +212,7 @@ class CuPyDevice:
             return
         if isinstance(step, Reduce):
             data = step.data.ptr
+            self._reduced.add(step.n)
             self._communicator.allReduce(data, data, step.n, _NCCL_FLOAT32, _NCCL_SUM, self._stream.ptr)
             return
         function = self._function(step.kernel)
@@ -227,8 +229,9 @@ class CuPyDevice:
 
     def capture(self, steps: Sequence[Step]) -> Any:
         self.prepare([step.kernel for step in steps if isinstance(step, Launch)])
-        for step in steps:  # once outside of the capture: cuBLAS loads its kernels when they are first used
-            if isinstance(step, Gemm):
+        # once outside of the capture: cuBLAS loads kernels, and NCCL connects GPUs, when they are first used for a size
+        for step in steps:
+            if isinstance(step, Gemm) or (isinstance(step, Reduce) and step.n not in self._reduced):
                 self.launch(step)
         self._stream.begin_capture()
         try:

@@ -21,6 +21,7 @@ from pyinfer.graph.ops import (
     Embed,
     ExpertMatMul,
     GatedActivation,
+    GatherColumns,
     Hidden,
     MatMul,
     Op,
@@ -45,6 +46,7 @@ from pyinfer.kernels_gpu.rows import (
     build_add,
     build_gated,
     build_head_norm,
+    build_place_columns,
     build_quantize,
     build_rms_norm,
     build_select_rows,
@@ -79,6 +81,7 @@ class _Lowering(AttentionRules, ExpertRules):
             GatedActivation: self._gated,
             Add: self._add,
             AllReduce: self._all_reduce,
+            GatherColumns: self._gather_columns,
             SelectRows: self._select_rows,
             RouteExperts: self._route_experts,
             ExpertMatMul: self._expert_matmul,
@@ -195,6 +198,12 @@ class _Lowering(AttentionRules, ExpertRules):
     def _all_reduce(self, op: AllReduce) -> None:
         self.values.share(op.out, op.x)
         self.steps.append(Reduce(self.values[op.x].data, self._rows(op.x) * op.x.width))
+
+    def _gather_columns(self, op: GatherColumns) -> None:
+        n, part, total = self._rows(op.out), op.x.width, op.out.width
+        out = self._write(op.out).data
+        self.steps += build_place_columns(out, self.values[op.x].data, part, op.rank * part, total, n)
+        self.steps.append(Reduce(out, n * total))
 
     def _select_rows(self, op: SelectRows) -> None:
         if self.shape.all_rows:

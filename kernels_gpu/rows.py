@@ -1,4 +1,4 @@
-"""Launches of `rows.cu`: norms, gated activations, sums, selected rows, and the forms that matmuls read.
+"""Launches of `rows.cu` and `ranks.cu`: norms, gated activations, sums, selected rows, and the forms that matmuls read.
 
 Inputs are float32 [n_rows, width].
 """
@@ -84,6 +84,20 @@ def build_quantize(out: Operand, x: Buffer, n_rows: int) -> list[Launch]:
 def build_select_rows(out: Operand, x: Buffer, rows: Buffer, n_rows: int) -> list[Launch]:
     """out[m] = x[rows[m]]; `rows` is int32 [n_rows] on the device, a negative one gives zeros."""
     return _map("copy_rows", out, (x, rows), n_rows)
+
+
+def build_place_columns(out: Buffer, x: Buffer, part: int, first: int, total: int, n_rows: int) -> list[Launch]:
+    """out float32 [n_rows, total] = zeros but for `part` columns from `first` on, which are those of x."""
+    threads = 256
+    return [
+        Launch(
+            Kernel("ranks.cu", "place_columns", (("THREADS", threads),)),
+            grid=(-(-total // threads), n_rows, 1),
+            block=(threads, 1, 1),
+            args=(x, part, first, total, out),
+            overlap=True,
+        )
+    ]
 
 
 def _map(name: str, out: Operand, args: tuple[Buffer | None, ...], n_rows: int, defines: Defines = ()) -> list[Launch]:

@@ -8,11 +8,14 @@ from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from pyinfer.errors import BackendError
 from pyinfer.graph.backend import Backend, PageData, Progress, Stage, StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import F32Array
+from pyinfer.graph.sampling import Int32, RowSampling, Sampled, SamplingStage
 
 T = TypeVar("T")
 
@@ -36,15 +39,43 @@ def open_tensor_stage(
 
 
 class TensorStage:
-    """See `graph.backend.Stage`. Each rank holds its heads' part of every page, and its columns of the logits."""
+    """See `graph.backend.Stage` and `graph.sampling.SamplingStage`.
+
+    Each rank holds its heads' part of every page. All have whole logits, the same bits, so each draws the same tokens by itself
+    and goes on with them; the first one's are what comes back.
+    """
 
     def __init__(self, ranks: Sequence[Stage]) -> None:
         self.ranks = list(ranks)
+        samplers = [rank for rank in ranks if isinstance(rank, SamplingStage) and rank.can_sample]
+        self.can_sample = len(samplers) == len(ranks)
+        self.max_edits, self.max_logprobs, self.max_steps = (
+            min((getattr(sampler, name) for sampler in samplers), default=0)
+            for name in ("max_edits", "max_logprobs", "max_steps")
+        )
         self._threads = ThreadPoolExecutor(len(ranks), "pyinfer-rank")
         self._ends: list[int] = []  # of each rank's bytes in a page's
 
     def run(self, batch: Batch) -> F32Array:
-        return np.concatenate(self._all(lambda rank: rank.run(batch)), axis=1)
+        return self._all(lambda rank: rank.run(batch))[0]
+
+    def run_sampled(self, batch: Batch, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None) -> Sampled:
+        drawn = self._all(lambda rank: _sampler(rank).run_sampled(batch, rows, mask))
+        self._check_equal([sampled.tokens for sampled in drawn])
+        return drawn[0]
+
+    def run_steps(self, batch: Batch, rows: Sequence[RowSampling], n_steps: int) -> Int32:
+        drawn = self._all(lambda rank: _sampler(rank).run_steps(batch, rows, n_steps))
+        self._check_equal([tokens.tolist() for tokens in drawn])
+        return drawn[0]
+
+    @staticmethod
+    def _check_equal(tokens: Sequence[object]) -> None:
+        if any(other != tokens[0] for other in tokens[1:]):
+            raise BackendError(
+                "the GPUs of a tensor split drew different tokens from one row of logits; use GPUs of one kind, or a layer split",
+                param="gpu_split",
+            )
 
     def copy_page(self, source: int, target: int) -> None:
         self._all(lambda rank: rank.copy_page(source, target))
@@ -65,3 +96,8 @@ class TensorStage:
     def _all(self, work: Callable[[Stage], T]) -> list[T]:
         """Each rank's, on a thread of its own: they wait for each other inside."""
         return [job.result() for job in [self._threads.submit(work, rank) for rank in self.ranks]]
+
+
+def _sampler(rank: Stage) -> SamplingStage:
+    assert isinstance(rank, SamplingStage)
+    return rank

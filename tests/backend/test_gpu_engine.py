@@ -14,6 +14,7 @@ from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
 from fake_cuda import FakeCUDA, fake_cuda
 from fake_stage import FakeVocabulary
+from rank_sum import EmulatedRank, RankSum
 from tiny_models import N_VOCAB
 
 from pyinfer.graph.backend import PageData, Stage, StageConfig
@@ -23,6 +24,7 @@ from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceBackend
 from pyinfer.graph.sampling import SamplingStage
 from pyinfer.graph.split import block_cuts, split_graph
+from pyinfer.graph.tensor_split import shard_graph
 from pyinfer.kernels_cpu.backend import CPUBackend
 from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.quant.gguf import GGUFFile
@@ -30,6 +32,7 @@ from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.models.registry import build_graph
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.stage_chain import StageChain
+from pyinfer.runtime.tensor_stage import open_tensor_stage
 
 pytestmark = [pytest.mark.backend, pytest.mark.skipif(not has_compiler, reason="the emulator needs g++")]
 CONFIG = StageConfig(n_pages=12, n_ctx=64, max_tokens=4, max_sequences=3)
@@ -127,6 +130,20 @@ def test_behind_a_cpu_stage(mixed: StageChain, graph: Graph) -> None:
     assert np.abs(logits - expected).max() < 4e-2 * np.abs(expected).max()
     assert mixed.can_sample and mixed.max_steps == 1
     assert answers(mixed, 4) == answers(WholeRows(mixed))
+
+
+@pytest.mark.parametrize("multi_step", [1, 4])
+def test_tokens_drawn_by_all_ranks(multi_step: int, tiny_model: Callable[..., Path]) -> None:
+    """Only ids come back from a tensor split, several steps at once too."""
+    total = RankSum(2)
+    backends = [EmulatedRank(EmulatedDevice(all_reduce=total.of(rank))) for rank in range(2)]
+    shards = [optimize(shard) for shard in shard_graph(build_graph(GGUFFile.open(tiny_model("llama", "Q4_0"))), 2)]
+    stage = open_tensor_stage(backends, shards, CONFIG)
+    try:
+        assert isinstance(stage, SamplingStage) and stage.can_sample and stage.max_steps > 1
+        assert answers(stage, multi_step) == answers(WholeRows(stage))
+    finally:
+        stage.close()
 
 
 def test_pages_move_through_both(mixed: StageChain) -> None:

@@ -10,15 +10,13 @@ import pytest
 from batches import run_prompt
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
-from rank_sum import RankSum
+from rank_sum import EmulatedRank, RankSum
 from tiny_models import TinyShape
 
-from pyinfer.graph.backend import Progress, StageConfig
-from pyinfer.graph.graph import Graph
+from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceStage
 from pyinfer.graph.tensor_split import shard_graph
-from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime.models.registry import build_graph
 from pyinfer.runtime.tensor_stage import open_tensor_stage
@@ -26,16 +24,6 @@ from pyinfer.runtime.tensor_stage import open_tensor_stage
 pytestmark = [pytest.mark.backend, pytest.mark.skipif(not has_compiler, reason="the emulator needs g++")]
 CONFIG = StageConfig(n_pages=6, n_ctx=64, max_tokens=4, max_sequences=2, kv_dtype="f32")
 SHAPE = TinyShape(n_layers=2, n_embd=128, n_ff=256, n_heads=8, n_kv_heads=4, head_dim=32)
-
-
-class EmulatedRank:
-    name = "gpu"
-
-    def __init__(self, device: EmulatedDevice) -> None:
-        self.device = device
-
-    def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> GPUStage:
-        return GPUStage(self.device, graph, config, progress)
 
 
 @pytest.mark.parametrize("codec, bound", [("F32", 1e-4), ("Q8_0", 4e-2)])
@@ -53,4 +41,4 @@ def test_two_gpus_compute_what_one_does(codec: str, bound: float, tiny_model: Ca
         stage.close()
     assert np.abs(logits - expected).max() < bound * np.abs(expected).max()
     counts = [rank.device.launches["reduce"] for rank in ranks]
-    assert counts == [5 * 2 * 2] * 2  # steps, layers, halves of a block
+    assert counts == [5 * (2 * 2 + 1)] * 2  # steps, halves of two layers and the logits

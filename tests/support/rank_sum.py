@@ -1,4 +1,4 @@
-"""The sum over ranks as threads of one process: what NCCL does between GPUs."""
+"""The ranks of a tensor split as threads of one process, and the sum over them: what NCCL does between GPUs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+from cuda_emulator.device import EmulatedDevice
+
+from pyinfer.graph.backend import Progress, StageConfig
+from pyinfer.graph.graph import Graph
+from pyinfer.kernels_gpu.stage import GPUStage
 
 F32 = npt.NDArray[np.float32]
 
@@ -29,3 +34,15 @@ class RankSum:
             return total
 
         return all_reduce
+
+
+class EmulatedRank:
+    """A backend with one emulated GPU."""
+
+    name = "gpu"
+
+    def __init__(self, device: EmulatedDevice) -> None:
+        self.device = device
+
+    def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> GPUStage:
+        return GPUStage(self.device, graph, config, progress)
