@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ from typing import Any
 from pyinfer.convert.families import family_of
 from pyinfer.convert.family import Family, TensorRule
 from pyinfer.convert.file_types import FileType, file_type
-from pyinfer.convert.general_metadata import general_metadata, pooling_metadata
+from pyinfer.convert.general_metadata import ParameterCounts, general_metadata, pooling_metadata
 from pyinfer.convert.hf_checkpoint import HFCheckpoint
 from pyinfer.convert.hf_config import HFConfig
 from pyinfer.convert.safetensors import StoredTensor
+from pyinfer.convert.stacked_tensor import StackedTensor
 from pyinfer.convert.tensor_source import TensorSource
 from pyinfer.convert.type_plan import TensorSpec, model_shape, plan_types
 from pyinfer.convert.vocabulary import vocabulary_metadata
 from pyinfer.convert.writing import writing
 from pyinfer.errors import ConvertError
 from pyinfer.quant.writer import TensorStream, stream_gguf
+
+_WITHOUT_WINDOW = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,24 @@ def plan_conversion(
         tensor: TensorStream(types[tensor].codec, source.shape, functools.partial(source.chunks, types[tensor].codec))
         for tensor, source in sources.items()
     }
-    n_parameters = sum(math.prod(source.shape) for source in sources.values())
-    general = general_metadata(checkpoint, n_parameters, name)
+    general = general_metadata(checkpoint, _parameter_counts(sources), name)
     notes += _window_notes(family, config)
     return Conversion(target, {**model, **general, **vocabulary}, tensors, tuple(notes))
+
+
+def _parameter_counts(sources: Mapping[str, TensorSource]) -> ParameterCounts:
+    sizes = {name: (source.shape, math.prod(source.shape)) for name, source in sources.items()}
+    experts = [(shape[0], size) for name, (shape, size) in sizes.items() if "_exps." in name]
+    total, in_experts = sum(size for _, size in sizes.values()), sum(size for _, size in experts)
+    one_each = sum(size // count for count, size in experts)
+    return ParameterCounts(total, total - in_experts, one_each, experts[0][0] if experts else 0)
 
 
 def _check_sizes(checkpoint: HFCheckpoint, config: HFConfig) -> None:
     """Numbers of the config that work is done by must fit the tensors that are there."""
     tensors = checkpoint.tensors.values()
     limits = {
-        "num_hidden_layers": len(tensors),
+        **dict.fromkeys(("num_hidden_layers", "num_local_experts", "num_experts"), len(tensors)),
         "vocab_size": max((max(t.shape, default=0) for t in tensors), default=0),
     }
     for key, limit in limits.items():
@@ -126,13 +136,23 @@ def _sources(
     sources = {name: TensorSource(values.shape, values=values) for name, values in family.extra_tensors(config).items()}
     architecture = str(checkpoint.config["architectures"][0])
     has_head = not config.get("tie_word_embeddings") and not architecture.endswith("Model")
+    n_experts = family.n_experts(config)
+
+    def take(name: str) -> StoredTensor:
+        tensor = stored.pop(name, None)
+        if tensor is None:
+            raise ConvertError(f"{checkpoint.folder}: tensor {name} is missing; fetch the checkpoint again")
+        return tensor
+
     for source, rule in _expanded(family, config.integer("num_hidden_layers")):
         if rule.target == "output" and not has_head:
             stored.pop(f"{source}.weight", None)
             continue
-        weight = stored.pop(f"{source}.weight", None)
-        if weight is None:
-            raise ConvertError(f"{checkpoint.folder}: tensor {source}.weight is missing; fetch the checkpoint again")
+        if "{e}" in source:
+            parts = [take(f"{source}.weight".replace("{e}", str(e))) for e in range(n_experts)]
+            sources[f"{rule.target}.weight"] = _stacked(f"{source}.weight", parts)
+            continue
+        weight = take(f"{source}.weight")
         sources[f"{rule.target}.weight"] = _source(weight, rule, config, n_vocab)
         bias = stored.pop(f"{source}.bias", None)
         if bias is not None:
@@ -176,6 +196,14 @@ def _expanded(family: Family, n_layers: int) -> Iterator[tuple[str, TensorRule]]
     yield from ((s, r) for s, r in rules[first:] if "{i}" not in s)
 
 
+def _stacked(name: str, parts: list[StoredTensor]) -> TensorSource:
+    tensor = StackedTensor.of(name, parts)
+    if len(tensor.shape) != 3 or 0 in tensor.shape:
+        raise ConvertError(f"{tensor.path.name}: tensor {parts[0].name} has shape {parts[0].shape}; expected a matrix")
+    assert tensor.codec.can_quantize
+    return TensorSource(tensor.shape, tensor)
+
+
 def _source(
     stored: StoredTensor, rule: TensorRule, config: HFConfig, n_vocab: int, is_bias: bool = False
 ) -> TensorSource:
@@ -202,7 +230,7 @@ def _source(
 def _window_notes(family: Family, config: HFConfig) -> list[str]:
     window = config.get("sliding_window")
     is_used = config.get("use_sliding_window") is not False
-    if family.arch in ("llama", "qwen2", "qwen3") and isinstance(window, int) and is_used:
+    if family.arch in _WITHOUT_WINDOW and isinstance(window, int) and is_used:
         context = config.get("max_position_embeddings")
         if isinstance(context, int) and window < context:
             return [f"GGUF's {family.arch} has no sliding window: tokens will see more than the last {window}"]

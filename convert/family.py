@@ -27,7 +27,7 @@ Metadata = dict[str, Any]
 class TensorRule:
     """How one tensor of a checkpoint, its weight and its bias, becomes one of a GGUF."""
 
-    target: str  # GGUF's name without .weight or .bias; '{i}' is the layer
+    target: str  # GGUF's name without .weight or .bias; '{i}' is the layer; of all experts where the source has '{e}'
     order: RowOrder | None = None  # None: rows stay where they are
     offset: float = 0.0  # added to the weight
 
@@ -38,9 +38,11 @@ class KeyRule:
 
     source: str
     is_float: bool = False
+    older: str | None = None  # what the value was called before
 
     def value(self, config: HFConfig) -> int | np.float32:
-        return np.float32(config.number(self.source)) if self.is_float else config.integer(self.source)
+        source = self.older if self.older is not None and config.get(self.source) is None else self.source
+        return np.float32(config.number(source)) if self.is_float else config.integer(source)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers' config class fills in
     extra_metadata: Callable[[HFConfig], Metadata] = lambda config: {}
     extra_tensors: Callable[[HFConfig], dict[str, FloatArray]] = lambda config: {}  # float32, stored as such
+    check_more: Callable[[HFConfig], None] = lambda config: None  # ConvertError for what else it cannot express
     vocabulary: VocabularyKind = "text"
     adds_space: bool | None = None  # `tokenizer.ggml.add_space_prefix` of SentencePiece models; None: as configured
 
@@ -81,6 +84,12 @@ class Family:
             raise ConvertError(
                 f"config.json: the checkpoint is quantized with {method!r}; convert the one it was made from"
             )
+        self.check_more(config)
+
+    def n_experts(self, config: HFConfig) -> int:
+        """How many experts a layer has; 0 in families without."""
+        rule = self.keys.get("expert_count")
+        return 0 if rule is None else int(rule.value(config))
 
 
 def rope_metadata(config: HFConfig, *more_kinds: str) -> Metadata:
@@ -180,3 +189,8 @@ DECODER_RENAMES = (
     (r"^(?=(?:embed_tokens|layers|norm)\.)", "model."),  # a checkpoint without its head
 )
 DECODER_IGNORED = (r"\.rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$")
+
+
+def without_feed_forward(tensors: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
+    """A decoder's tensors but for those of the feed-forward network, in whose place there are experts."""
+    return {source: rule for source, rule in tensors.items() if ".mlp." not in source}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,17 @@ _POOLINGS = {
 _POOLING_NAMES = {"mean": _MEAN, "cls": _CLS, "lasttoken": _LAST}
 
 
-def general_metadata(checkpoint: HFCheckpoint, n_parameters: int, name: str | None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """The weights of a model, told apart as a size label such as '8x7B' does."""
+
+    total: int
+    shared: int  # outside of experts
+    one_expert: int  # of every layer
+    n_experts: int = 0
+
+
+def general_metadata(checkpoint: HFCheckpoint, counts: ParameterCounts, name: str | None) -> dict[str, Any]:
     """Keys `general.*` but for the architecture: from the model card, `generation_config.json` and the folder's name.
 
     The reading is gguf-py's, whose heuristics llama.cpp's converter uses, so that both write the same.
@@ -27,14 +38,16 @@ def general_metadata(checkpoint: HFCheckpoint, n_parameters: int, name: str | No
     import gguf
 
     try:
-        card = gguf.Metadata.load(None, checkpoint.folder.resolve(), name, n_parameters)
+        card = gguf.Metadata.load(None, checkpoint.folder.resolve(), name, counts.total)
     except Exception as error:  # YAML errors of the model card and whatever else its heuristics meet
         raise ConvertError(
             f"{checkpoint.folder}: the model card (README.md) cannot be read: {' '.join(str(error).split())}; "
             "correct it or remove it"
         ) from None
     card.name = card.name or checkpoint.folder.resolve().name
-    card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
+    card.size_label = card.size_label or gguf.size_label(
+        counts.total, counts.shared, counts.one_expert, counts.n_experts
+    )
     writer = gguf.GGUFWriter(None, "")
     writer.add_type(gguf.GGUFType.MODEL)
     card.set_gguf_meta_model(writer)

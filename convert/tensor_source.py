@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pyinfer.convert.encode import transcode
 from pyinfer.convert.safetensors import StoredTensor
+from pyinfer.convert.stacked_tensor import StackedTensor
 from pyinfer.errors import ConvertError
 from pyinfer.quant.codec import ByteArray, Codec, FloatArray
 from pyinfer.quant.codecs import codec_by_name
@@ -25,7 +26,7 @@ class TensorSource:
     """Where the weights of one tensor of a GGUF come from, and how they change on the way."""
 
     shape: tuple[int, ...]  # in the GGUF; the first rows of what is stored
-    stored: StoredTensor | None = None
+    stored: StoredTensor | StackedTensor | None = None
     order: npt.NDArray[np.int64] | None = None  # the stored row of every row
     offset: float = 0.0  # added to every weight
     values: FloatArray | None = None  # computed, if not stored
@@ -48,7 +49,7 @@ class TensorSource:
         for first in range(0, n_rows, step):
             yield self._rows(self.stored, codec_name, first, min(first + step, n_rows))
 
-    def _rows(self, stored: StoredTensor, codec_name: str, first: int, stop: int) -> ByteArray:
+    def _rows(self, stored: StoredTensor | StackedTensor, codec_name: str, first: int, stop: int) -> ByteArray:
         if self.order is None:
             start, data = first, stored.read(first, stop)
         else:

@@ -92,8 +92,9 @@ class ModelReader:
         return tensor
 
     def row(self, name: str, width: int) -> QuantTensor:
-        """The weight (1, width) that is stored as a vector."""
-        tensor = self._weight(name, (width,))
+        """The weight (1, width), which may be stored as a vector."""
+        stored = self.file.tensors.get(name)
+        tensor = self._weight(name, (width,) if stored is None or len(stored.shape) == 1 else (1, width))
         return replace(tensor, shape=(1, width), data=tensor.data.reshape(1, -1))
 
     def experts(self, name: str, n_experts: int, rows: int, cols: int) -> QuantTensor:

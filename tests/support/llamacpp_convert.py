@@ -1,4 +1,4 @@
-"""What llama.cpp's converter makes of two real checkpoints, and how llama.cpp then runs them.
+"""What llama.cpp's converter makes of two real and some made-up checkpoints, and how llama.cpp then runs the real ones.
 
 Stored: digests of every key and tensor that `convert_hf_to_gguf.py` writes, tokens and embeddings of llama.cpp on
 these files. To make them again, with torch, transformers, sentencepiece and llama-cpp-python installed:
@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import made_up_experts
 import minilm
 import numpy as np
 import stories15m
@@ -57,6 +58,16 @@ def convert_with_llamacpp(sources: Path, folder: Path, out: Path, type_name: str
     command = [sys.executable, str(sources / "convert_hf_to_gguf.py"), str(folder.resolve()), "--outfile", str(out)]
     subprocess.run([*command, "--outtype", type_name], cwd=sources, check=True, capture_output=True)
     return out
+
+
+def made_up_digests(sources: Path) -> dict[str, Any]:
+    """Of the mixtures of experts in `made_up_experts`."""
+    digests = {}
+    for name, (write, type_name) in made_up_experts.STORED.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, out = write(Path(scratch) / "tiny"), Path(scratch) / "out.gguf"
+            digests[name] = describe(convert_with_llamacpp(sources, folder, out, type_name))
+    return digests
 
 
 def greedy_with_llamacpp(path: Path) -> list[int]:
@@ -106,5 +117,6 @@ if __name__ == "__main__":
         convert_with_llamacpp(sources, minilm.fetch(cache), out, "f32")
         digests["minilm f32"] = describe(out)
         answers["minilm f32"] = embed_with_llamacpp(out)
+        digests |= made_up_digests(sources)
     DIGESTS.write_text(json.dumps(digests, indent=0) + "\n")
     np.savez_compressed(ANSWERS, **answers)

@@ -54,6 +54,7 @@ _PHI3_LONG = {
     "max_position_embeddings": 1024,
     "original_max_position_embeddings": 256,
 }
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 _PHI3_ADDED = ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|end|>", "<|user|>")
 
 
@@ -83,6 +84,16 @@ CASES: dict[str, TinyCheckpoint] = {
     "qwen2": TinyCheckpoint("Qwen2ForCausalLM", "qwen2", {}),
     "qwen2 yarn": TinyCheckpoint("Qwen2ForCausalLM", "qwen2", {"rope_parameters": _YARN}),
     "qwen3": TinyCheckpoint("Qwen3ForCausalLM", "qwen2", {"head_dim": 32, "tie_word_embeddings": True}),
+    "mixtral": TinyCheckpoint("MixtralForCausalLM", "spm", {"num_local_experts": 4, "num_experts_per_tok": 3}),
+    "mixtral 8, bfloat16": TinyCheckpoint("MixtralForCausalLM", "spm", {"head_dim": 32}, dtype="bfloat16"),
+    "qwen2moe": TinyCheckpoint(
+        "Qwen2MoeForCausalLM", "qwen2", {**_EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 128}
+    ),
+    "qwen3moe": TinyCheckpoint(
+        "Qwen3MoeForCausalLM",
+        "qwen2",
+        {**_EXPERTS, "head_dim": 32, "num_local_experts": 6, "norm_topk_prob": True},
+    ),
     "gemma3": TinyCheckpoint(
         "Gemma3ForCausalLM",
         "spm",

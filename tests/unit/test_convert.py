@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from llamacpp_convert import DIGESTS, describe
 from made_up_checkpoint import HEADS, HIDDEN, KV_HEADS, VOCAB, Tensors, decoder_tensors, write_checkpoint
+from made_up_experts import N_EXPERTS, STORED, expert_tensors, write_mixtral
 
 from pyinfer.convert.conversion import plan_conversion
 from pyinfer.convert.families import FAMILIES, family_of
@@ -336,6 +338,54 @@ def test_killed_in_the_middle(tmp_path: Path, how: signal.Signals) -> None:
     names = [path.name for path in out.iterdir()]
     # where files must have names from the start, a killed process leaves a hidden part behind
     assert names == [] or (how == signal.SIGKILL and all(name.endswith(".part") for name in names))
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_experts_are_stacked_as_llamacpps_converter_does(tmp_path: Path, case: str) -> None:
+    write, type_name = STORED[case]
+    found = describe(converted(write(tmp_path / "tiny"), type_name).path)
+    assert found == json.loads(DIGESTS.read_text())[case]
+
+
+def test_experts_are_stacked_in_any_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_mixtral(tmp_path)
+    tensors = expert_tensors("MixtralForCausalLM")
+    for chunk in (64, 7 * 64, 200 * 64, 10**6):
+        monkeypatch.setattr("pyinfer.convert.tensor_source._CHUNK_WEIGHTS", chunk)
+        file = converted(folder)
+        for part, source in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+            stacked = values(file, f"blk.1.ffn_{part}_exps.weight")
+            assert len(stacked) == N_EXPERTS
+            for e, matrix in enumerate(stacked):
+                np.testing.assert_array_equal(
+                    matrix, tensors[f"model.layers.1.block_sparse_moe.experts.{e}.{source}.weight"]
+                )
+
+
+def test_experts_that_are_refused(tmp_path: Path) -> None:
+    expert = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    tensors = expert_tensors("MixtralForCausalLM")
+    options: dict[str, Any] = {"architecture": "MixtralForCausalLM", "num_local_experts": N_EXPERTS}
+    write_checkpoint(tmp_path / "a", {name: t for name, t in tensors.items() if name != expert}, **options)
+    with pytest.raises(ConvertError, match=f"tensor {expert} is missing"):
+        plan_conversion(tmp_path / "a")
+    write_checkpoint(tmp_path / "b", {**tensors, expert: tensors[expert][:32]}, **options)
+    with pytest.raises(
+        ConvertError, match=r"experts\.3\.w2\.weight is F32 \(32, 96\), and .*0\.w2\.weight is F32 \(64, 96\)"
+    ):
+        plan_conversion(tmp_path / "b")
+    write_checkpoint(tmp_path / "c", tensors, **{**options, "num_local_experts": 4})
+    with pytest.raises(ConvertError, match=r"experts\.4\.w1\.weight \(and 5 more\) is not part of a llama model"):
+        plan_conversion(tmp_path / "c")
+    options = {"architecture": "Qwen3MoeForCausalLM", "num_experts": N_EXPERTS}
+    for more, problem in (
+        ({"norm_topk_prob": False}, "'norm_topk_prob' is False; GGUF's model of this kind has True"),
+        ({"norm_topk_prob": True, "mlp_only_layers": [0]}, "some layers are without experts"),
+        ({"norm_topk_prob": True, "num_experts": 10**6}, "'num_experts' is 1000000, and the tensors allow for"),
+    ):
+        write_checkpoint(tmp_path / "d", expert_tensors("Qwen3MoeForCausalLM"), **{**options, **more})
+        with pytest.raises(ConvertError, match=problem):
+            plan_conversion(tmp_path / "d")
 
 
 def test_every_family_is_found_by_its_architectures(tmp_path: Path) -> None:
