@@ -34,7 +34,7 @@ _FLOPS_A_CYCLE = {75: 512, 80: 2048, 86: 1024, 89: 1024, 90: 2500}  # of a multi
 _L2_BYTES, _MEMORY_BYTES = 40.0, 21.0  # a cycle and multiprocessor
 _SHARED_BYTES = 128.0
 _CYCLES_A_WEIGHT = 4 / 128  # decoding
-_STATIC_SHARED = 64  # bytes that the kernel declares, beside the rings
+_STATIC_SHARED = 528  # bytes that the kernels declare at most, beside the rings: `expert_mma` a number a row
 _START_CYCLES, _SPLIT_CYCLES = 3000, 2000  # filling the ring; meeting in the workspace
 
 

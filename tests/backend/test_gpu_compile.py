@@ -21,6 +21,8 @@ from tiny_models import TinyShape
 from pyinfer.errors import BackendError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.passes import optimize
+from pyinfer.graph.tensor_split import shard_graph
 from pyinfer.kernels_gpu.kernel_cache import unit_of, unit_text
 from pyinfer.kernels_gpu.launch import Kernel, Launch
 from pyinfer.kernels_gpu.nvrtc import FLAGS, NVRTC, Resources, load_nvrtc, read_resources
@@ -39,6 +41,9 @@ LLAMA_8B = TinyShape(n_layers=2, n_embd=4096, n_ff=14336, n_heads=32, n_kv_heads
 GEMMA_270M = TinyShape(n_layers=2, n_embd=640, n_ff=2048, n_heads=4, n_kv_heads=1, head_dim=256, n_ctx=8192)
 SMOL_135M = TinyShape(n_layers=2, n_embd=576, n_ff=1536, n_heads=9, n_kv_heads=3, head_dim=64, n_ctx=2048)
 QWEN_8B = TinyShape(n_layers=2, n_embd=4096, n_ff=12288, n_heads=32, n_kv_heads=8, head_dim=128, n_ctx=8192)
+QWEN_30B_A3B = TinyShape(
+    n_layers=2, n_embd=2048, n_ff=768, n_heads=32, n_kv_heads=4, head_dim=128, n_ctx=8192, n_experts=128, n_used=8
+)
 CONFIG = StageConfig(n_pages=64, max_tokens=2048, max_sequences=128, n_ctx=8192)
 
 
@@ -107,6 +112,31 @@ def test_llama_8b_in_q4_k_m(nvrtc: NVRTC, arch: int) -> None:
         "embed.cu", "rows.cu", "rope.cu", "gemv.cu", "attention_decode.cu", "attention_prefill.cu", "matmul_mma.cu",
     }  # fmt: skip
     check(nvrtc, kernels, arch)
+
+
+@pytest.mark.parametrize("arch", CARDS)
+def test_a_mixture_of_experts(nvrtc: NVRTC, arch: int) -> None:
+    def kind_of(name: str) -> str:
+        return "F32" if "gate_inp" in name else q4_k_m(name)
+
+    graph = shape_graph("qwen3moe", kind_of, QWEN_30B_A3B)
+    kernels = lowered(graph, arch, programs((1, 8, 64), (512,)))
+    of_experts = {
+        kernel: launch
+        for kernel, launch in kernels.items()
+        if kernel.source in ("experts.cu", "expert_mma.cu") or kernel.name == "gemv_experts"
+    }
+    names = ["combine_experts", "expert_mma", "gemv_experts", "route_experts", "sort_slots"]
+    assert sorted({kernel.name for kernel in of_experts}) == names
+    check(nvrtc, of_experts, arch)
+
+
+def test_a_rank_of_a_tensor_split(nvrtc: NVRTC) -> None:
+    file_graph = shape_graph("llama", "Q8_0", SMOL_135M, optimized=False)
+    graph = optimize(shard_graph(file_graph, 3)[1])
+    kernels = lowered(graph, 90, programs((1,), ()))
+    check(nvrtc, {kernel: launch for kernel, launch in kernels.items() if kernel.source == "ranks.cu"}, 90)
+    assert any(kernel.source == "ranks.cu" for kernel in kernels)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("Q4_K", "Q6_K")])

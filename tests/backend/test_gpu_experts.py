@@ -13,7 +13,6 @@ from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
 from tiny_models import TinyShape
 
-from pyinfer.errors import BackendError
 from pyinfer.graph.activation import quantize_activation
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.expert_math import combine, expert_matmul, route
@@ -27,15 +26,11 @@ from pyinfer.kernels_gpu.experts import (
     build_expert_matmul,
     build_expert_matvec,
     build_route,
-    expert_mma_kernel,
     expert_scratch,
-    expert_tiling,
 )
-from pyinfer.kernels_gpu.kernel_cache import unit_text
-from pyinfer.kernels_gpu.launch import Kernel, Launch
+from pyinfer.kernels_gpu.launch import Launch
 from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.mma_tiling import GPU, MMA_KINDS
-from pyinfer.kernels_gpu.nvrtc import load_nvrtc, read_resources
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.kernels_gpu.weights import DeviceWeight
@@ -244,32 +239,3 @@ def test_whole_models(
         assert ("expert_mma" in names) == (kind != "F32")
     finally:
         stage.close()
-
-
-@pytest.mark.parametrize("arch, shared", [(75, 64 << 10), (80, 163 << 10), (90, 227 << 10)])
-def test_they_compile(arch: int, shared: int) -> None:
-    """For qwen3moe's 128 experts; nothing spills."""
-    try:
-        nvrtc = load_nvrtc()
-    except BackendError as error:
-        pytest.skip(str(error))
-    device_weight = DeviceWeight(layout_of("Q4_K", 128 * 768, 2048), EmulatedDevice().alloc(0))
-    none = device_weight.buffer
-    few, many = Slots(none, 1, 8, 128), Slots(none, 512, 8, 128)
-    gpu = GPU(arch, 100, shared)
-    products = [Product(device_weight, none)] * 2
-    x = Operand("a8", 2048, none, none, none)
-    kernels: list[Kernel] = [
-        launch.kernel
-        for launch in (
-            *build_route(none, none, none, 1, 8, 128, normalize=True, scale=1.0, scoring="softmax"),
-            *build_combine(none, none, none, 2048, 1, 8),
-            *build_expert_matvec(x, products, few, n_sms=100, arch=arch),
-        )
-    ]
-    kernels += [expert_mma_kernel(kind, expert_tiling(kind, many, (768, 768), 2048, gpu)) for kind in ("Q4_K", "BF16")]
-    kernels.append(Kernel("experts.cu", "sort_slots", (("N_EXPERTS", 128), ("TILE_ROWS", 32), ("THREADS", 1024))))
-    for kernel in kernels:
-        binary = nvrtc.compile(unit_text((kernel.source, kernel.defines)), kernel.source, arch, ("--ptxas-options=-v",))
-        found = {resources.name: resources for resources in read_resources(binary.log)}
-        assert found[kernel.name].spill_bytes == 0, kernel
