@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from pyinfer.convert.encode import RowEncoder, row_encoder
 from pyinfer.errors import ConvertError, ModelError
-from pyinfer.quant.codec import ByteArray, FloatArray
+from pyinfer.quant.codec import FloatArray
 from pyinfer.quant.tensor import QuantTensor
 from pyinfer.quant.whole_file import write_at
 from pyinfer.quant.writer import TensorHeader
@@ -102,7 +103,8 @@ def _tasks(offsets: Mapping[str, int], jobs: Mapping[str, TensorJob]) -> Iterato
             encode = None
             if job.codec != tensor.codec.name:
                 weights = None if job.columns is None else job.columns[matrix]
-                encode = row_encoder(tensor.codec, job.codec, tensor.shape[-1], weights)
+                with _naming(tensor):
+                    encode = row_encoder(tensor.codec, job.codec, tensor.shape[-1], weights)
             first, stop = matrix * n_rows, (matrix + 1) * n_rows
             for i in range(first, stop, step):
                 yield _Task(job, slice(i, min(i + step, stop)), encode, offsets[name] + i * row_bytes)
@@ -120,7 +122,8 @@ def _work(queue: _Queue, file: BinaryIO) -> None:
                 if space.size < len(data) * row_bytes:
                     space = np.empty(len(data) * row_bytes, np.uint8)
                 out = space[: len(data) * row_bytes].reshape(len(data), row_bytes)
-                _encode(task, data, out)
+                with _naming(tensor):
+                    task.encode(data, out)
             write_at(file, out, task.offset)
             tensor.part(task.rows.start, task.rows.stop).release()
             n_done = out.nbytes
@@ -128,9 +131,9 @@ def _work(queue: _Queue, file: BinaryIO) -> None:
         queue.fail(error)
 
 
-def _encode(task: _Task, data: ByteArray, out: ByteArray) -> None:
-    assert task.encode is not None
+@contextmanager
+def _naming(tensor: QuantTensor) -> Iterator[None]:
     try:
-        task.encode(data, out)
+        yield
     except ModelError as error:
-        raise ConvertError(f"tensor {task.job.source.name}: {error}") from None
+        raise ConvertError(f"tensor {tensor.name}: {error}") from None

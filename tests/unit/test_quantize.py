@@ -139,6 +139,14 @@ def test_imatrix_of_another_model(source: Path) -> None:
         plan_quantization(file, "q4_k_m", imatrix=matrix)
 
 
+def test_importances_that_make_no_sense_name_their_tensor(source: Path, tmp_path: Path) -> None:
+    name = "blk.0.attn_q.weight"
+    matrix = ImportanceMatrix({name: -np.ones((1, 256), np.float32)}, {name: np.ones(1, np.float32)}, (), 1, 1)
+    with GGUFFile.open(source) as file, pytest.raises(ConvertError, match=r"blk\.0\.attn_q\.weight: .*negative"):
+        plan_quantization(file, "q4_k_m", imatrix=matrix).write(tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_bits_without_importances_are_refused(source: Path, imatrix: Path) -> None:
     with GGUFFile.open(source) as file:
         with pytest.raises(ConvertError, match="give --imatrix"):
