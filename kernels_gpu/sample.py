@@ -12,7 +12,7 @@ from pyinfer.graph.sampling import EDIT, RowLogprobs, RowSampling, Sampled
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
 
-_SOURCE = "sample.cu"
+_SOURCE, _STEPS = "sample.cu", "sample_steps.cu"
 _THREADS = 1024
 _NUMBER_THREADS = 128
 _ROW = np.dtype(
@@ -49,7 +49,7 @@ class DeviceSampler:
         self._logprobs: tuple[Buffer, Buffer, Buffer] | None = None
 
     def kernels(self) -> list[Kernel]:
-        return [Kernel(_SOURCE, name) for name in ("sample_rows", "row_logprobs", "draw_numbers")]
+        return [Kernel(_SOURCE, "sample_rows"), Kernel(_SOURCE, "row_logprobs"), Kernel(_STEPS, "draw_numbers")]
 
     def upload(self, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None = None) -> None:
         """Pack and copy what `sample` and `draw_all` read."""
@@ -83,7 +83,7 @@ class DeviceSampler:
         counters = self._packed.at(self._starts[2])
         blocks = -(-n * n_steps // _NUMBER_THREADS)
         return Launch(
-            Kernel(_SOURCE, "draw_numbers"),
+            Kernel(_STEPS, "draw_numbers"),
             (blocks, 1, 1),
             (_NUMBER_THREADS, 1, 1),
             (counters, n, n_steps, self._numbers),

@@ -27,7 +27,7 @@ class StageSampling:
         self._sampler = DeviceSampler(memory.device, self._width, max_rows, MAX_STEPS)
 
     def kernels(self) -> list[Kernel]:
-        return [*self._sampler.kernels(), Kernel("sample.cu", "advance_step")]
+        return [*self._sampler.kernels(), Kernel("sample_steps.cu", "advance_step")]
 
     def draw(self, logits: Buffer, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None) -> Sampled:
         """Tokens of a step whose logits are on their way."""
@@ -50,7 +50,7 @@ class StageSampling:
         fields, config = self._memory.fields[0], self._memory.config
         table_size = config.max_sequences * fields.table_stride
         return Launch(
-            Kernel("sample.cu", "advance_step"),
+            Kernel("sample_steps.cu", "advance_step"),
             (-(-n // _THREADS), 1, 1),
             (_THREADS, 1, 1),
             (

@@ -3,119 +3,19 @@
 // query heads at once, so that keys and values are read once. Bound by reading them.
 //
 // kLanes lanes hold a vector of HEAD columns, eight each. A warp has kTile positions of keys and of values in flight: the
-// next ones are asked for as soon as these have been used, and the first ones before anything else. Each warp keeps its own running maximum, sum and weighted values; warps are merged at the end, then splits in
-// ascending order by whichever block of the token and kv head ends last.
+// next ones are asked for as soon as these have been used, and the first ones before anything else. Each warp keeps its own
+// running maximum, sum and weighted values; warps are merged at the end, then splits in ascending order by whichever block of
+// the token and kv head ends last.
 //
 // Defines: HEAD, N_KV, PER_KV (query heads of a kv head), GROUP (at most 8), BLOCK, K_TYPE, V_TYPE, WINDOW (0: none), WARPS,
 // UNROLL, MIN_TILES (of WARPS * kTile positions; less is not split), MAX_TOKENS (a sequence with more tokens in the step is
-// the prompt kernel's; 0: none is, and block z takes token z), OUT. FUSED: rope and store of the token's k and v happen here (every sequence has one
-// token); then N_DIMS, PAIRING and NORM too.
-#include "kv.cuh"
-#include "row_output.cuh"
+// the prompt kernel's; 0: none is, and block z takes token z), OUT. FUSED: rope and store of the token's k and v happen here
+// (every sequence has one token); then N_DIMS, PAIRING and NORM too.
+#include "decode_merge.cuh"
 #include "sequences.cuh"
 #if FUSED
 #include "rotate.cuh"
 #endif
-
-template <int n>
-struct PowerOfTwo {  // the smallest that is at least n
-  static constexpr int kValue = 2 * PowerOfTwo<(n + 1) / 2>::kValue;
-};
-template <>
-struct PowerOfTwo<1> {
-  static constexpr int kValue = 1;
-};
-
-constexpr int kLanes = PowerOfTwo<HEAD / 8>::kValue;        // lanes of a vector; those past HEAD idle
-constexpr int kAtOnce = 32 / kLanes;                  // positions of one load of a warp
-constexpr int kTile = UNROLL * kAtOnce;               // positions of a warp's turn
-constexpr int kBlockTile = WARPS * kTile;             // positions of a block's turn
-constexpr int kPasses = (PER_KV + GROUP - 1) / GROUP; // blocks that share a kv head
-constexpr int kHeads = PowerOfTwo<GROUP>::kValue;           // stride of scores; 32 / kHeads lanes work on a head's softmax
-constexpr int kColumns = GROUP * HEAD;
-constexpr int kRecord = (kColumns + 2 * GROUP + 3) / 4 * 4;  // floats that a split leaves for the merge
-constexpr int kMaxSplits = 64;
-constexpr float kNothing = -3.0e38f;  // a score below all others
-
-struct Shared {
-  __align__(16) float outputs[WARPS][kColumns];
-#if FUSED
-  __align__(16) float rotated[GROUP][HEAD];
-#endif
-  float scores[WARPS][kTile][kHeads];
-  float maxima[WARPS][kHeads], sums[WARPS][kHeads];
-  float split_maxima[kMaxSplits][GROUP], split_sums[kMaxSplits][GROUP];
-  int is_last;
-};
-
-// Sum n values over the kLanes lanes of a vector, halving their number at each step instead of giving all sums to all.
-// Afterwards this lane has `count` sums, those of values index..index + count - 1, in values[0..].
-template <int kLeft, int kOffset, int kSize>
-struct Fold {
-  static DEVICE void run(float (&values)[kSize], int& index, int& count) {
-    constexpr int kHalf = (kLeft + 1) / 2;
-    const bool upper = lane_id() & kOffset;
-#pragma unroll
-    for (int i = 0; i < kHalf; i++) {
-      const float high = i + kHalf < kLeft ? values[i + kHalf] : 0.0f;
-      const float sent = upper ? values[i] : high;
-      values[i] = (upper ? high : values[i]) + __shfl_xor_sync(FULL_WARP, sent, kOffset);
-    }
-    index += upper ? kHalf : 0;
-    count = upper ? max(count - kHalf, 0) : min(count, kHalf);
-    Fold<kHalf, kOffset / 2, kSize>::run(values, index, count);
-  }
-};
-
-template <int kLeft, int kSize>
-struct Fold<kLeft, 0, kSize> {
-  static DEVICE void run(float (&)[kSize], int&, int&) {}
-};
-
-template <int n, int kOver>
-struct Folded {  // sums that a lane is left with
-  static constexpr int kValue = Folded<(n + 1) / 2, kOver / 2>::kValue;
-};
-template <int n>
-struct Folded<n, 1> {
-  static constexpr int kValue = n;
-};
-constexpr int kFolded = Folded<UNROLL * GROUP, kLanes>::kValue;
-
-// The block's result: columns [GROUP * HEAD] (fewer in a last pass), a thread a column, in the asked form.
-template <class ValueAt>
-DEVICE void write_output(int row, int n_heads, ValueAt value_at, void* out, float* scales, float* sums) {
-  const int y = blockIdx.y, n_columns = n_heads * HEAD;
-  constexpr int kWidth = N_KV * PER_KV * HEAD;
-  const int start = (y / kPasses * PER_KV + y % kPasses * GROUP) * HEAD;
-  const long long first = static_cast<long long>(row) * kWidth + start;
-  for (int base = 0; base < n_columns; base += 32 * WARPS) {
-    const int column = base + threadIdx.x;
-    const float v = column < n_columns ? value_at(column) : 0.0f;
-#if OUT == OUT_A8
-    const A8Block block = a8_block(warp_max(fabsf(v)));
-    const int code = __float2int_rn(v * block.inverse);
-    const int sum = warp_sum(code);
-    if (column < n_columns) {
-      static_cast<int8_t*>(out)[first + column] = static_cast<int8_t>(code);
-      if (lane_id() == 0) {
-        scales[(first + column) / 32] = block.scale;
-        sums[(first + column) / 32] = block.scale * static_cast<float>(sum);
-      }
-    }
-#else
-    if (column < n_columns) {
-      if (OUT == OUT_H16) static_cast<__half*>(out)[first + column] = __float2half_rn(v);
-      else static_cast<float*>(out)[first + column] = v;
-    }
-#endif
-  }
-  // a mean of float16 values fits float16 as it is
-  if (OUT == OUT_H16 && scales && y == 0 && threadIdx.x == 0) scales[row] = 1.0f;
-}
-
-// exp2(a - b) where a <= b; nothing has been seen yet when b is kNothing.
-DEVICE float weight_of(float a, float b) { return b == kNothing ? 0.0f : exp2_approx(a - b); }
 
 // q: float32 rows, already rotated unless FUSED; scale_log2: the scale of scores times log2(e). Grid (splits, N_KV * passes,
 // tokens). slots[m] < 0: padding, a row of zeros. partial: [gridDim.z][N_KV * passes][splits][kRecord];
@@ -360,32 +260,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
   if (!shared.is_last) return;
   __threadfence();
   if (threadIdx.x == 0) tickets[pair] = 0;
-  // loads go past the L1, which does not know what other blocks have written
-  for (int i = threadIdx.x; i < n_used * GROUP; i += 32 * WARPS) {
-    const float* other = records + i / GROUP * kRecord + kColumns + i % GROUP;
-    shared.split_maxima[i / GROUP][i % GROUP] = __ldcg(other);
-    shared.split_sums[i / GROUP][i % GROUP] = __ldcg(other + GROUP);
-  }
-  __syncthreads();
-  for (int c = 4 * threadIdx.x; c < kColumns; c += 4 * 32 * WARPS) {
-    const int h = c / HEAD;
-    float highest = kNothing, total = 0.0f;
-    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int s = 0; s < n_used; s++) highest = fmaxf(highest, shared.split_maxima[s][h]);
-#pragma unroll 8
-    for (int s = 0; s < n_used; s++) {
-      const float4 other = __ldcg(reinterpret_cast<const float4*>(records + s * kRecord + c));
-      const float weight = weight_of(shared.split_maxima[s][h], highest);
-      total += weight * shared.split_sums[s][h];
-      value.x += weight * other.x;
-      value.y += weight * other.y;
-      value.z += weight * other.z;
-      value.w += weight * other.w;
-    }
-    const float inverse = 1.0f / total;
-    *reinterpret_cast<float4*>(&shared.outputs[0][c]) =
-        make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
-  }
+  merge_splits(shared, records, n_used);
   __syncthreads();
   write_output(row, n_heads, [&](int c) { return shared.outputs[0][c]; }, out, scales, sums);
 }

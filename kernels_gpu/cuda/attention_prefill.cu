@@ -11,16 +11,14 @@
 // shared memory: 2 loads ahead), MIN_TOKENS (a sequence with fewer in the step is the decode kernel's), SPLITS, QUERY_PARTS,
 // OUT (f32, h16).
 // With SPLITS > 1 blocks share a tile's positions, for few tokens behind many; the last to end merges them in order.
-#include "kv.cuh"
+#include "attention_tile.cuh"
 #include "sequences.cuh"
 
 #define OUT_F32 0
 #define OUT_H16 2
 
-constexpr int kThreads = 32 * WARPS;
 constexpr int kRows = 16 * ROW_TILES * WARPS;
 constexpr int kPasses = (PER_KV + GROUP - 1) / GROUP;
-constexpr int kStride = HEAD + 8;  // halves of a row in shared memory: ldmatrix then meets no bank twice
 constexpr int kDimTiles = HEAD / 8, kColumnTiles = COLUMNS / 8;
 constexpr bool kWideK = K_TYPE == KV_BF16, kWideV = V_TYPE == KV_BF16;
 constexpr bool kKeepQuery = ROW_TILES * QUERY_PARTS == 1 && HEAD <= 128;  // in registers
@@ -28,60 +26,6 @@ constexpr int kRecord = kRows * (HEAD + 2);  // floats that a split leaves: weig
 constexpr int kMinBlocks = 4;                // of COLUMNS positions; less is not split
 constexpr float kNothing = -3.0e38f;  // a score below all others
 static_assert(TOKENS * GROUP <= kRows && COLUMNS % 16 == 0 && HEAD % 16 == 0, "sizes");
-
-// Two floats as the 16-bit elements of one operand, the first in the low half.
-template <bool kWide>
-DEVICE uint32_t pack(float a, float b) {
-  if (kWide) return bits_as<uint32_t>(__floats2bfloat162_rn(a, b));
-  return bits_as<uint32_t>(__floats2half2_rn(a, b));
-}
-
-// What `pack` loses of a and b, packed.
-template <bool kWide>
-DEVICE uint32_t pack_rest(float a, float b, uint32_t packed) {
-  if (kWide) return pack<kWide>(a - bits_as<float>(packed << 16), b - bits_as<float>(packed & 0xffff0000u));
-  const float2 kept = __half22float2(bits_as<__half2>(packed));
-  return pack<kWide>(a - kept.x, b - kept.y);
-}
-
-template <bool kWide>
-DEVICE void multiply(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-  if (kWide) mma_bf16(d, a, b);
-  else mma_f16(d, a, b);
-}
-
-// COLUMNS vectors from position `begin` on into rows of shared memory; positions outside first..end - 1 become zeros.
-template <int kType>
-DEVICE void load_tile(uint16_t* target, const void* pool, const __half* scales, const int* table, int kv_head, int begin,
-                      int first, int end) {
-  constexpr int kElements = kType == KV_Q8_0 ? 16 : 8;  // of 16 bytes
-  constexpr int kChunks = HEAD / kElements;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < COLUMNS * kChunks; i += kThreads) {
-    const int row = i / kChunks, column = i % kChunks * kElements, position = begin + row;
-    const bool there = position >= first && position < end;
-    const int known = there ? position : end - 1;
-    const long long vector = kv_vector(table[known / BLOCK], kv_head, known % BLOCK);
-    uint16_t* place = target + row * kStride + column;
-    if (kType != KV_Q8_0) {
-      cp_async16(place, static_cast<const uint16_t*>(pool) + vector * HEAD + column, there);
-      continue;
-    }
-    const uint4 codes = *reinterpret_cast<const uint4*>(static_cast<const int8_t*>(pool) + vector * HEAD + column);
-    const __half2 d = __half2half2(there ? scales[vector * (HEAD / 32) + column / 32] : __float2half_rn(0.0f));
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-    uint32_t halves[8];
-#pragma unroll
-    for (int w = 0; w < 8; w++) {
-      const uint32_t pair = words[w / 2] >> 16 * (w % 2);
-      const __half2 value = __floats2half2_rn(static_cast<int8_t>(pair), static_cast<int8_t>(pair >> 8));
-      halves[w] = bits_as<uint32_t>(__hmul2(value, d));
-    }
-    uint4* wide = reinterpret_cast<uint4*>(place);
-    wide[0] = make_uint4(halves[0], halves[1], halves[2], halves[3]);
-    wide[1] = make_uint4(halves[4], halves[5], halves[6], halves[7]);
-  }
-}
 
 // q: float32 rows, already rotated; scale_log2: the scale of scores times log2(e). Grid (tiles, N_KV * passes, SPLITS), tiles
 // >= n_tokens / TOKENS + n_sequences. partial: [tiles][N_KV * passes][SPLITS][kRecord]; tickets: [tiles][N_KV *

@@ -1,4 +1,4 @@
-"""The kernels of `sample.cu`, compiled by NVRTC for three architectures: registers, spills and shared memory of a block."""
+"""The kernels of sampling, compiled by NVRTC for three architectures: registers, spills and shared memory of a block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pyinfer.kernels_gpu.nvrtc import NVRTC, load_nvrtc, read_resources
 
 pytestmark = pytest.mark.backend
 FEW_SPILLS = 64  # bytes, as ptxas may put by outside of loops
-THREADS = {"sample_rows": 1024, "row_logprobs": 1024, "draw_numbers": 128, "advance_step": 128}
+THREADS = {
+    "sample.cu": {"sample_rows": 1024, "row_logprobs": 1024},
+    "sample_steps.cu": {"draw_numbers": 128, "advance_step": 128},
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +26,12 @@ def nvrtc() -> NVRTC:
 
 
 @pytest.mark.parametrize("arch", [75, 80, 90])
-def test_sampling_compiles(nvrtc: NVRTC, arch: int) -> None:
-    text = unit_text(unit_of(Kernel("sample.cu", "sample_rows")))
-    found = {
-        each.name: each for each in read_resources(nvrtc.compile(text, "sample.cu", arch, ("--ptxas-options=-v",)).log)
-    }
-    assert found.keys() == THREADS.keys()
-    for name, threads in THREADS.items():
+@pytest.mark.parametrize("source", THREADS)
+def test_sampling_compiles(nvrtc: NVRTC, source: str, arch: int) -> None:
+    text = unit_text(unit_of(Kernel(source, next(iter(THREADS[source])))))
+    log = nvrtc.compile(text, source, arch, ("--ptxas-options=-v",)).log
+    found = {each.name: each for each in read_resources(log)}
+    assert found.keys() == THREADS[source].keys()
+    for name, threads in THREADS[source].items():
         assert found[name].registers * threads <= 65536, found[name]
         assert found[name].spill_bytes <= FEW_SPILLS and found[name].shared_bytes <= 48 << 10, found[name]
