@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pyinfer.errors import ConfigError
 from pyinfer.graph.batch import Batch, Rows
 from pyinfer.graph.graph import Graph
+from pyinfer.graph.ops import Value
 
 PageData = npt.NDArray[np.uint8]
 # bits of one key or value; q8_0 has a float16 scale for each 32
@@ -128,6 +129,17 @@ class Backend(Protocol):
     def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> Stage: ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Borrowed:
+    """Parts that a device computes for another one in some steps, with matrices that stay in host memory."""
+
+    graphs: tuple[Graph, ...]  # in order of execution
+    last_readers: tuple[int, ...]  # as for `PartsBackend`, among them
+    kept: tuple[
+        tuple[Value, ...], ...
+    ]  # results of each that only parts on this device read, later borrowed ones or others
+
+
 @runtime_checkable
 class PartsBackend(Backend, Protocol):
     """A backend whose stages can share memory and threads."""
@@ -145,4 +157,21 @@ class PartsBackend(Backend, Protocol):
         `last_readers[i]`: which of these stages has begun last when the results of stage i are last read; without them all
         results stay until the stage's next run.
         """
+        ...
+
+
+@runtime_checkable
+class LendingBackend(PartsBackend, Protocol):
+    """A backend whose device can compute for another one."""
+
+    def open_lending_stages(
+        self,
+        graphs: Sequence[Graph],
+        borrowed: Borrowed,
+        config: StageConfig,
+        progress: Progress | None = None,
+        last_readers: Sequence[int] = (),
+    ) -> list[PartStage]:
+        """As `open_stages`, and behind them the borrowed parts'. Rows of a kept result stay where they are read: a stage
+        gives an empty array for them, and takes one."""
         ...

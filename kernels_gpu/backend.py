@@ -8,12 +8,13 @@ from types import ModuleType
 from typing import Any
 
 from pyinfer.errors import BackendError
-from pyinfer.graph.backend import PartStage, Progress, StageConfig
+from pyinfer.graph.backend import Borrowed, PartStage, Progress, StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.requirements import INSTALL, usable_gpus
 from pyinfer.kernels_gpu.share import DeviceShare
 from pyinfer.kernels_gpu.stage import GPUStage
+from pyinfer.kernels_gpu.weight_stream import WeightStream
 
 
 class GPUBackend:
@@ -44,6 +45,18 @@ class GPUBackend:
         """See `graph.backend.PartsBackend`."""
         return list(stages_on(self._open_device(progress), graphs, config, progress, last_readers, measure=True))
 
+    def open_lending_stages(
+        self,
+        graphs: Sequence[Graph],
+        borrowed: Borrowed,
+        config: StageConfig,
+        progress: Progress | None = None,
+        last_readers: Sequence[int] = (),
+    ) -> list[PartStage]:
+        """See `graph.backend.LendingBackend`."""
+        device = self._open_device(progress)
+        return list(stages_on(device, graphs, config, progress, last_readers, borrowed, measure=True))
+
     def _open_device(self, progress: Progress | None) -> Any:
         device = _cupy_device().CuPyDevice(self._index, self._communicator)
         if progress is not None:
@@ -57,10 +70,11 @@ def stages_on(
     config: StageConfig,
     progress: Progress | None = None,
     last_readers: Sequence[int] = (),
+    borrowed: Borrowed | None = None,
     *,
     measure: bool = False,
 ) -> list[GPUStage]:
-    """Stages that share this device; see `graph.backend.PartsBackend`."""
+    """Stages that share this device, those of `borrowed` last; see `graph.backend.LendingBackend`."""
     lasts = last_readers or [len(graphs)] * len(graphs)
     stages = []
     try:
@@ -70,11 +84,32 @@ def stages_on(
             stages.append(
                 GPUStage(device, graph, config, share=share, number=number, last_reader=last, measure=measure)
             )
+        stages += _borrowed_stages(device, share, borrowed, config, len(graphs)) if borrowed else []
         device.prepare(list(dict.fromkeys(kernel for stage in stages for kernel in stage.kernels())))
     except BaseException:
         device.close()
         raise
     return stages
+
+
+def _borrowed_stages(
+    device: Device, share: DeviceShare, borrowed: Borrowed, config: StageConfig, first: int
+) -> list[GPUStage]:
+    """Their numbers are behind those of the others, as nothing of these is needed when they run."""
+    stream = WeightStream(device, borrowed.graphs, share.weights)
+    return [
+        GPUStage(
+            device,
+            graph,
+            config,
+            share=share,
+            number=first + i,
+            last_reader=first + last,
+            stream=stream.part(i),
+            kept=kept,
+        )
+        for i, (graph, last, kept) in enumerate(zip(borrowed.graphs, borrowed.last_readers, borrowed.kept, strict=True))
+    ]
 
 
 def rank_backends(indices: Sequence[int]) -> list[GPUBackend]:

@@ -22,6 +22,7 @@ from pyinfer.kernels_gpu.cuda_launch import Launcher
 from pyinfer.kernels_gpu.device import Bytes, Device
 from pyinfer.kernels_gpu.kernel_cache import KernelCache, Unit, unit_of
 from pyinfer.kernels_gpu.launch import Buffer, Gemm, Kernel, Launch, Reduce, Step
+from pyinfer.kernels_gpu.side_copies import SideCopies
 
 _ALIGNMENT = 256
 _CHUNK = 32 << 20  # small buffers share chunks of this size; larger ones are allocated by themselves
@@ -72,6 +73,7 @@ class CuPyDevice:
         self._pinned: list[tuple[int, int]] = []
         self._peers: dict[int, bool] = {}  # index of another GPU -> whether its memory can be read
         self._order: int | None = None  # an event
+        self._aside: SideCopies | None = None
         self._staging: list[tuple[Bytes, int]] = []  # pinned memory and the event of its last copy
 
     # ---- memory
@@ -181,6 +183,29 @@ class CuPyDevice:
             self._order = int(runtime.eventCreateWithFlags(runtime.eventDisableTiming))
         return self._order
 
+    def pin(self, arrays: Sequence[npt.NDArray[Any]]) -> bool:
+        self._enter()
+        if self._aside is None:
+            self._aside = SideCopies(runtime, self._stream.ptr, self.alloc_pinned)
+        return self._aside.pin(arrays)
+
+    def copy_aside(self, slot: int, copies: Sequence[tuple[Buffer, npt.NDArray[Any]]]) -> None:
+        self._enter()
+        self._side.copy(slot, copies)
+
+    def wait_for_copies(self, slot: int) -> None:
+        self._enter()
+        self._side.wait(slot)
+
+    def end_of_slot(self, slot: int) -> None:
+        self._enter()
+        self._side.end(slot)
+
+    @property
+    def _side(self) -> SideCopies:
+        assert self._aside is not None, "`pin` comes first"
+        return self._aside
+
     def zero(self, target: Buffer) -> None:
         self._enter()
         runtime.memsetAsync(target.ptr, 0, target.n_bytes, self._stream.ptr)
@@ -255,6 +280,9 @@ class CuPyDevice:
     def close(self) -> None:
         self._enter()
         runtime.streamSynchronize(self._stream.ptr)
+        if self._aside is not None:
+            self._aside.close()
+            self._aside = None
         if self._blas is not None:
             self._blas.close()
         for module in self._modules.values():

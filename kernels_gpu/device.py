@@ -58,6 +58,23 @@ class Device(Protocol):
         the copy, and the host for neither."""
         ...
 
+    def pin(self, arrays: Sequence[npt.NDArray[Any]]) -> bool:
+        """Have host memory, as of a mapped file, pinned where it is, for `copy_aside`; False if that cannot be."""
+        ...
+
+    def copy_aside(self, slot: int, copies: Sequence[tuple[Buffer, npt.NDArray[Any]]]) -> None:
+        """Copy contiguous arrays on a second stream, behind the last `end_of_slot` of this slot; what was not pinned by the
+        calling thread, which may be another than the device's."""
+        ...
+
+    def wait_for_copies(self, slot: int) -> None:
+        """What is asked for from now on comes behind the slot's copies."""
+        ...
+
+    def end_of_slot(self, slot: int) -> None:
+        """The slot's next copies come behind what was asked for so far."""
+        ...
+
     def zero(self, target: Buffer) -> None: ...
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:

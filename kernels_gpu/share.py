@@ -57,6 +57,9 @@ class DeviceShare:
         self._counters = _Kept()
         self._ropes: dict[int, tuple[Rope, Buffer, Buffer]] = {}
         self._hidden: dict[tuple[str, int], Buffer] = {}
+        self._arrivals: dict[int, Buffer] = {}  # id of a value -> where its first reader has it
+        self._kept: dict[int, Buffer] = {}  # id of a value that never leaves the device -> where it is
+        self._held_rows, self._free_rows = HeldResults[Buffer](), list[Buffer]()
 
     def counters(self, n_bytes: int) -> Buffer:
         """Zeros, shared by launches that come one after another."""
@@ -76,12 +79,37 @@ class DeviceShare:
         """Where a stage's rows from others arrive, by the values' ids; those of one type and place share memory."""
         found: dict[int, Buffer] = {}
         for place, value in enumerate(values):
-            key, n_bytes = (f"{value.dtype} {place}", value.width), 4 * self.config.max_tokens * value.width
+            if id(value) in self._kept:
+                found[id(value)] = self._kept[id(value)]
+                continue
+            key = f"{value.dtype} {place}", value.width
             if key not in self._hidden:
-                self._hidden[key] = self.device.alloc(n_bytes)
-                self.device.zero(self._hidden[key])  # padding is computed with too
+                self._hidden[key] = self._rows(value)
             found[id(value)] = self._hidden[key]
+            self._arrivals.setdefault(id(value), self._hidden[key])
         return found
+
+    def keep(self, values: Sequence[Value], number: int, last_reader: int) -> dict[int, Buffer]:
+        """Where rows stay that a stage makes and only others of this device read, by the values' ids.
+
+        Those are stages that are still to come, or one that is there already, whose memory for them it is then.
+        """
+        free = self._free_rows
+        free += self._held_rows.release_before(number)
+        for value in values:
+            if id(value) in self._arrivals:
+                self._kept[id(value)] = self._arrivals[id(value)]
+                continue
+            n_bytes = 4 * self.config.max_tokens * value.width
+            fitting = [i for i, buffer in enumerate(free) if buffer.n_bytes == n_bytes]
+            self._kept[id(value)] = free.pop(fitting[0]) if fitting else self._rows(value)
+            self._held_rows.hold(last_reader, [self._kept[id(value)]])
+        return {id(value): self._kept[id(value)] for value in values}
+
+    def _rows(self, value: Value) -> Buffer:
+        buffer = self.device.alloc(4 * self.config.max_tokens * value.width)
+        self.device.zero(buffer)  # padding is computed with too
+        return buffer
 
     def pinned_results(self, number: int, last_reader: int, sizes: Sequence[int]) -> list[Bytes]:
         """Pinned memory of so many bytes each for the results of a stage; of those before it where that is not needed."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pyinfer.errors import ConfigError
 from pyinfer.graph.backend import PageData, Progress, Stage, StageConfig
 from pyinfer.graph.batch import Batch, Rows
 from pyinfer.graph.graph import Graph
@@ -27,9 +28,11 @@ from pyinfer.kernels_gpu.sample import MAX_EDITS, MAX_LOGPROBS
 from pyinfer.kernels_gpu.share import DeviceShare
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.kernels_gpu.stage_sampling import MAX_STEPS, StageSampling
+from pyinfer.kernels_gpu.weight_stream import PartStream
 
 F32Array = npt.NDArray[np.float32]
 _MAX_OUTPUTS = 256  # rows that go through the head in one program; its logits take much memory
+_MAX_TOKENS = 65535  # of a step: rows are counted in the second and third direction of grids
 _MAX_PROGRAMS = 128  # captured ones that are kept; the one unused for longest goes first
 
 
@@ -61,29 +64,42 @@ class GPUStage:
         share: DeviceShare | None = None,
         number: int = 0,
         last_reader: int = 0,
+        stream: PartStream | None = None,
+        kept: Sequence[Value] = (),
     ) -> None:
         """With `measure` large products are timed once on this kind of GPU (`route_measure`).
 
         With a `share` the device has other stages of the model as well, and the share has loaded the weights; `number` is
         this one's among them, in the order in which they run, and `last_reader` that of the last that reads its results.
+        The results `kept` do not come to the host, as only those stages read them. A `stream` brings the matrices in every
+        step, of a part without pages and outputs.
         """
         graph.check()
+        if config.max_tokens > _MAX_TOKENS:
+            raise ConfigError(
+                f"max_num_batched_tokens is {config.max_tokens}; a step on a GPU has at most {_MAX_TOKENS} tokens",
+                param="max_num_batched_tokens",
+            )
         self._device, self._graph, self._config = device, graph, config
         self._max_outputs = max(_MAX_OUTPUTS, config.max_sequences)
         self._programs: dict[ProgramShape, _Captured] = {}
         self._is_alone, self._has_pages = share is None, number == 0  # for all stages that share them
+        self._stream = stream
         self._is_fed = False  # rows of the stage before are there, or on their way, for the next step
         try:
-            self._memory = StageMemory(device, graph, config, share)
+            self._memory = StageMemory(device, graph, config, share, stream)
             if self._is_alone:
-                self._memory.weights.load(progress)
-            if config.gpu_expand:
-                self._memory.copies.update(make_copies(device, graph, self._memory.weights))
-            if measure:
+                self._memory.share.weights.load(progress)
+            if config.gpu_expand and stream is None:
+                self._memory.copies.update(make_copies(device, graph, self._memory.share.weights))
+            if measure and stream is None:
                 measure_routes(self._memory, token_buckets(config.max_tokens), RouteCache(device.name))
             usual = [lower(self._memory, shape) for shape in self._usual_shapes()]  # makes room in the workspace
             self._kernels = _kernels_of(usual)
-            sizes = [4 * self._max_results(value) * value.width for value in graph.results]
+            self._kept = self._memory.share.keep(kept, number, last_reader)
+            sizes = [
+                0 if id(value) in self._kept else 4 * self._max_results(value) * value.width for value in graph.results
+            ]
             self._results = self._memory.share.pinned_results(number, last_reader, sizes)
             self._sampling = StageSampling(self._memory, self._max_outputs) if self.can_sample else None
         except BaseException:
@@ -98,7 +114,7 @@ class GPUStage:
 
     def run_part(self, batch: Batch) -> tuple[Rows, ...]:
         """See `graph.backend.PartStage`."""
-        if len(batch.output_rows) <= self._max_outputs:
+        if self._stream is not None or len(batch.output_rows) <= self._max_outputs:
             return self._run(batch)
         parts = [[rows.copy() for rows in self._run(part)] for part in split_batch(batch, self._max_outputs)]
         return tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))
@@ -127,6 +143,11 @@ class GPUStage:
         buffers, rows = self._start(batch).results, []
         for value, buffer, pinned in zip(self._graph.results, buffers, self._results, strict=True):
             n = self.n_results(batch, value)
+            if id(value) in self._kept:
+                n_bytes = 4 * n * value.width
+                self._device.copy(self._kept[id(value)], buffer.at(0, n_bytes), n_bytes)
+                rows.append(np.empty((0, value.width), np.float32))
+                continue
             host = pinned.view(np.int32 if value.dtype == "i32" else np.float32)[: n * value.width]
             if n:
                 self._device.download(buffer, host)
@@ -172,6 +193,8 @@ class GPUStage:
         for value, rows in zip(self._memory.hidden_values, batch.hidden, strict=not is_fed):
             if len(rows):
                 self._device.upload(self._memory.hidden[id(value)], np.ascontiguousarray(rows))
+        if self._stream is not None:
+            self._stream.bring()
         self._device.run(captured.executable)
         return captured.program
 
@@ -181,6 +204,8 @@ class GPUStage:
         n, n_outputs = batch.n_tokens, len(batch.output_rows)
         assert 0 < n <= self._config.max_tokens and len(counts) <= self._config.max_sequences
         n_tokens = bucket_of(n, token_buckets(self._config.max_tokens))
+        if self._stream is not None:
+            return ProgramShape("prompt", n_tokens, 0, 1)
         outputs = bucket_of(n_outputs, output_buckets(n_tokens))
         if len(counts) == n:
             return ProgramShape("decode", n_tokens, outputs, n_tokens, all_rows=n_outputs == n)
@@ -199,6 +224,8 @@ class GPUStage:
     def _usual_shapes(self) -> list[ProgramShape]:
         """Of steps that only decode, of one prompt, and of both; the largest first."""
         config = self._config
+        if self._stream is not None:
+            return [ProgramShape("prompt", config.max_tokens, 0, 1)]
         rows = [n for n in token_buckets(config.max_tokens) if n > FEW_TOKENS][::-1]
         decode = token_buckets(min(config.max_tokens, config.max_sequences))
         outputs = [bucket_of(min(n, self._max_outputs), output_buckets(n)) for n in rows]
@@ -230,4 +257,6 @@ class GPUStage:
     def close(self) -> None:
         """Give the device's memory back, once no stage is left there."""
         self._programs.clear()
+        if self._stream is not None:
+            self._stream.stream.close()
         self._memory.share.leave()

@@ -11,15 +11,26 @@ from pyinfer.kernels_gpu.fusion import group_ops
 from pyinfer.kernels_gpu.launch import Buffer
 from pyinfer.kernels_gpu.share import DeviceShare
 from pyinfer.kernels_gpu.step_buffer import StepFields
+from pyinfer.kernels_gpu.weight_stream import PartStream
+from pyinfer.kernels_gpu.weights import DeviceWeights
 
 
 class StageMemory:
     """Device memory of one stage. Nothing in it is allocated while a step runs, once its programs are lowered."""
 
-    def __init__(self, device: Device, graph: Graph, config: StageConfig, share: DeviceShare | None = None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        graph: Graph,
+        config: StageConfig,
+        share: DeviceShare | None = None,
+        stream: PartStream | None = None,
+    ) -> None:
+        """With a `stream` the matrices are those that it brings."""
         self.device, self.graph, self.config = device, graph, config
         self.share = share or DeviceShare(device, [graph], config)
-        self.weights, self.copies = self.share.weights, self.share.copies
+        self.weights: DeviceWeights | PartStream = stream or self.share.weights
+        self.copies = self.share.copies
         self.workspace, self.routes = self.share.workspace, self.share.routes
         self.pages, self.step = self.share.pages, self.share.step
         self.fields = [self.step.fields(group) for group in range(len(graph.kv_groups))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -26,6 +27,7 @@ from pyinfer.kernels_gpu.kernel_cache import KernelCache, Unit
 from pyinfer.kernels_gpu.launch import Buffer, Gemm, GemmType, Kernel
 
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
+ASIDE = 9000  # the second stream of device 0
 STREAM = 4711  # of device 0; that of device 1 is the next number
 _Work = Callable[[], object]
 
@@ -55,6 +57,9 @@ class FakeCUDA:
         self.events: dict[int, tuple[int, _Work]] = {}  # event -> the stream it was recorded on, and its place there
         self.peer_access: set[tuple[int, int]] = set()
         self.peer_copies = 0
+        self._lock = threading.RLock()  # a thread may copy while another launches
+        self.registered: dict[int, int] = {}  # memory that is pinned where it is
+        self.can_register, self.is_aside_eager = True, False
         self.captured: list[_Work] | None = None
         self.units: list[Unit] = []
         self.functions: list[Kernel] = []
@@ -71,18 +76,19 @@ class FakeCUDA:
 
     def submit(self, work: _Work, stream: int | None = None) -> None:
         stream = STREAM + self.device if stream is None else stream
-        if self.captured is not None:
+        if self.captured is not None and stream < ASIDE:
             self.captured.append(work)
             return
         self.queues.setdefault(stream, []).append(work)
-        if stream in self.eager:
+        if stream in self.eager or (stream >= ASIDE and self.is_aside_eager):
             self.finish(stream)
 
     def finish(self, stream: int) -> None:
-        assert self.captured is None, "the host waits in a capture"
-        queue = self.queues.setdefault(stream, [])
-        while queue:
-            queue.pop(0)()
+        assert self.captured is None or stream >= ASIDE, "the host waits in a capture"
+        with self._lock:
+            queue = self.queues.setdefault(stream, [])
+            while queue:
+                queue.pop(0)()
 
     def record(self, event: int, stream: int) -> None:
         def here() -> None: ...
@@ -97,9 +103,10 @@ class FakeCUDA:
             self._until(stream, place)
 
     def _until(self, stream: int, place: _Work) -> None:
-        queue = self.queues.setdefault(stream, [])
-        while place in queue:
-            queue.pop(0)()
+        with self._lock:
+            queue = self.queues.setdefault(stream, [])
+            while place in queue:
+                queue.pop(0)()
 
     def stream_wait(self, stream: int, event: int) -> None:
         other, place = self.events[event]
@@ -135,17 +142,24 @@ class FakeCUDA:
         return ctypes.addressof(memory)
 
     def _is_pinned(self, ptr: int, size: int) -> bool:
-        return any(start <= ptr and ptr + size <= start + len(memory) for start, memory in self.pinned.items())
+        pinned = {**{start: len(memory) for start, memory in self.pinned.items()}, **self.registered}
+        return any(start <= ptr and ptr + size <= start + length for start, length in pinned.items())
+
+    def register(self, ptr: int, size: int, flags: int) -> None:
+        assert flags == 9 and not any(ptr < start + n and start < ptr + size for start, n in self.registered.items())
+        if not self.can_register:
+            raise CUDARuntimeError("cudaErrorNotSupported: operation not supported")
+        self.registered[ptr] = size
 
     def memcpy_async(self, dst: int, src: int, size: int, kind: int, stream: int) -> None:
-        assert stream == STREAM + self.device
+        assert stream in (STREAM + self.device, ASIDE + self.device)
         host = {HOST_TO_DEVICE: src, DEVICE_TO_HOST: dst}.get(kind)
         for ptr in {HOST_TO_DEVICE: (dst,), DEVICE_TO_HOST: (src,), DEVICE_TO_DEVICE: (dst, src)}[kind]:
             assert any(start <= ptr and ptr + size <= start + n for start, n in self.allocated.items()), (
                 "no device memory"
             )
         if host is None or self._is_pinned(host, size):
-            self.submit(lambda: ctypes.memmove(dst, src, size))
+            self.submit(lambda: ctypes.memmove(dst, src, size), stream)
             return
         self.finish(stream)  # pageable memory: the call returns when it is done with it
         ctypes.memmove(dst, src, size)
@@ -295,6 +309,8 @@ class FakeCUDA:
             "eventSynchronize": self.wait_for, "eventDestroy": lambda event: None, "streamSynchronize": self.finish,
             "streamWaitEvent": self.stream_wait, "memcpyPeerAsync": self.peer_copy,
             "deviceCanAccessPeer": lambda device, peer: int(self.peers), "deviceEnablePeerAccess": self.enable_peer,
+            "streamCreateWithFlags": lambda flags: ASIDE + self.device, "streamNonBlocking": 1,
+            "streamDestroy": lambda stream: None, "hostRegister": self.register, "hostUnregister": self.registered.pop,
             "CUDARuntimeError": CUDARuntimeError,
         }  # fmt: skip
         modules = {name: ModuleType(name) for name in ("cupy", "cupy.cuda")}

@@ -41,6 +41,7 @@ class EmulatedDevice:
         self.all_reduce = all_reduce
         self.name, self.arch, self.n_sms, self.shared_bytes = "emulated", arch, n_sms, shared_bytes
         self.descending = descending
+        self.can_pin = True  # host memory where it is
         self.peers = True  # whether it can read the memory of other devices
         self.launches: dict[str, int] = {}
         self._total, self._used = n_bytes, 0
@@ -82,6 +83,18 @@ class EmulatedDevice:
         assert self.can_receive(other)
         self._count("receive")
         self.copy(target, source, n_bytes)
+
+    def pin(self, arrays: Sequence[npt.NDArray[Any]]) -> bool:
+        return self.can_pin
+
+    def copy_aside(self, slot: int, copies: Sequence[tuple[Buffer, npt.NDArray[Any]]]) -> None:
+        self._count("copy aside")
+        for target, source in copies:
+            self.upload(target, source)
+
+    def wait_for_copies(self, slot: int) -> None: ...
+
+    def end_of_slot(self, slot: int) -> None: ...
 
     def zero(self, target: Buffer) -> None:
         ctypes.memset(target.ptr, 0, target.n_bytes)

@@ -1,0 +1,115 @@
+"""`SideCopies`: a second stream of a CUDA device, which brings host memory while the first computes.
+
+Slots order the two: copies to a slot wait until the main stream is done with what was there, and it waits for them. Host memory
+that could not be pinned in place goes through two pinned pieces in turn; then the calling thread does the copying.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pyinfer.kernels_gpu.launch import Buffer
+
+Bytes = npt.NDArray[np.uint8]
+_PIECE = 16 << 20  # bytes of each of two pinned buffers
+_PORTABLE, _READ_ONLY = 1, 8  # cudaHostRegisterPortable, cudaHostRegisterReadOnly
+
+
+class SideCopies:
+    """Belongs to one device, which is the current one wherever its methods are called."""
+
+    def __init__(self, runtime: Any, main: int, alloc_pinned: Callable[[int], Bytes]) -> None:
+        """`runtime` is CUDA's as CuPy has it, `main` the stream that computes."""
+        self._runtime, self._main, self._alloc_pinned = runtime, main, alloc_pinned
+        self._stream = int(runtime.streamCreateWithFlags(runtime.streamNonBlocking))
+        self._copied: dict[int, int] = {}  # slot -> the event behind its copies
+        self._ended: dict[int, int] = {}  # slot -> the event behind what reads it
+        self._pieces: list[tuple[Bytes, int]] = []
+        self._registered: list[tuple[int, int]] = []
+
+    def pin(self, arrays: Sequence[npt.NDArray[Any]]) -> bool:
+        """Have these, parts of mapped files, pinned where they are; False if the system does not do that."""
+        for first, end in page_spans(arrays):
+            try:
+                self._runtime.hostRegister(first, end - first, _PORTABLE | _READ_ONLY)
+            except self._runtime.CUDARuntimeError:
+                self._unpin()
+                self._pieces = [(self._alloc_pinned(_PIECE), self._event()) for _ in range(2)]
+                return False
+            self._registered.append((first, end))
+        return True
+
+    def copy(self, slot: int, copies: Sequence[tuple[Buffer, npt.NDArray[Any]]]) -> None:
+        """Of contiguous arrays, in the order of calls."""
+        runtime = self._runtime
+        if slot in self._ended:
+            runtime.streamWaitEvent(self._stream, self._ended[slot])
+        for target, source in copies:
+            assert source.flags.c_contiguous and source.nbytes == target.n_bytes
+            if self._is_pinned(source):
+                kind = runtime.memcpyHostToDevice
+                runtime.memcpyAsync(target.ptr, source.ctypes.data, source.nbytes, kind, self._stream)
+            else:
+                self._copy_in_pieces(target, source.reshape(-1).view(np.uint8))
+        if slot not in self._copied:
+            self._copied[slot] = self._event()
+        runtime.eventRecord(self._copied[slot], self._stream)
+
+    def wait(self, slot: int) -> None:
+        """The main stream goes on when the slot's copies are there."""
+        self._runtime.streamWaitEvent(self._main, self._copied[slot])
+
+    def end(self, slot: int) -> None:
+        """The slot's next copies come behind what the main stream was asked for so far."""
+        if slot not in self._ended:
+            self._ended[slot] = self._event()
+        self._runtime.eventRecord(self._ended[slot], self._main)
+
+    def close(self) -> None:
+        runtime = self._runtime
+        runtime.streamSynchronize(self._stream)
+        self._unpin()
+        for event in (*self._copied.values(), *self._ended.values(), *(event for _, event in self._pieces)):
+            runtime.eventDestroy(event)
+        runtime.streamDestroy(self._stream)
+
+    def _copy_in_pieces(self, target: Buffer, source: Bytes) -> None:
+        runtime = self._runtime
+        for number, start in enumerate(range(0, source.nbytes, _PIECE)):
+            part = source[start : start + _PIECE]
+            pinned, event = self._pieces[number % 2]
+            runtime.eventSynchronize(event)
+            pinned[: part.nbytes] = part
+            kind = runtime.memcpyHostToDevice
+            runtime.memcpyAsync(target.ptr + start, pinned.ctypes.data, part.nbytes, kind, self._stream)
+            runtime.eventRecord(event, self._stream)
+
+    def _event(self) -> int:
+        return int(self._runtime.eventCreateWithFlags(self._runtime.eventDisableTiming))
+
+    def _is_pinned(self, source: npt.NDArray[Any]) -> bool:
+        start = source.ctypes.data
+        return any(first <= start and start + source.nbytes <= end for first, end in self._registered)
+
+    def _unpin(self) -> None:
+        for first, _ in self._registered:
+            self._runtime.hostUnregister(first)
+        self._registered.clear()
+
+
+def page_spans(arrays: Sequence[npt.NDArray[Any]]) -> list[tuple[int, int]]:
+    """Addresses [first, end) of the pages that hold these arrays, each page once."""
+    size, spans = mmap.PAGESIZE, list[tuple[int, int]]()
+    for array in sorted(arrays, key=lambda array: array.ctypes.data):
+        first = array.ctypes.data // size * size
+        end = -(-(array.ctypes.data + array.nbytes) // size) * size
+        if spans and first <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(end, spans[-1][1])
+        else:
+            spans.append((first, end))
+    return spans
