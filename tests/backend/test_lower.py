@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from pyinfer.graph.ops import (
     Add,
     ApplyRope,
     Attention,
+    CombineExperts,
     Embed,
+    ExpertMatMul,
     GatedActivation,
     MatMul,
     Op,
     Quantize,
     RMSNorm,
+    RouteExperts,
     SelectRows,
     StoreKV,
     Value,
@@ -63,14 +67,18 @@ class RandomGraph:
         self.values = [x]
         for _ in range(12):
             self.append(
-                str(self.rng.choice(["norm", "matmul", "residual", "several", "rope", "gate", "add", "attention"]))
+                str(
+                    self.rng.choice(
+                        ["norm", "matmul", "residual", "several", "rope", "gate", "add", "attention", "experts"]
+                    )
+                )
             )
         selected = self.rng.choice(len(self.values), 2, replace=False)
         outs = [self.new("outputs") for _ in selected]
         self.ops += [SelectRows(out, self.values[i]) for out, i in zip(outs, selected, strict=True)]
         self.values = outs
         for _ in range(4):
-            self.append(str(self.rng.choice(["norm", "matmul", "residual", "several", "gate", "add"])))
+            self.append(str(self.rng.choice(["norm", "matmul", "residual", "several", "gate", "add", "experts"])))
         total = self.values[0]
         for value in self.values[1:]:  # everything counts
             out = self.new("outputs")
@@ -125,6 +133,8 @@ class RandomGraph:
             self.ops.append(GatedActivation(out, self.norm(x), self.norm(self.pick()), activation))  # type: ignore[arg-type]
         elif what == "add":
             self.ops.append(Add(out, x, self.pick()))
+        elif what == "experts":
+            self.experts(out, self.norm(x))
         else:
             layer = len(self.layers)
             window = (None, 5)[self.rng.randint(2)]
@@ -134,6 +144,24 @@ class RandomGraph:
                 Attention(out, x, layer, WIDTH // HEAD_DIM, 0.25),
             ]
         self.values.append(out)
+
+    def experts(self, out: Value, x: Value) -> None:
+        """Two of five for each row; half of the time they add to another value."""
+        logits = Value(f"{out.name}.logits", 5, x.rows)
+        experts, weights = Value(f"{out.name}.experts", 2, x.rows, "i32"), Value(f"{out.name}.weights", 2, x.rows)
+        up, down = Value(f"{out.name}.up", 2 * WIDTH, x.rows), Value(f"{out.name}.down", 2 * WIDTH, x.rows)
+        residual = self.pick() if self.rng.rand() < 0.5 else None
+        self.ops += [
+            MatMul((logits,), x, (self.matrix(5),), (None,)),
+            RouteExperts(experts, weights, logits, normalize=bool(self.rng.rand() < 0.5)),
+            ExpertMatMul((up,), x, experts, (self.expert_tensor(),)),
+            ExpertMatMul((down,), up, experts, (self.expert_tensor(),)),
+            CombineExperts(out, down, weights, residual),
+        ]
+
+    def expert_tensor(self) -> QuantTensor:
+        flat = self.matrix(5 * WIDTH)
+        return replace(flat, shape=(5, WIDTH, WIDTH))
 
 
 def config(n_threads: int) -> StageConfig:
@@ -189,7 +217,7 @@ def test_ops_between_barriers_may_run_in_any_order(seed: int, kind: str) -> None
         stage.close()
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "qwen2moe", "qwen3moe"])
 def test_models_may_run_in_any_order_between_barriers(arch: str, tiny_model: TinyModel) -> None:
     graph = one_table(optimize(build_graph(GGUFFile.open(tiny_model(arch, "Q8_0")))))
     ids = np.random.RandomState(1).randint(0, 300, 40).tolist()

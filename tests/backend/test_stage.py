@@ -32,7 +32,7 @@ pytestmark = pytest.mark.backend
 
 TinyModel = Callable[..., Path]
 F32 = npt.NDArray[np.float32]
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "phi3", "qwen2moe", "qwen3moe")
 TYPES = (*BLOCK_TYPES, *FLOAT_TYPES)
 PROMPT: list[int] = np.random.RandomState(5).randint(0, 300, 90).tolist()
 LONG: list[int] = np.random.RandomState(6).randint(0, 300, 300).tolist()
@@ -168,6 +168,8 @@ def test_every_architecture_on_every_isa(
         ("llama", TinyShape(n_kv_heads=1, head_dim=48)),
         ("qwen3", TinyShape(n_heads=6, n_kv_heads=3, head_dim=80, n_ff=160)),
         ("gemma3", TinyShape(n_heads=2, n_kv_heads=1, head_dim=256, n_embd=96)),
+        ("llama", TinyShape(n_experts=3, n_used=1)),
+        ("qwen3moe", TinyShape(n_experts=33, n_used=9, n_ff=96)),
     ],
     ids=str,
 )
@@ -185,6 +187,8 @@ BY_MODEL = pytest.mark.parametrize(
         ("qwen2", "F16", "f32"),
         ("qwen3", mixed, "f16"),
         ("gemma3", "Q8_0", "f16"),
+        ("qwen2moe", "Q8_0", "f16"),
+        ("qwen3moe", mixed, "f16"),
     ],
 )
 
