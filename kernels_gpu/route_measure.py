@@ -117,10 +117,9 @@ def route_options(problem: Problem, gpu: GPU) -> list[Route]:
 
 def _problems(memory: StageMemory, m: int) -> Iterator[tuple[Problem, list[Product]]]:
     for op in memory.graph.ops:
-        if not isinstance(op, MatMul) or operand_form(op.weights[0], m) != "h16":
-            continue
-        if op.outs[0].rows == "tokens" or m <= _MOST_OUTPUTS:
-            yield from problems_of([Product(memory.weights[weight], _NOWHERE) for weight in op.weights], m)
+        if isinstance(op, MatMul) and (op.outs[0].rows == "tokens" or m <= _MOST_OUTPUTS):
+            weights = [weight for weight in op.weights if operand_form(weight, m) == "h16"]
+            yield from problems_of([Product(memory.weights[weight], _NOWHERE) for weight in weights], m)
 
 
 class _Bench:

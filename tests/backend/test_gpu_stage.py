@@ -254,6 +254,7 @@ def test_what_cannot_be_run_is_said(tiny_model: TinyModel) -> None:
     for sizes, message in (
         ({"block_size": 65}, "block size 65 is not 1 to 64"),
         ({"kv_dtype": "q8_0"}, "needs heads of a multiple of 32 columns; this model has 16"),
+        ({"max_tokens": 70000}, "max_num_batched_tokens is 70000; a step on a GPU has at most 65535 tokens"),
     ):
         device = EmulatedDevice()
         with pytest.raises(ConfigError, match=message):

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Add, ApplyRope, Attention, SelectRows, StoreKV
+from pyinfer.graph.ops import Add, ApplyRope, Attention, MatMul, SelectRows, StoreKV
 from pyinfer.graph.passes import optimize
+from pyinfer.kernels_gpu import route_measure
 from pyinfer.kernels_gpu.batch_parts import split_batch
 from pyinfer.kernels_gpu.buckets import bucket_of, output_buckets, sequence_buckets, token_buckets
 from pyinfer.kernels_gpu.fusion import AttentionGroup, NormGroup, group_ops
-from pyinfer.kernels_gpu.launch import Buffer
+from pyinfer.kernels_gpu.launch import Buffer, Gemm, Launch
 from pyinfer.kernels_gpu.lower import lower
 from pyinfer.kernels_gpu.operand import operand_at, operand_bytes
 from pyinfer.kernels_gpu.program import ProgramShape
@@ -201,6 +202,20 @@ def test_smaller_programs_fit_where_the_largest_does(arch: str, tiny_model: Call
     lower(memory, ProgramShape("prompt", 24, 1, 1))
     assert [slab.n_bytes for slab in memory.workspace.slabs] == sizes
     assert any(overlapping(again.result, slab) for slab in memory.workspace.slabs)
+
+
+def test_float_types_that_share_a_product_go_their_own_ways(tiny_model: Callable[..., Path]) -> None:
+    """Few rows in one launch; of many float16 goes to the tensor cores and float32 to cuBLAS, whichever is the first."""
+    for first, second in (("F16", "F32"), ("F32", "F16")):
+        path = tiny_model("llama", lambda name, a=first, b=second: a if "attn_q" in name else b)
+        memory = StageMemory(RecordingDevice(), optimize(build_graph(GGUFFile.open(path))), CONFIG)
+        (qkv, *_) = (op for op in memory.graph.ops if isinstance(op, MatMul) and len(op.outs) == 3)
+        assert {weight.codec.name for weight in qkv.weights} == {"F16", "F32"}
+        few, many = (lower(memory, ProgramShape("prompt", n, 1, 1)).steps for n in (8, 24))
+        assert not any(isinstance(step, Gemm) for step in few)
+        assert {step.kind for step in many if isinstance(step, Gemm)} == {"f32"}
+        assert any(isinstance(step, Launch) and step.kernel.name == "matmul_mma" for step in many)
+        assert {problem.kind for problem, _ in route_measure._problems(memory, 24)} == {"F16"}
 
 
 def test_without_outputs_the_head_is_left_out(tiny_model: Callable[..., Path]) -> None:
