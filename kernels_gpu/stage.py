@@ -140,7 +140,7 @@ class GPUStage:
         self._memory.step.is_pending, follower._is_fed = True, True
 
     def _run(self, batch: Batch) -> tuple[Rows, ...]:
-        buffers, rows = self._start(batch).results, []
+        buffers, rows = self._start(batch).results, list[Rows]()
         for value, buffer, pinned in zip(self._graph.results, buffers, self._results, strict=True):
             n = self.n_results(batch, value)
             if id(value) in self._kept:

@@ -95,7 +95,9 @@ class WeightStream:
         ]
         if self._threads is None:
             self._device.copy_aside(slot, copies)
-        self._copies[number] = self._threads and self._threads.submit(self._device.copy_aside, slot, copies)
+            self._copies[number] = None
+        else:
+            self._copies[number] = self._threads.submit(self._device.copy_aside, slot, copies)
 
     def _drop(self) -> None:
         """Wait for copies that a step which failed has left, so that none comes behind newer ones."""

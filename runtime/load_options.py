@@ -27,6 +27,8 @@ class LoadOptions:
     )
     cpu_moe: bool = False  # the experts of all blocks stay on the CPU, whatever else is on GPUs
     n_cpu_moe: int = 0  # those of so many blocks do, the first ones
+    op_offload: bool = True  # products of the CPU's blocks run on a GPU that has others, in steps of many tokens
+    op_offload_min_batch: int = 32  # how many those are
     n_threads: int | None = None  # None: physical cores this process may use
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
@@ -51,7 +53,9 @@ class LoadOptions:
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1",
                 param="gpu_memory_utilization",
             )
-        at_least_1 = ("max_num_seqs", "max_num_batched_tokens", "block_size", "num_scheduler_steps")
+        at_least_1 = (
+            "max_num_seqs", "max_num_batched_tokens", "block_size", "num_scheduler_steps", "op_offload_min_batch",
+        )  # fmt: skip
         for name, low in (("n_ctx", 0), ("n_cpu_moe", 0), *((name, 1) for name in at_least_1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}", param=name)

@@ -19,6 +19,8 @@ from pyinfer.graph.ops import ExpertMatMul
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.split import block_cuts, split_graph
 from pyinfer.graph.tensor_split import shard_graph
+from pyinfer.runtime.borrow_plan import BorrowPlan, borrow_plan
+from pyinfer.runtime.model_pieces import block_names, divide, piece_name, spans_of
 from pyinfer.runtime.stage_plan import (
     StagePlan,
     aligned_bytes,
@@ -43,6 +45,7 @@ class Offload:
     has_head: bool = False
     has_embedding: bool = False
     n_cpu_experts: int = 0  # the experts of the first so many blocks are on the CPU
+    op_offload: bool = False  # steps of many rows have the CPU's blocks multiplied on the first GPU
 
     @property
     def n_layers(self) -> int:
@@ -58,6 +61,7 @@ class OffloadPlan:
     stages: tuple[StagePlan, ...]
     utilization: float
     is_tensor: bool = False  # the stages are ranks of a tensor split, which work at the same time
+    borrowed: BorrowPlan | None = None  # what a GPU computes for the CPU in some steps
 
     @property
     def parts(self) -> list[tuple[Graph, DeviceInfo | None]]:
@@ -71,7 +75,9 @@ class OffloadPlan:
 
     @property
     def host_weight_bytes(self) -> int:
-        return sum(stage.weight_bytes for stage in self.stages if stage.device is None)
+        """Of the CPU's matrices, and of the file's where a GPU reads them from host memory."""
+        repacked = sum(stage.weight_bytes for stage in self.stages if stage.device is None)
+        return repacked + (self.borrowed.host_bytes if self.borrowed else 0)
 
     @property
     def is_all(self) -> bool:
@@ -93,23 +99,27 @@ class OffloadPlan:
 
     def lines(self, n_pages: int) -> list[str]:
         """The plan as people read it, a line a stage."""
-        return stage_lines(self.stages, n_pages, self.utilization)
+        lines = stage_lines(self.stages, n_pages, self.utilization)
+        return [*lines, self.borrowed.line] if self.borrowed else lines
 
 
-def wanted(layers: GPULayers, n_blocks: int, n_cpu_experts: int = 0) -> Offload:
+def wanted(layers: GPULayers, n_blocks: int, n_cpu_experts: int = 0, *, op_offload: bool = False) -> Offload:
     """What `-ngl` asks for; more layers than there are blocks mean all, as in llama.cpp."""
-    if isinstance(layers, int) and layers <= n_blocks:
-        return Offload(layers, n_cpu_experts=n_cpu_experts)
-    return Offload(n_blocks, has_head=True, has_embedding=True, n_cpu_experts=n_cpu_experts)
+    is_all = not isinstance(layers, int) or layers > n_blocks
+    return Offload(
+        n_blocks if not isinstance(layers, int) else min(layers, n_blocks), is_all, is_all, n_cpu_experts, op_offload
+    )
 
 
-def candidates(layers: GPULayers, n_blocks: int, n_cpu_experts: int = 0) -> Iterator[Offload]:
+def candidates(
+    layers: GPULayers, n_blocks: int, n_cpu_experts: int = 0, *, op_offload: bool = False
+) -> Iterator[Offload]:
     """What was asked for, then less and less, down to nothing."""
-    first = wanted(layers, n_blocks, n_cpu_experts)
+    first = wanted(layers, n_blocks, n_cpu_experts, op_offload=op_offload)
     yield first
     most = n_blocks if first.has_head else first.n_blocks - 1
     for n in range(most, 0, -1):
-        yield Offload(n, has_head=first.has_head, n_cpu_experts=n_cpu_experts)
+        yield replace(first, n_blocks=n, has_embedding=False)
     if first.n_layers:
         yield Offload(0)
 
@@ -165,23 +175,25 @@ def make_plan(
     pieces.append((pieces[-1][1], n + 2, None))
     pieces = [piece for piece in pieces if piece[0] < piece[1]]
     places = [0, *cuts, len(graph.ops)]
-    spans = _spans([(places[start], places[end]) for start, end, _ in pieces], runs)
+    spans = spans_of([(places[start], places[end]) for start, end, _ in pieces], runs)
     owners = [None if piece is None else pieces[piece][2] for _, piece in spans]
     parts = split_graph(graph, [start for start, _ in spans[1:]], [device and device.index for device in owners])
-    stages: dict[int | None, list[tuple[int, Graph]]] = {}
+    numbered: dict[int | None, list[tuple[int, Graph]]] = {}
     for number, (part, (_, piece)) in enumerate(zip(parts, spans, strict=True)):
-        stages.setdefault(piece, []).append((number, part))
+        numbered.setdefault(piece, []).append((number, part))
     away = sorted({run.block for run in runs})
-    return OffloadPlan(
-        offload,
-        tuple(
-            stage_plan(numbered, None, f"experts of {_blocks(away)}", config)
-            if piece is None
-            else stage_plan(numbered, pieces[piece][2], _name(*pieces[piece][:2], n, away), config)
-            for piece, numbered in stages.items()
-        ),
-        utilization,
-    )
+    stages = [
+        stage_plan(own, None, f"experts of {block_names(away)}", config)
+        if piece is None
+        else stage_plan(own, pieces[piece][2], piece_name(*pieces[piece][:2], n, away), config)
+        for piece, own in numbered.items()
+    ]
+    borrowed = None
+    if offload.op_offload and first > 0:
+        lender = next(i for i, stage in enumerate(stages) if stage.device is not None)
+        borrowed = borrow_plan(parts[0], stages[lender], block_names(range(first)), config)
+        stages[lender] = replace(stages[lender], buffer_bytes=borrowed.buffer_bytes)
+    return OffloadPlan(offload, tuple(stages), utilization, borrowed=borrowed)
 
 
 def _costs(graph: Graph, config: StageConfig, cuts: Sequence[int], runs: Sequence[ExpertRun]) -> list[int]:
@@ -193,36 +205,6 @@ def _costs(graph: Graph, config: StageConfig, cuts: Sequence[int], runs: Sequenc
         experts = (op for op in graph.ops[run.start : run.end] if isinstance(op, ExpertMatMul))
         costs[run.block] -= aligned_bytes(weight for op in experts for weight in op.weights)
     return costs
-
-
-def _spans(pieces: Sequence[tuple[int, int]], runs: Sequence[ExpertRun]) -> list[tuple[int, int | None]]:
-    """(first op, piece) of each part, in order: what is left of these pieces [first op, end) between `runs`, which are None's."""
-    spans: list[tuple[int, int | None]] = []
-    for number, (start, end) in enumerate(pieces):
-        for run in (run for run in runs if start <= run.start < end):
-            if start < run.start:
-                spans.append((start, number))
-            spans.append((run.start, None))
-            start = run.end
-        if start < end:
-            spans.append((start, number))
-    return spans
-
-
-def divide(costs: Sequence[int], rooms: Sequence[int]) -> list[int]:
-    """How many of the items, in order, each device takes: in proportion to its room."""
-    total, available = sum(costs), max(1, sum(rooms))
-    counts, done, share = [], 0, 0.0
-    taken = 0.0
-    for device_room in rooms[:-1]:
-        share += total * device_room / available
-        count = 0
-        while done + count < len(costs) and taken + costs[done + count] / 2 <= share:
-            taken += costs[done + count]
-            count += 1
-        counts.append(count)
-        done += count
-    return [*counts, len(costs) - done]
 
 
 def check_layers(layers: object) -> None:
@@ -249,27 +231,3 @@ def keeps_copies(
         for stage in plan.stages
         if stage.device is not None
     )
-
-
-def _name(start: int, end: int, n: int, away: Sequence[int]) -> str:
-    """What units [start, end) are, where the experts of the blocks `away` are elsewhere."""
-    parts = ["embedding"] if start == 0 else []
-    blocks = list(range(max(start, 1) - 1, min(end, n + 1) - 1))
-    if blocks:
-        here = [block for block in away if block in blocks]
-        without = (
-            "" if not here else " without experts" if here == blocks else f" without the experts of {_numbers(here)}"
-        )
-        parts.append(_blocks(blocks) + without)
-    if end == n + 2:
-        parts.append("head")
-    return ", ".join(parts)
-
-
-def _blocks(blocks: Sequence[int]) -> str:
-    return f"block{'s' if len(blocks) > 1 else ''} {_numbers(blocks)}"
-
-
-def _numbers(blocks: Sequence[int]) -> str:
-    """Of blocks that follow each other."""
-    return f"{blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else str(blocks[0])

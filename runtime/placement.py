@@ -7,19 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pyinfer.errors import BackendError, ConfigError, DeviceMemoryError
-from pyinfer.graph.backend import Backend, DeviceInfo, PartsBackend, Progress, Stage, StageConfig, kv_page_bytes
+from pyinfer.graph.backend import DeviceInfo, Progress, Stage, StageConfig, kv_page_bytes
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import ExpertMatMul
 from pyinfer.graph.passes import for_context, optimize
-from pyinfer.graph.split import last_readers, sources
-from pyinfer.runtime.backends import gpus, open_backend, open_ranks
+from pyinfer.runtime.backends import gpus
 from pyinfer.runtime.kv_size import MAX_KV_MEMORY, plan_sizes
 from pyinfer.runtime.load_options import LoadOptions
 from pyinfer.runtime.memory import memory
-from pyinfer.runtime.offload import Offload, OffloadPlan, candidates, keeps_copies, make_plan, make_tensor_plan, wanted
+from pyinfer.runtime.offload import Offload, OffloadPlan, candidates, keeps_copies, make_plan, make_tensor_plan
+from pyinfer.runtime.open_stages import open_stages
 from pyinfer.runtime.page_layout import PageLayout
-from pyinfer.runtime.stage_chain import StageChain
-from pyinfer.runtime.tensor_stage import open_tensor_stage
 
 _log = logging.getLogger(__name__)
 _LEAST_CONTEXT = 8192  # tokens that must fit before weights take the rest of a GPU, if the model has so many
@@ -56,14 +54,15 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
     devices = find_devices(options)
     layers = options.n_gpu_layers if devices else 0
     n_cpu_experts = cpu_experts(graph, options)
-    asked = wanted(layers, len(graph.kv_layers), n_cpu_experts)
+    op_offload = options.op_offload and options.max_num_batched_tokens >= options.op_offload_min_batch
+    asked, *less = candidates(layers, len(graph.kv_layers), n_cpu_experts, op_offload=op_offload)
     most = asked.n_blocks
     if wants_tensor_split(options, devices) and not asked.has_embedding:
         raise ConfigError(
             f"gpu_split is 'tensor', which needs everything on GPUs, and n_gpu_layers is {layers}; use 'all' or a layer split",
             param="gpu_split",
         )
-    for offload in candidates(layers, len(graph.kv_layers), n_cpu_experts):
+    for offload in (asked, *less):
         config = sizes(offload, devices) if offload.n_blocks <= most else None
         if config is None:
             continue
@@ -74,7 +73,7 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
         if layers != "auto" and offload != asked and most == asked.n_blocks:
             _log.warning("there is no room for %s on the GPU; %s", _layers(asked), _instead(offload))
         try:
-            stage = open_stages(plan, config, options.backend, progress)
+            stage = open_stages(plan, config, options.backend, progress, options.op_offload_min_batch)
         except DeviceMemoryError as error:
             if not offload.n_layers:
                 raise
@@ -173,46 +172,6 @@ def _host_pages(plan: OffloadPlan) -> int:
     if on_host:
         pages = min(pages, max(0, memory().available - plan.host_weight_bytes) // 2 // on_host)
     return pages
-
-
-def open_stages(plan: OffloadPlan, config: StageConfig, host: str, progress: Progress | None) -> Stage:
-    """The plan's stages, as one. `host` is the backend of those without a GPU. DeviceMemoryError if a GPU lacks room."""
-    graphs = [graph for graph, _ in plan.parts]
-    if plan.is_tensor:
-        ranks = open_ranks([each.device.index for each in plan.stages if each.device is not None])
-        return open_tensor_stage(ranks, graphs, config, progress)
-    own: dict[int | None, list[int]] = {}  # device -> the parts that are there
-    for number, (_, device) in enumerate(plan.parts):
-        own.setdefault(None if device is None else device.index, []).append(number)
-    stages: dict[int, Stage] = {}
-    try:
-        for index, numbers in own.items():
-            backend = open_backend(host) if index is None else open_backend("gpu", index)
-            stages.update(zip(numbers, _open_parts(backend, graphs, numbers, config, progress), strict=True))
-    except BaseException:
-        for stage in stages.values():
-            stage.close()
-        raise
-    in_order = [stages[number] for number in range(len(graphs))]
-    return in_order[0] if len(in_order) == 1 else StageChain(in_order, sources(graphs))
-
-
-def _open_parts(
-    backend: Backend, graphs: Sequence[Graph], numbers: Sequence[int], config: StageConfig, progress: Progress | None
-) -> Sequence[Stage]:
-    """The parts of these numbers, which share what the backend lets them share."""
-    if len(numbers) > 1 and isinstance(backend, PartsBackend):
-        own = [graphs[number] for number in numbers]
-        return backend.open_stages(own, config, progress, last_readers(graphs, numbers))
-    stages: list[Stage] = []
-    try:
-        for number in numbers:
-            stages.append(backend.open_stage(graphs[number], config, progress))
-    except BaseException:
-        for stage in stages:
-            stage.close()
-        raise
-    return stages
 
 
 def _layers(offload: Offload) -> str:

@@ -64,6 +64,8 @@ _NUMBERS = checked(parse_numbers)
     "gpu_expand",
     "cpu_moe",
     "n_cpu_moe",
+    "op_offload",
+    "op_offload_min_batch",
     "kv_cache_dtype",
     "max_num_batched_tokens",
     "block_size",

@@ -40,6 +40,8 @@ ONE_USER = (
     "gpu_expand",
     "cpu_moe",
     "n_cpu_moe",
+    "op_offload",
+    "op_offload_min_batch",
     "kv_cache_dtype",
     "kv_cache_memory",
     "max_num_seqs",
@@ -62,6 +64,8 @@ class EngineOptions:
     gpu_expand: str = "auto"
     cpu_moe: bool = False
     n_cpu_moe: int = 0
+    op_offload: bool = True
+    op_offload_min_batch: int = 32
     kv_cache_dtype: str = "f16"
     kv_cache_memory: int | None = None  # bytes; None: chosen from the free memory
     max_num_seqs: int = 256
@@ -203,6 +207,16 @@ def _engine_options(
             rich_help_panel=_ENGINE_PANEL,
         ),
     ] = 0,
+    op_offload: Annotated[
+        bool,
+        typer.Option(
+            help="With some blocks on a GPU, have it multiply for those on the CPU in steps of many tokens.",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = True,
+    op_offload_min_batch: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many tokens those are.", rich_help_panel=_ENGINE_PANEL)
+    ] = 32,
     kv_cache_dtype: Annotated[
         str,
         typer.Option(
@@ -312,6 +326,8 @@ def _engine_options(
         gpu_expand=gpu_expand,
         cpu_moe=cpu_moe,
         n_cpu_moe=n_cpu_moe,
+        op_offload=op_offload,
+        op_offload_min_batch=op_offload_min_batch,
         kv_cache_dtype=kv_cache_dtype,  # checked by its callback; to parse it again would import the graph
         kv_cache_memory=None if kv_cache_memory is None else parse_size(kv_cache_memory),
         max_num_seqs=max_num_seqs,

@@ -68,8 +68,8 @@ class Clock:
 
 def test_copies_are_the_weights(graph: Graph, device: EmulatedDevice) -> None:
     memory = StageMemory(device, graph, CONFIG)
-    memory.weights.load()
-    copies = make_copies(device, graph, memory.weights)
+    memory.share.weights.load()
+    copies = make_copies(device, graph, memory.share.weights)
     tensors = list(expandable_weights(graph))
     assert len(copies) == len(tensors) > 4 and not any(tensor.name.split(".")[0] == "output" for tensor in tensors)
     assert copies_bytes(graph) == sum(copy.n_bytes for copy in copies.values())

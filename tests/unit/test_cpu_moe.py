@@ -19,7 +19,7 @@ from pyinfer.graph.ops import Attention, CombineExperts, ExpertMatMul, MatMul, R
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceBackend
 from pyinfer.quant.gguf import GGUFFile
-from pyinfer.runtime import backends, placement
+from pyinfer.runtime import backends, open_stages, placement
 from pyinfer.runtime.load_options import LoadOptions
 from pyinfer.runtime.models.registry import build_graph
 from pyinfer.runtime.offload import Offload, candidates, make_plan, plan_offload, wanted
@@ -59,7 +59,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, *devices: DeviceInfo) -> list[Graph]
         return GPU() if name == "gpu" else backends.open_backend(name)
 
     monkeypatch.setattr(placement, "gpus", lambda: list(devices))
-    monkeypatch.setattr(placement, "open_backend", open_backend)
+    monkeypatch.setattr(open_stages, "open_backend", open_backend)
     return graphs
 
 

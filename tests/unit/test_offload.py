@@ -19,15 +19,15 @@ from pyinfer.graph.ops import MatMul
 from pyinfer.graph.reference import ReferenceBackend, ReferenceStage
 from pyinfer.kernels_gpu.requirements import NoGPUError
 from pyinfer.quant.gguf import GGUFFile
-from pyinfer.runtime import backends, placement
+from pyinfer.runtime import backends, open_stages, placement
 from pyinfer.runtime.load_options import LoadOptions
+from pyinfer.runtime.model_pieces import divide
 from pyinfer.runtime.models.registry import build_graph
 from pyinfer.runtime.offload import (
     GPUExpand,
     GPULayers,
     Offload,
     candidates,
-    divide,
     keeps_copies,
     make_plan,
     plan_offload,
@@ -151,7 +151,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             return FakeGPU(capacity, opened) if name == "gpu" else backends.open_backend(name)
 
         monkeypatch.setattr(placement, "gpus", lambda: list(devices))
-        monkeypatch.setattr(placement, "open_backend", open_backend)
+        monkeypatch.setattr(open_stages, "open_backend", open_backend)
         return opened
 
     return install
@@ -204,7 +204,7 @@ def test_a_tensor_split_over_two_gpus(
         def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> Stage:
             return ReferenceStage(graph, config, progress, all_reduce=total.of(self._number))
 
-    monkeypatch.setattr(placement, "open_ranks", lambda devices: [Rank(number) for number in devices])
+    monkeypatch.setattr(open_stages, "open_ranks", lambda devices: [Rank(number) for number in devices])
     tokens, lines = answer(path, n_gpu_layers="all", gpu_split="tensor")
     assert tokens == expected and total.n_calls > 0
     assert [line.partition(";")[0] for line in lines] == [
