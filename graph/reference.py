@@ -96,16 +96,16 @@ class ReferenceStage:
             rows.forget(index)
         return tuple(rows[value] for value in self._graph.results)
 
-    def observe(self, batch: Batch, on_input: Callable[[QuantTensor, F32Array], None]) -> None:
-        """Run all but the output matrix, and tell of each matrix before it and the rows float32 that go into that."""
+    def observe(self, batch: Batch, on_input: Callable[[QuantTensor, F32Array, Int32 | None], None]) -> None:
+        """Run all but the output matrix, and tell of each tensor before it: its input, and the experts of each row."""
         self._check(batch)
         rows = _Rows(self._graph)
         for index, op in enumerate(self._graph.ops):
             if self._graph.logits in op.outputs:
                 return
-            if isinstance(op, MatMul):
+            if isinstance(op, MatMul | ExpertMatMul):
                 for weight in op.weights:
-                    on_input(weight, rows[op.x])
+                    on_input(weight, rows[op.x], rows[op.experts] if isinstance(op, ExpertMatMul) else None)
             self._execute(op, batch, rows)
             rows.forget(index)
 

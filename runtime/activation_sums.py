@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pyinfer.errors import ModelError
 from pyinfer.graph.backend import StageConfig
-from pyinfer.graph.batch import Batch
+from pyinfer.graph.batch import Batch, Int32
 from pyinfer.graph.passes import for_context
 from pyinfer.graph.reference import ReferenceStage
 from pyinfer.quant.gguf import GGUFFile
@@ -23,28 +23,46 @@ _TOKENS_AT_ONCE = 4096  # each batch dequantizes every weight once
 _PAGE = 16
 
 F32Array = npt.NDArray[np.float32]
+F64Array = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
 
 
 class ActivationSums:
-    """Sums over all tokens seen so far, by name of the tensor."""
+    """Sums over all tokens seen so far, by name of the tensor: one matrix, or one of each expert."""
 
     def __init__(self) -> None:
-        self.squares: dict[str, npt.NDArray[np.float64]] = {}  # (columns,)
-        self.n_rows: dict[str, int] = {}
-        self._rows: F32Array | None = None  # the last input, its sums, and the matrices they were counted for
-        self._squares: npt.NDArray[np.float64] = np.empty(0)
-        self._counted: set[str] = set()
+        self.squares: dict[str, F64Array] = {}  # (matrices, columns)
+        self.n_rows: dict[str, Counts] = {}  # (matrices,)
+        self._input: tuple[F32Array, Int32 | None] | None = None  # the last one, and its sums
+        self._sums: tuple[F64Array, Counts] = np.empty((0, 0)), np.empty(0, np.int64)
+        self._counted: set[str] = set()  # the tensors that these were added for
 
-    def add(self, weight: QuantTensor, rows: F32Array) -> None:
-        if self._rows is not rows:  # matrices side by side, such as q, k and v, share their input
-            self._rows, self._squares = rows, np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
-            self._counted = set()
+    def add(self, weight: QuantTensor, rows: F32Array, experts: Int32 | None = None) -> None:
+        """`experts` [n_rows, n_used] are those that the rows, or each slot of them, go to."""
+        if self._input is None or self._input[0] is not rows or self._input[1] is not experts:
+            # matrices side by side, such as q, k and v, share their input
+            self._input, self._counted = (rows, experts), set()
+            self._sums = _sums(rows) if experts is None else _expert_sums(rows, experts, weight)
         name = weight.name
         if name in self._counted:  # another part of the same matrix
             return
         self._counted.add(name)
-        self.squares[name] = self.squares.get(name, 0.0) + self._squares
-        self.n_rows[name] = self.n_rows.get(name, 0) + len(rows)
+        squares, n_rows = self._sums
+        self.squares[name] = self.squares.get(name, 0.0) + squares
+        self.n_rows[name] = self.n_rows.get(name, 0) + n_rows
+
+
+def _sums(rows: F32Array) -> tuple[F64Array, Counts]:
+    return np.einsum("ij,ij->j", rows, rows, dtype=np.float64)[np.newaxis], np.array([len(rows)])
+
+
+def _expert_sums(rows: F32Array, experts: Int32, weight: QuantTensor) -> tuple[F64Array, Counts]:
+    n_experts, _, n_in = weight.shape
+    slots = np.broadcast_to(rows.reshape(len(rows), rows.shape[1] // n_in, n_in), (*experts.shape, n_in))
+    squares, n_rows = np.zeros((n_experts, n_in)), np.zeros(n_experts, np.int64)
+    for expert in np.unique(experts):
+        squares[expert], n_rows[expert] = (part[0] for part in _sums(slots[experts == expert]))
+    return squares, n_rows
 
 
 def activation_sums(

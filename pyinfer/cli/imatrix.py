@@ -40,8 +40,8 @@ def imatrix(
         progress.say(f"running {len(pieces)} chunks of {n_ctx} tokens")
         sums = activation_sums(file, pieces, lambda done: progress.say(f"chunk {done} of {len(pieces)}"))
     matrix = ImportanceMatrix(
-        {name: values.astype(np.float32)[np.newaxis] for name, values in sums.squares.items()},
-        {name: np.array([n], np.float32) for name, n in sums.n_rows.items()},
+        {name: values.astype(np.float32) for name, values in sums.squares.items()},
+        {name: n.astype(np.float32) for name, n in sums.n_rows.items()},
         (text.name,),
         len(pieces),
         n_ctx,

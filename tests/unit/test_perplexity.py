@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tiny_models import write_tiny_model
+from tiny_models import TinyShape, write_tiny_model
 
 from pyinfer.errors import RequestError
 from pyinfer.quant.gguf import GGUFFile
@@ -86,7 +86,7 @@ def test_a_matrix_that_is_used_in_parts_is_counted_once(tmp_path: Path) -> None:
     chunks = [list(range(16))] * 2
     with GGUFFile.open(write_tiny_model(tmp_path / "m.gguf", "phi3", "F32")) as file:
         sums = activation_sums(file, chunks)
-    assert set(sums.n_rows.values()) == {32}
+    assert {int(n[0]) for n in sums.n_rows.values()} == {32}
     assert {"blk.0.attn_qkv.weight", "blk.1.ffn_up.weight", "blk.1.ffn_down.weight"} <= sums.squares.keys()
 
 
@@ -98,9 +98,31 @@ def test_activation_sums_do_not_depend_on_the_batch(tmp_path: Path, monkeypatch:
         parts = activation_sums(file, chunks)
         matrices = {n for n, t in file.tensors.items() if n.startswith("blk.") and len(t.shape) == 2}
     assert whole.squares.keys() == matrices
-    assert set(whole.n_rows.values()) == {5 * 24}
+    assert {int(n[0]) for n in whole.n_rows.values()} == {5 * 24}
     for name, values in whole.squares.items():
         np.testing.assert_allclose(parts.squares[name], values, rtol=1e-4)
     assert whole.squares["blk.0.attn_q.weight"] is not whole.squares["blk.0.ffn_up.weight"]
     np.testing.assert_array_equal(whole.squares["blk.0.attn_q.weight"], whole.squares["blk.0.attn_v.weight"])
     assert not np.array_equal(whole.squares["blk.0.attn_q.weight"], whole.squares["blk.0.ffn_up.weight"])
+
+
+def test_experts_have_sums_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = np.random.default_rng(0).integers(0, 200, (3, 24)).tolist()
+    shape = TinyShape(n_experts=7, n_used=3)
+    with GGUFFile.open(write_tiny_model(tmp_path / "m.gguf", "qwen3moe", "F32", shape=shape)) as file:
+        sums = activation_sums(file, chunks)
+        monkeypatch.setattr("pyinfer.runtime.activation_sums._TOKENS_AT_ONCE", 24)
+        parts = activation_sums(file, chunks)
+    for i in range(2):
+        gate, up, down = (f"blk.{i}.ffn_{part}_exps.weight" for part in ("gate", "up", "down"))
+        counts = sums.n_rows[gate]
+        assert counts.shape == (7,) and counts.sum() == 3 * 3 * 24 and len(set(counts)) > 2
+        for name in (up, down):
+            np.testing.assert_array_equal(sums.n_rows[name], counts)
+        # every token's row goes to the router once, and to three experts
+        router = sums.squares[f"blk.{i}.ffn_gate_inp.weight"]
+        np.testing.assert_allclose(sums.squares[gate].sum(0), 3 * router[0], rtol=1e-6)
+        assert sums.squares[gate].shape == (7, 64) and sums.squares[down].shape == (7, 128)
+        for name in (gate, down):
+            np.testing.assert_array_equal(parts.n_rows[name], sums.n_rows[name])
+            np.testing.assert_allclose(parts.squares[name], sums.squares[name], rtol=1e-4, atol=1e-6)
