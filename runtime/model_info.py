@@ -38,6 +38,7 @@ class ModelInfo:
     size: int  # bytes of the file, all shards
     tensor_bytes: int  # bytes of the weights alone
     n_params: int
+    n_params_active: int  # that one token goes through: less than all where it chooses experts
     architecture: str | None
     name: str | None
     size_label: str | None
@@ -47,6 +48,9 @@ class ModelInfo:
     n_layers: int | None
     n_embd: int | None
     n_ff: int | str | None  # 'a..b' where layers differ
+    n_experts: int | None
+    n_experts_used: int | str | None  # by each token
+    expert_n_ff: int | None
     n_heads: int | str | None
     n_kv_heads: int | str | None
     head_dim: int | None
@@ -75,13 +79,16 @@ def model_info(file: GGUFFile) -> ModelInfo:
     if head_dim is None and isinstance(n_heads, int) and n_heads and n_embd:
         head_dim = n_embd // n_heads
     tokens = file.metadata.get("tokenizer.ggml.tokens")
+    n_params = sum(t.n_elements for t in file.tensors.values())
+    n_experts, n_used = _count(file, f"{arch}.expert_count"), _per_layer(file, f"{arch}.expert_used_count")
     freq_base = file.metadata.get(f"{arch}.rope.freq_base")
     return ModelInfo(
         path=file.path,
         gguf_version=file.version,
         size=file.size,
         tensor_bytes=sum(t.n_bytes for t in file.tensors.values()),
-        n_params=sum(t.n_elements for t in file.tensors.values()),
+        n_params=n_params,
+        n_params_active=n_params - _idle_params(file, n_experts, n_used),
         architecture=arch,
         name=_text(file, "general.name"),
         size_label=_text(file, "general.size_label"),
@@ -93,6 +100,9 @@ def model_info(file: GGUFFile) -> ModelInfo:
         n_layers=_count(file, f"{arch}.block_count"),
         n_embd=n_embd,
         n_ff=_per_layer(file, f"{arch}.feed_forward_length"),
+        n_experts=n_experts,
+        n_experts_used=n_used,
+        expert_n_ff=_count(file, f"{arch}.expert_feed_forward_length"),
         n_heads=n_heads,
         n_kv_heads=_per_layer(file, f"{arch}.attention.head_count_kv"),
         head_dim=head_dim,
@@ -105,6 +115,14 @@ def model_info(file: GGUFFile) -> ModelInfo:
         licence=_text(file, "general.license.name") or _text(file, "general.license"),
         licence_link=_text(file, "general.license.link"),
     )
+
+
+def _idle_params(file: GGUFFile, n_experts: int | None, n_used: int | str | None) -> int:
+    """Of the experts that a token does not choose."""
+    if n_experts is None or not isinstance(n_used, int) or not 0 < n_used <= n_experts:
+        return 0
+    in_experts = sum(t.n_elements for name, t in file.tensors.items() if "_exps." in name)
+    return in_experts - in_experts * n_used // n_experts
 
 
 def _parameter_label(n_params: int) -> str:

@@ -54,7 +54,7 @@ def _print_info(info: ModelInfo) -> None:
         [
             ("name", info.name),
             ("architecture", info.architecture),
-            ("parameters", _parameters(info.n_params)),
+            ("parameters", _all_and_active(info)),
             ("file", info.path),
             ("size", f"{format_size(info.size)} (GGUF v{info.gguf_version})"),
             ("quantization", f"{info.file_type or 'not stated'}; {n_tensors} tensors: {mix}"),
@@ -68,6 +68,7 @@ def _print_info(info: ModelInfo) -> None:
             ("layers", info.n_layers),
             ("embedding", info.n_embd),
             ("feed forward", info.n_ff),
+            ("experts", _experts(info)),
             ("heads", heads),
             ("head size", info.head_dim),
             ("sliding window", info.sliding_window),
@@ -82,6 +83,18 @@ def _print_info(info: ModelInfo) -> None:
             ("chat template", ", ".join(info.chat_templates) or "none"),
         ],
     )
+
+
+def _all_and_active(info: ModelInfo) -> str:
+    active = f", {_parameters(info.n_params_active)} for a token" if info.n_params_active < info.n_params else ""
+    return _parameters(info.n_params) + active
+
+
+def _experts(info: ModelInfo) -> str | None:
+    if not info.n_experts:
+        return None
+    width = f", each {info.expert_n_ff} wide" if info.expert_n_ff is not None else ""
+    return f"{info.n_experts}, {info.n_experts_used} for a token{width}"
 
 
 def _parameters(n: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_index import use_index, write_wheel
+from tiny_models import TinyShape
 
 from pyinfer.cli import bench
 from pyinfer.quant.writer import write_gguf
@@ -76,6 +77,12 @@ class TestShow:
         (tmp_path / "x.gguf").write_bytes(b"<html>")
         code, _, err = cli("show", str(tmp_path / "x.gguf"))
         assert code == 1 and err.count("\n") == 1
+
+    def test_experts(self, tiny_model: Callable[..., Path], cli: Cli) -> None:
+        path = str(tiny_model("qwen3moe", shape=TinyShape(n_experts=20, n_used=5)))
+        assert "20, 5 for a token, each 128 wide" in cli("show", path)[1]
+        shown = json.loads(cli("show", path, "--json")[1])
+        assert shown["n_params"] - shown["n_params_active"] == 2 * 3 * 64 * 128 * (20 - 5)
 
     def test_llamacpp_like_facts_of_a_model(self, tiny_model: Callable[..., Path], cli: Cli) -> None:
         shown = json.loads(cli("show", str(tiny_model()), "--json")[1])
