@@ -156,7 +156,7 @@ def test_the_plan_says_what_goes_and_covers_it(tiny_model: TinyModel, gpu: Emula
         stage = opened(graph, offload)
         used.append(gpu.device.memory()[1] - gpu.device.memory()[0])
         stage.close()
-    assert 0 < used[1] - used[0] <= 1.1 * more  # norms are not planned
+    assert 0 < used[1] - used[0] < 1.5 * more  # rows of 64 columns are padded to 256
     fixed = 512 << 20
     assert used[1] < with_it.stages[1].n_bytes(12) - fixed // 2
     for nothing in (Offload(4, True, True, op_offload=True), Offload(0), Offload(4, op_offload=True)):
