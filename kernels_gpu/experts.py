@@ -1,4 +1,5 @@
-"""Launches of a mixture of experts: `cuda/experts.cu`, `gemv_experts` of `cuda/gemv.cu`, `cuda/expert_mma.cu`.
+"""Launches of a mixture of experts: `cuda/experts.cu`, `gemv_experts` of `cuda/gemv.cu` and `gemv_gated.cu`,
+`cuda/expert_mma.cu`.
 
 A slot is one of the experts of one row: row r has slots r * n_used .. r * n_used + n_used - 1. The matrices of all experts lie
 one above the other in one weight. Nothing here needs to know on the host which experts were chosen, so all of it may be captured.
@@ -11,12 +12,15 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
+from pyinfer.graph.ops import Activation
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
 from pyinfer.kernels_gpu.matmul import MAX_MATRICES
 from pyinfer.kernels_gpu.matvec import Product, gemv_defines
-from pyinfer.kernels_gpu.matvec_tuning import Problem, default_tuning
+from pyinfer.kernels_gpu.matvec_gated import GATED_BLOCK, can_fuse_gated, gated_defines
+from pyinfer.kernels_gpu.matvec_tuning import Problem, default_tuning, gated_tuning
 from pyinfer.kernels_gpu.mma_tiling import GPU, Tiling, tilings
 from pyinfer.kernels_gpu.operand import Operand
+from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
 
 _SOURCE = "experts.cu"
@@ -117,6 +121,35 @@ def build_expert_matvec(
                 )
             )  # fmt: skip
     return launches
+
+
+def can_fuse_gated_experts(gate: DeviceWeight, up: DeviceWeight, n_experts: int) -> bool:
+    """Whether `build_gated_expert_matvec` takes these matrices: as `can_fuse_gated`, each expert's by itself."""
+    return can_fuse_gated(gate, up) and gate.layout.n_rows // n_experts % GATED_BLOCK == 0
+
+
+def build_gated_expert_matvec(
+    out: Operand, x: Operand, gate: DeviceWeight, up: DeviceWeight, activation: Activation, slots: Slots,
+    *, n_sms: int, arch: int,
+) -> list[Launch]:  # fmt: skip
+    """out [slots, n] = activation(x @ gate.T) * (x @ up.T), "f32" or "a8", of each slot's matrices; x as above."""
+    kind, columns, n = gate.layout.kind, gate.layout.n_columns, gate.layout.n_rows // slots.n_experts
+    assert can_fuse_gated_experts(gate, up, slots.n_experts) and out.form in ("f32", "a8") and slots.n <= _MAX_GRID
+    assert (kind in FLOAT_BYTES) == (x.form == "f32") and out.width == slots.n_used * n
+    cut = gated_tuning(Problem((kind, kind), 2 * n * slots.n_used, columns, 1), n_sms, arch)
+    defines = gated_defines(Problem((kind, kind), 2 * n, columns, 1), cut, activation, out)
+    return [
+        Launch(
+            Kernel("gemv_gated.cu", "gemv_gated_experts", (*defines, ("EXPERTS", slots.n_experts))),
+            grid=(n // GATED_BLOCK, slots.n, 1),
+            block=(32 * cut.warps, 1, 1),
+            args=(
+                x.data, x.scales, x.sums, columns, slots.experts, _slots_of_row(x, columns, slots), gate.buffer, up.buffer, n,
+                out.data, out.scales, out.sums,
+            ),
+            overlap=True,
+        )
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

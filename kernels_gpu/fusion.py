@@ -1,5 +1,5 @@
-"""Which ops are lowered together: rope and norms of heads with the attention they feed, a norm with the addition before it,
-gate and up with their activation.
+"""Which ops are lowered together: rope and norms of heads with the attention they feed, a norm with the addition or the
+sum of experts before it, gate and up with their activation.
 
 Groups keep the order of the graph: a group stands where its last op stood.
 """
@@ -9,7 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Add, ApplyRope, Attention, GatedActivation, MatMul, Op, RMSNorm, StoreKV, Value
+from pyinfer.graph.ops import (
+    Add,
+    ApplyRope,
+    Attention,
+    CombineExperts,
+    ExpertMatMul,
+    GatedActivation,
+    MatMul,
+    Op,
+    RMSNorm,
+    StoreKV,
+    Value,
+)
 from pyinfer.graph.rope import Rope
 
 
@@ -41,10 +53,22 @@ class NormGroup:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class CombineNormGroup:
+    """norm(the sum of experts' results and a residual row), where the sum is kept too."""
+
+    combine: CombineExperts
+    norm: RMSNorm
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        return self.combine, self.norm
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class GatedGroup:
     """The first half of a gated feed-forward layer: both products, which nothing else reads, and what becomes of them."""
 
-    matmul: MatMul
+    matmul: MatMul | ExpertMatMul
     gated: GatedActivation
 
     @property
@@ -61,7 +85,7 @@ class SingleOp:
         return (self.op,)
 
 
-Group = AttentionGroup | NormGroup | GatedGroup | SingleOp
+Group = AttentionGroup | NormGroup | CombineNormGroup | GatedGroup | SingleOp
 
 
 def group_ops(graph: Graph) -> list[Group]:
@@ -69,6 +93,7 @@ def group_ops(graph: Graph) -> list[Group]:
     makers = {id(value): op for op in graph.ops for value in op.outputs}
     readers = graph.readers()
     found: list[Group] = [*_attention_groups(graph, makers, readers), *_norm_groups(graph, readers)]
+    found += _combine_norm_groups(graph)
     found += _gated_groups(graph, makers, readers)
     groups = {id(group.ops[-1]): group for group in found}
     inside = {id(op) for group in groups.values() for op in group.ops[:-1]}
@@ -135,17 +160,24 @@ def _norm_groups(graph: Graph, readers: dict[int, list[Op]]) -> list[NormGroup]:
     return groups
 
 
+def _combine_norm_groups(graph: Graph) -> list[CombineNormGroup]:
+    return [
+        CombineNormGroup(combine, norm)
+        for combine, norm in zip(graph.ops, graph.ops[1:], strict=False)
+        if isinstance(combine, CombineExperts) and combine.residual is not None and isinstance(norm, RMSNorm)
+        if norm.x is combine.out and norm.weight.size == norm.x.width
+    ]
+
+
 def _gated_groups(graph: Graph, makers: dict[int, Op], readers: dict[int, list[Op]]) -> list[GatedGroup]:
     groups = []
     for op in graph.ops:
         if not isinstance(op, GatedActivation):
             continue
         maker = makers.get(id(op.gate))
-        if (
-            not isinstance(maker, MatMul)
-            or maker is not makers.get(id(op.up))
-            or any(b is not None for b in maker.biases)
-        ):
+        if not isinstance(maker, MatMul | ExpertMatMul) or maker is not makers.get(id(op.up)):
+            continue
+        if isinstance(maker, MatMul) and any(bias is not None for bias in maker.biases):
             continue
         if len(maker.outs) == 2 and op.gate is not op.up and readers[id(op.gate)] == readers[id(op.up)] == [op]:
             groups.append(GatedGroup(maker, op))

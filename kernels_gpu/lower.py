@@ -32,7 +32,7 @@ from pyinfer.graph.ops import (
     StoreKV,
 )
 from pyinfer.kernels_gpu.buckets import DECODE_ROWS
-from pyinfer.kernels_gpu.fusion import AttentionGroup, GatedGroup, Group, NormGroup, SingleOp
+from pyinfer.kernels_gpu.fusion import AttentionGroup, CombineNormGroup, GatedGroup, Group, NormGroup, SingleOp
 from pyinfer.kernels_gpu.launch import Buffer, Reduce
 from pyinfer.kernels_gpu.lower_attention import AttentionRules
 from pyinfer.kernels_gpu.lower_experts import ExpertRules
@@ -88,6 +88,7 @@ class _Lowering(AttentionRules, ExpertRules):
             CombineExperts: self._combine_experts,
             AttentionGroup: self._attention_group,
             NormGroup: self._norm_group,
+            CombineNormGroup: self._combine_norm_group,
             GatedGroup: self._gated_group,
         }
 
@@ -141,6 +142,15 @@ class _Lowering(AttentionRules, ExpertRules):
         weight = self._vector(group.norm.weight)
         self.steps += build_rms_norm(out, x, weight, group.norm.eps, self._rows(group.norm.out), before)
 
+    def _combine_norm_group(self, group: CombineNormGroup) -> None:
+        op = group.combine
+        assert op.residual is not None
+        slots, weights, residual = (self.values[value].data for value in (op.x, op.weights, op.residual))
+        total, out = self._write(op.out), self._write_normed(group.norm)
+        before = BeforeNorm(residual, total.data, slot_weights=weights, n_used=op.weights.width)
+        weight = self._vector(group.norm.weight)
+        self.steps += build_rms_norm(out, slots, weight, group.norm.eps, self._rows(group.norm.out), before)
+
     def _quantize(self, op: Quantize) -> None:
         x, form = self.values[op.x], self._form(op.out)
         if form == "f32":
@@ -177,6 +187,11 @@ class _Lowering(AttentionRules, ExpertRules):
 
     def _gated_group(self, group: GatedGroup) -> None:
         """In one kernel where few rows meet matrices of one type, else one after the other."""
+        if isinstance(group.matmul, ExpertMatMul):
+            if not self._fuse_gated_experts(group.matmul, group.gated):
+                self._expert_matmul(group.matmul)
+                self._gated(group.gated)
+            return
         op, n = group.gated, self._rows(group.gated.out)
         x, weights = (
             self.values[group.matmul.x],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pyinfer.graph.ops import CombineExperts, ExpertMatMul, RouteExperts
+from pyinfer.graph.ops import CombineExperts, ExpertMatMul, GatedActivation, RouteExperts
 from pyinfer.kernels_gpu.buckets import DECODE_ROWS
 from pyinfer.kernels_gpu.experts import (
     Slots,
     build_combine,
     build_expert_matmul,
     build_expert_matvec,
+    build_gated_expert_matvec,
     build_route,
+    can_fuse_gated_experts,
     expert_scratch,
 )
 from pyinfer.kernels_gpu.matvec import Product
@@ -56,6 +58,23 @@ class ExpertRules(ProgramBuilder):
                 self.steps += build_expert_matvec(x, products, slots, n_sms=device.n_sms, arch=device.arch)
             if copied is not None:
                 self.values.release(copied)
+
+    def _fuse_gated_experts(self, op: ExpertMatMul, gated: GatedActivation) -> bool:
+        """Both products and their activation in one launch, where few slots read matrices of one type; whether it was done."""
+        n, device = self._rows(gated.out), self.memory.device
+        x, form = self.values[op.x], self._form(gated.out)
+        weights = dict(zip(map(id, op.outs), op.weights, strict=True))
+        gate, up = (self.memory.weights[weights[id(value)]] for value in (gated.gate, gated.up))
+        n_experts = op.weights[0].shape[0]
+        is_few = n <= DECODE_ROWS and x.form == operand_form(op.weights[0], n) and form != "h16"
+        if not is_few or not can_fuse_gated_experts(gate, up, n_experts):
+            return False
+        slots = Slots(self.values[op.experts].data, n, op.n_used, n_experts)
+        out = self._write(gated.out, form)
+        self.steps += build_gated_expert_matvec(
+            out, x, gate, up, gated.activation, slots, n_sms=device.n_sms, arch=device.arch
+        )
+        return True
 
     def _combine_experts(self, op: CombineExperts) -> None:
         x, weights = self.values[op.x].data, self.values[op.weights].data

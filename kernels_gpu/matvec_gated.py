@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pyinfer.graph.ops import Activation
-from pyinfer.kernels_gpu.launch import Kernel, Launch
+from pyinfer.kernels_gpu.launch import Defines, Kernel, Launch
 from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, gated_tuning_of, step_columns
 from pyinfer.kernels_gpu.operand import FORMS, Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
 
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
-_BLOCK = 32  # columns of the result
+GATED_BLOCK = 32  # columns of the result
 
 
 def can_fuse_gated(gate: DeviceWeight, up: DeviceWeight) -> bool:
     """Whether `build_gated_matvec` takes these matrices: of one type and shape, rows in whole blocks of "a8"."""
     same = (gate.layout.kind, gate.layout.n_rows, gate.layout.n_columns)
-    return same == (up.layout.kind, up.layout.n_rows, up.layout.n_columns) and gate.layout.n_rows % _BLOCK == 0
+    return same == (up.layout.kind, up.layout.n_rows, up.layout.n_columns) and gate.layout.n_rows % GATED_BLOCK == 0
 
 
 def build_gated_matvec(
@@ -42,15 +42,11 @@ def build_gated_matvec(
     )
     problem = Problem((layout.kind, layout.kind), 2 * layout.n_rows, layout.n_columns, n_rows)
     cut = tuning or gated_tuning_of(problem, n_sms, arch)
-    defines = (
-        ("TYPE", layout.kind), ("ACTIVATION", _ACTIVATIONS[activation]), ("OUT", FORMS.index(out.form)), ("TOKENS", n_rows),
-        ("ROWS", cut.rows), ("LANES", cut.lanes), ("WARPS", cut.warps), ("DEPTH", cut.depth),
-        ("MIN_BLOCKS", cut.min_blocks), ("RAGGED", int(layout.n_columns % step_columns(layout.kind) != 0)),
-    )  # fmt: skip
+    defines = gated_defines(problem, cut, activation, out)
     return [
         Launch(
             Kernel("gemv_gated.cu", "gemv_gated", defines),
-            grid=(layout.n_rows // _BLOCK, 1, 1),
+            grid=(layout.n_rows // GATED_BLOCK, 1, 1),
             block=(32 * cut.warps, 1, 1),
             args=(
                 x.data, x.scales, x.sums, x.width, gate.buffer, up.buffer, layout.n_rows, out.data, out.scales, out.sums,
@@ -58,3 +54,13 @@ def build_gated_matvec(
             overlap=True,
         )
     ]  # fmt: skip
+
+
+def gated_defines(problem: Problem, cut: Tuning, activation: Activation, out: Operand) -> Defines:
+    """As the kernels take them."""
+    kind = problem.kinds[0]
+    return (
+        ("TYPE", kind), ("ACTIVATION", _ACTIVATIONS[activation]), ("OUT", FORMS.index(out.form)), ("TOKENS", problem.n_tokens),
+        ("ROWS", cut.rows), ("LANES", cut.lanes), ("WARPS", cut.warps), ("DEPTH", cut.depth),
+        ("MIN_BLOCKS", cut.min_blocks), ("RAGGED", int(problem.n_columns % step_columns(kind) != 0)),
+    )  # fmt: skip

@@ -18,12 +18,22 @@ _FEW_ROWS = 128  # up to here a row has a multiprocessor of its own, and gets ma
 
 @dataclass(frozen=True, slots=True)
 class BeforeNorm:
-    """What happens to x before an RMSNorm: x + residual is kept in `sum`; with a weight x is normalized before that."""
+    """What happens to x before an RMSNorm: x + residual is kept in `sum`; with a weight x is normalized before that.
+
+    With `slot_weights` x has `n_used` slots a row, and residual + their weighted sum is kept (`graph.ops.CombineExperts`).
+    """
 
     residual: Buffer  # float32 [n, width]
     sum: Buffer  # float32 [n, width]; may be `residual`
     weight: Buffer | None = None
     eps: float = 0.0
+    slot_weights: Buffer | None = None  # float32 [n, n_used]
+    n_used: int = 0
+
+    @property
+    def kind(self) -> int:
+        """As rows.cu counts them."""
+        return 3 if self.slot_weights else 2 if self.weight else 1
 
 
 def output_define(out: Operand) -> tuple[str, int]:
@@ -35,16 +45,18 @@ def build_rms_norm(
     out: Operand, x: Buffer, weight: Buffer, eps: float, n_rows: int, before: BeforeNorm | None = None
 ) -> list[Launch]:
     """out = x / sqrt(mean(x^2) + eps) * weight, over whole rows, in one kernel with what may come before."""
-    kind = 0 if before is None else 1 if before.weight is None else 2
+    kind = before.kind if before else 0
+    slots: Defines = (("N_USED", before.n_used),) if before and before.n_used else ()
     threads = _threads(out.width, n_rows)
     return [
         Launch(
-            Kernel(_SOURCE, "rms_norm", (*_defines(out, threads), ("BEFORE", kind))),
+            Kernel(_SOURCE, "rms_norm", (*_defines(out, threads), ("BEFORE", kind), *slots)),
             grid=(n_rows, 1, 1),
             block=(threads, 1, 1),
             args=(
                 x, weight, float(eps), before.weight if before else None, float(before.eps) if before else 0.0,
-                before.residual if before else None, before.sum if before else None, out.data, out.scales, out.sums,
+                before.slot_weights if before else None, before.residual if before else None, before.sum if before else None,
+                out.data, out.scales, out.sums,
             ),
             overlap=True,
         )

@@ -187,9 +187,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   let_next_start();
   wait_for_previous();
   const int slot = first + blockIdx.y, expert = experts[slot];
-  const long long start = static_cast<long long>(slot / x_slots) * columns, to = slot;
-  const Input in = {static_cast<const uint8_t*>(x) + start * (TYPE0::kWords ? 1 : 4), x_scales + start / 32,
-                    x_sums + start / 32, columns};
+  const long long to = slot;
+  const Input in = input_of<TYPE0>(x, x_scales, x_sums, columns, slot / x_slots);
   const Segment segments[3] = {{w0, out0 + to * n0, nullptr, n0, blocks0, expert * n0, EXPERTS * n0},
                                {w1, out1 + to * n1, nullptr, n1, blocks1, expert * n1, EXPERTS * n1},
                                {w2, out2 + to * n2, nullptr, n2, blocks2, expert * n2, EXPERTS * n2}};

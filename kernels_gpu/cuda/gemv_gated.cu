@@ -4,7 +4,10 @@
 // A block makes 32 columns of out, one block of "a8": WARPS * 32 / LANES * ROWS / 2 of them at a time, ROWS / 2 rows of each
 // matrix a lane.
 //
-// Defines: TYPE (of both matrices), ACTIVATION, OUT (OUT_F32, OUT_A8), TOKENS, ROWS, LANES, WARPS, DEPTH, MIN_BLOCKS, RAGGED.
+// With EXPERTS the matrices of some experts lie one above the other, and `gemv_gated_experts` gives each slot of each row its own.
+//
+// Defines: TYPE (of both matrices), ACTIVATION, OUT (OUT_F32, OUT_A8), TOKENS, ROWS, LANES, WARPS, DEPTH, MIN_BLOCKS, RAGGED,
+// EXPERTS (how many; optional).
 #include "activation.cuh"
 #include "gemv_step.cuh"
 #include "row_output.cuh"
@@ -20,6 +23,7 @@ struct Supply {
   TYPE::Parts gate, up;
   uint8_t* ring;  // of the warp
   int steps, first_step, last_step, row, rows_end;
+  int above;  // rows of the memory above the matrix
   int step, slot;
 
   DEVICE uint8_t* tile(int r) const { return ring + (slot * ROWS + r) * 32 * TYPE::kTileBytes; }
@@ -29,8 +33,8 @@ struct Supply {
     const bool valid = step < steps && row < rows_end;
 #pragma unroll
     for (int r = 0; r < kPairs; r++) {
-      TYPE::visit(CopyTile(tile(r), valid), unused, gate, row + r, step);
-      TYPE::visit(CopyTile(tile(kPairs + r), valid), unused, up, row + r, step);
+      TYPE::visit(CopyTile(tile(r), valid), unused, gate, above + row + r, step);
+      TYPE::visit(CopyTile(tile(kPairs + r), valid), unused, up, above + row + r, step);
     }
     cp_async_commit();
     if (++slot == DEPTH) slot = 0;
@@ -40,20 +44,17 @@ struct Supply {
   }
 };
 
-// x as in gemv.cu; gate and up [n, columns], n a multiple of 32; out [TOKENS, n]. One block for each 32 columns of out.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-    gemv_gated(const void* x, const float* x_scales, const float* x_sums, int columns, const void* gate, const void* up, int n,
-               void* out, float* out_scales, float* out_sums) {
+// Rows first_row.. of out [., n], a block's 32 columns; gate and up are n rows of `total` in memory, behind those `above`.
+DEVICE void make_columns(const Input& in, const void* gate, const void* up, int n, int above, int total, int first_row,
+                         void* out, float* out_scales, float* out_sums) {
   __shared__ __align__(16) uint8_t ring[WARPS * DEPTH * ROWS * 32 * TYPE::kTileBytes];
   __shared__ float values[TOKENS][kColumns];
-  let_next_start();
-  const Input in{x, x_scales, x_sums, columns};
   const int warp = threadIdx.x / 32, lane = lane_id(), first_column = blockIdx.x * kColumns;
-  const int steps = ceil_div(columns, TYPE::kColumns), rounds = ceil_div(steps, LANES), first_step = lane % LANES;
+  const int steps = ceil_div(in.columns, TYPE::kColumns), rounds = ceil_div(steps, LANES), first_step = lane % LANES;
   const int place = warp * kWarpPairs + lane / LANES * kPairs;  // of this lane's first pair in a pass
-  Supply supply{TYPE::Parts(gate, n, columns), TYPE::Parts(up, n, columns), ring + warp * DEPTH * ROWS * 32 * TYPE::kTileBytes,
-                steps, first_step, first_step + (rounds - 1) * LANES, first_column + place, first_column + kColumns,
-                first_step, 0};
+  Supply supply{TYPE::Parts(gate, total, in.columns), TYPE::Parts(up, total, in.columns),
+                ring + warp * DEPTH * ROWS * 32 * TYPE::kTileBytes, steps, first_step, first_step + (rounds - 1) * LANES,
+                first_column + place, first_column + kColumns, above, first_step, 0};
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) supply.ask();
   wait_for_previous();
@@ -91,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
     const int t = first + warp;
     if (t >= TOKENS) break;  // whole warps
     const float v = values[t][lane];
-    const long long at = static_cast<long long>(t) * n + first_column;
+    const long long at = static_cast<long long>(first_row + t) * n + first_column;
 #if OUT == OUT_A8
     const A8Block block = a8_block(warp_max(fabsf(v)));
     const int code = __float2int_rn(v * block.inverse), sum = warp_sum(code);
@@ -105,3 +106,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 #endif
   }
 }
+
+#ifndef EXPERTS
+// x as in gemv.cu; gate and up [n, columns], n a multiple of 32; out [TOKENS, n]. One block for each 32 columns of out.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
+    gemv_gated(const void* x, const float* x_scales, const float* x_sums, int columns, const void* gate, const void* up, int n,
+               void* out, float* out_scales, float* out_sums) {
+  let_next_start();
+  make_columns({x, x_scales, x_sums, columns}, gate, up, n, 0, n, 0, out, out_scales, out_sums);
+}
+#else
+// The same for slots, as in `gemv_experts`: out [slots, n]. Grid (blocks of 32 columns, slots).
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
+    gemv_gated_experts(const void* x, const float* x_scales, const float* x_sums, int columns, const int* experts, int x_slots,
+                       const void* gate, const void* up, int n, void* out, float* out_scales, float* out_sums) {
+  static_assert(TOKENS == 1, "a row of x for each slot");
+  let_next_start();
+  wait_for_previous();
+  const int slot = blockIdx.y;
+  const Input in = input_of<TYPE>(x, x_scales, x_sums, columns, slot / x_slots);
+  make_columns(in, gate, up, n, experts[slot] * n, EXPERTS * n, slot, out, out_scales, out_sums);
+}
+#endif

@@ -10,6 +10,13 @@ struct Input {
   int columns;
 };
 
+// Row `row` of x as it is for a type.
+template <class T>
+DEVICE Input input_of(const void* x, const float* scales, const float* sums, int columns, int row) {
+  const long long start = static_cast<long long>(row) * columns;
+  return {static_cast<const uint8_t*>(x) + start * (T::kWords ? 1 : 4), scales + start / 32, sums + start / 32, columns};
+}
+
 // One step of one row of x.
 template <class T>
 struct InputStep {

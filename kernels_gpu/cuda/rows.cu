@@ -1,6 +1,6 @@
 // Operations on rows: norms, gated activations, sums, and the forms that matmuls read. All are bound by launch latency in
 // decode and by memory in prompts, so each makes one pass over its row and writes the form that is asked for.
-// Defines: WIDTH (columns, a multiple of 4, of 32 for OUT_A8), THREADS, OUT; rms_norm: BEFORE; gated: ACTIVATION.
+// Defines: WIDTH (columns, a multiple of 4, of 32 for OUT_A8), THREADS, OUT; rms_norm: BEFORE, N_USED; gated: ACTIVATION.
 #include "row_output.cuh"
 #ifdef ACTIVATION
 #include "activation.cuh"
@@ -9,6 +9,7 @@
 #define BEFORE_NOTHING 0
 #define BEFORE_ADD 1
 #define BEFORE_NORM_ADD 2
+#define BEFORE_COMBINE 3
 
 constexpr int kChunks = WIDTH / 4;
 constexpr int kPer = (kChunks + THREADS - 1) / THREADS;
@@ -39,10 +40,11 @@ DEVICE void normalize(float4 (&v)[kPer], const float4 (&w)[kPer], float eps, flo
 }
 
 // out = norm(x) * weight. BEFORE_ADD: x + residual takes the place of x and is kept in `sum`. BEFORE_NORM_ADD: x is
-// first normalized with weight_before (gemma3's norm behind each part). A block is a row. `sum` may be `residual`.
+// first normalized with weight_before (gemma3's norm behind each part). BEFORE_COMBINE: x has N_USED slots a row, and residual
+// plus their sum, weighted by slot_weights [rows, N_USED], takes its place. A block is a row. `sum` may be `residual`.
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
     const float* x, const float* weight, float eps, const float* weight_before, float eps_before,
-    const float* residual, float* sum, void* out, float* scales, float* sums) {
+    const float* slot_weights, const float* residual, float* sum, void* out, float* scales, float* sums) {
   __shared__ float scratch[3][32];
   const int row = blockIdx.x;
   let_next_start();
@@ -55,12 +57,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
 #pragma unroll
   for (int p = 0; p < kPer; p++) w[p] = load_chunk(weight, threadIdx.x + p * THREADS);
   wait_for_previous();
+#if BEFORE == BEFORE_COMBINE
+#pragma unroll
+  for (int p = 0; p < kPer; p++) {
+    const int chunk = threadIdx.x + p * THREADS;
+    v[p] = load_chunk(row_of(residual, row), chunk);
+    for (int s = 0; s < N_USED; s++) {
+      const float share = slot_weights[row * N_USED + s];
+      const float4 slot = load_chunk(x + (static_cast<long long>(row) * N_USED + s) * WIDTH, chunk);
+      v[p] = plus(v[p], make_float4(share * slot.x, share * slot.y, share * slot.z, share * slot.w));
+    }
+    if (chunk < kChunks) reinterpret_cast<float4*>(sum)[static_cast<long long>(row) * kChunks + chunk] = v[p];
+  }
+#else
 #pragma unroll
   for (int p = 0; p < kPer; p++) v[p] = load_chunk(row_of(x, row), threadIdx.x + p * THREADS);
+#endif
 #if BEFORE == BEFORE_NORM_ADD
   normalize(v, first, eps_before, scratch[2]);
 #endif
-#if BEFORE != BEFORE_NOTHING
+#if BEFORE == BEFORE_ADD || BEFORE == BEFORE_NORM_ADD
 #pragma unroll
   for (int p = 0; p < kPer; p++) {
     const int chunk = threadIdx.x + p * THREADS;

@@ -25,13 +25,14 @@ from pyinfer.kernels_gpu.experts import (
     build_combine,
     build_expert_matmul,
     build_expert_matvec,
+    build_gated_expert_matvec,
     build_route,
     expert_scratch,
 )
 from pyinfer.kernels_gpu.launch import Launch
 from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.mma_tiling import GPU, MMA_KINDS
-from pyinfer.kernels_gpu.operand import Operand
+from pyinfer.kernels_gpu.operand import Operand, operand_at, operand_bytes
 from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES, KINDS, layout_of, pack
@@ -176,6 +177,35 @@ def test_few_slots_of_matrices_of_several_types(device: EmulatedDevice) -> None:
     case.check(x.dequantize(), 2e-6)
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "BF16"])
+def test_gate_and_up_with_their_activation(device: EmulatedDevice, kind: str) -> None:
+    """The numbers are those of both products by themselves, rounded where int8 is asked for."""
+    case = Case(device, (kind, kind), (64, 64), 256, 3, own=False)
+    x = case.rng.standard_normal((3, 256)).astype(np.float32)
+    operand, form = Operand("f32", 256, device.array(x)), "f32"
+    if kind not in FLOAT_BYTES:
+        rounded = quantize_activation(x)
+        sums = (rounded.scales * rounded.codes.reshape(3, -1, 32).sum(axis=2)).astype(np.float32)
+        operand, form = Operand("a8", 256, *(device.array(a) for a in (rounded.codes, rounded.scales, sums))), "a8"
+        x = rounded.dequantize()
+    gate, up = (expert_matmul(x, case.experts, tensor, None) for tensor in case.tensors)
+    expected = gate / (1 + np.exp(-gate)) * up
+    out = operand_at(form, 3, 128, device.empty(operand_bytes(form, 3, 128), dtype=np.uint8))  # type: ignore[arg-type]
+    weights = [product.weight for product in case.products]
+    launch(device, build_gated_expert_matvec(
+        out, operand, weights[0], weights[1], "silu", case.slots, n_sms=4, arch=90,
+    ))  # fmt: skip
+    if form == "f32":
+        got = device.values(out.data, np.float32, 3, 128)
+    else:
+        assert out.scales is not None and out.sums is not None
+        codes, scales = device.values(out.data, np.int8, 3, 4, 32), device.values(out.scales, np.float32, 3, 4)
+        got = (codes * scales[:, :, None]).reshape(3, 128)
+        totals = scales * codes.sum(axis=2, dtype=np.int32)
+        np.testing.assert_allclose(device.values(out.sums, np.float32, 3, 4), totals, rtol=1e-6)
+    assert np.abs(got - expected).max() <= (1e-5 if form == "f32" else 6e-3) * np.abs(expected).max()
+
+
 def run_tiles(device: EmulatedDevice, case: Case, n_rows: int, *, scaled: bool, tolerance: float = 2e-3) -> None:
     halves = case.rng.standard_normal((n_rows, case.width)).astype(np.float16)
     scales = np.exp2(case.rng.integers(-3, 4, n_rows)).astype(np.float32) if scaled else np.ones(n_rows, np.float32)
@@ -235,7 +265,8 @@ def test_whole_models(
             if kind == "F32":
                 assert np.abs(got - wanted).max() < bound * np.abs(wanted).max()
         names = set(device.launches)
-        assert {"route_experts", "combine_experts", "gemv_experts"} <= names
+        assert {"route_experts", "gemv_gated_experts", "gemv_experts"} <= names
+        assert ("combine_experts" in names) == (arch == "qwen2moe"), "sums go into the next norm"
         assert ("expert_mma" in names) == (kind != "F32")
     finally:
         stage.close()
