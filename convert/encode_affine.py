@@ -29,7 +29,7 @@ def encode_q2_k(x_at, columns_at, out_at, n_rows, n_columns):  # type: ignore[no
     for row in range(len(x)):
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 84 : (b + 1) * 84]
-            weigh_block(block, columns, b * _BLOCK, 16, w, wx)
+            weigh_block(block, columns, b * _BLOCK, 16, False, w, wx)
             d, dmin = fit_affine(block, w, wx, 16, np.float32(3), np.float32(15), 4, scales, minimums)
             _write_codes(block, 16, np.float32(3), d, dmin, scales[0], minimums[0], codes)
             for g in range(16):
@@ -63,7 +63,7 @@ def _encode_nibbles_k(x, columns, top, block_bytes, nibbles_at, out):  # type: i
     for row in range(len(x)):
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * block_bytes : (b + 1) * block_bytes]
-            weigh_block(block, columns, b * _BLOCK, 32, w, wx)
+            weigh_block(block, columns, b * _BLOCK, 32, False, w, wx)
             d, dmin = fit_affine(block, w, wx, 32, top, np.float32(63), 3, scales, minimums)
             _write_codes(block, 32, top, d, dmin, scales[0], minimums[0], codes)
             store_half(to, 0, d)

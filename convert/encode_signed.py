@@ -26,7 +26,7 @@ def encode_q3_k(x_at, columns_at, out_at, n_rows, n_columns):  # type: ignore[no
     for row in range(len(x)):
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 110 : (b + 1) * 110]
-            weigh_block(block, columns, b * _BLOCK, 16, w, wx)
+            weigh_block(block, columns, b * _BLOCK, 16, True, w, wx)
             d = fit_signed(block, w, wx, 16, np.float32(4), np.float32(-32), 2, scales)
             _write_codes(block, 16, np.float32(4), d, scales[0], codes)
             for i in range(32):
@@ -57,7 +57,7 @@ def encode_q6_k(x_at, columns_at, out_at, n_rows, n_columns):  # type: ignore[no
     for row in range(len(x)):
         for b in range(x.shape[1] // _BLOCK):
             block, to = x[row, b * _BLOCK : (b + 1) * _BLOCK], out[row, b * 210 : (b + 1) * 210]
-            weigh_block(block, columns, b * _BLOCK, 16, w, wx)
+            weigh_block(block, columns, b * _BLOCK, 16, True, w, wx)
             d = fit_signed(block, w, wx, 16, np.float32(32), np.float32(-128), 3, scales)
             _write_codes(block, 16, np.float32(32), d, scales[0], codes)
             for half in range(2):
