@@ -3,7 +3,8 @@
 A device holds its share of the heads (rows of q, k and v, columns of the output projection) and of the feed-forward's width
 (rows of gate and up, columns of down). Both halves of a block end with a partial sum over all of n_embd, which an `AllReduce`
 makes whole on every device; norms and the residual row are on each. The head's rows are shared out too; its columns of the
-logits are brought together on every device, so that each can draw tokens.
+logits are brought together on every device, so that each can draw tokens. Of a mixture of experts, each device has its share
+of every expert's width and chooses all experts itself; what they make is added up before it is made whole.
 """
 
 from __future__ import annotations
@@ -43,11 +44,19 @@ def shard_graph(graph: Graph, n: int) -> list[Graph]:
 
 
 def columns_of(tensor: QuantTensor, first: int, stop: int) -> QuantTensor:
-    """The matrix of columns first..stop-1, whole blocks of them, on bytes of its own."""
+    """The matrix, or that of each expert, of columns first..stop-1, whole blocks of them, on bytes of its own."""
     codec = tensor.codec
     assert first % codec.block_size == stop % codec.block_size == 0
     data = np.ascontiguousarray(tensor.data[:, codec.row_bytes(first) : codec.row_bytes(stop)])
-    return replace(tensor, shape=(tensor.shape[0], stop - first), data=data, mapping=None)
+    return replace(tensor, shape=(*tensor.shape[:-1], stop - first), data=data, mapping=None)
+
+
+def expert_rows_of(tensor: QuantTensor, first: int, stop: int) -> QuantTensor:
+    """Of each expert's matrix, rows first..stop-1, on bytes of their own."""
+    n_experts, rows, columns = tensor.shape
+    data = tensor.data.reshape(n_experts, rows, -1)[:, first:stop]
+    data = np.ascontiguousarray(data).reshape(n_experts * (stop - first), -1)
+    return replace(tensor, shape=(n_experts, stop - first, columns), data=data, mapping=None)
 
 
 class _Shard:
@@ -56,6 +65,8 @@ class _Shard:
     def __init__(self, graph: Graph, n: int, rank: int) -> None:
         self._graph, self._n, self._rank = graph, n, rank
         self._values: dict[int, Value] = {}  # of the whole graph -> of this one
+        self._partial: set[int] = set()  # those of the whole graph of which each rank has a summand
+        self._routers = {id(op.logits) for op in graph.ops if isinstance(op, RouteExperts)}
         self._ops: list[Op] = []
         self._rules: dict[type[Op], Callable[[Any], None]] = {
             Embed: self._whole,
@@ -67,9 +78,10 @@ class _Shard:
             GatedActivation: self._like_input,
             Add: self._like_input,
             SelectRows: self._like_input,
+            RouteExperts: self._route,
+            ExpertMatMul: self._expert_matmul,
+            CombineExperts: self._combine,
         }
-        if any(isinstance(op, RouteExperts | ExpertMatMul | CombineExperts) for op in graph.ops):
-            raise ConfigError(f"a mixture of experts cannot be shared out over {n} GPUs; use a layer split")
 
     def graph(self) -> Graph:
         for op in self._graph.ops:
@@ -138,7 +150,39 @@ class _Shard:
             self._ops.append(MatMul((partial,), x, (columns_of(weight, first, stop),), (own_bias,)))
             self._ops.append(AllReduce(self._new(out, is_split=False), partial))
             return
+        if id(out) in self._routers:  # every rank chooses
+            self._ops.append(replace(op, outs=(self._new(out, is_split=False),), x=x))
+            return
         first, stop = self._range(out.width, f"rows of {weight.name}")
         own_bias = None if bias is None else bias[first:stop]
         own = self._new(out, is_split=True)
         self._ops.append(MatMul((own,), x, (weight.part(first, stop),), (own_bias,)))
+
+    def _route(self, op: RouteExperts) -> None:
+        experts, weights = (self._new(value, is_split=False) for value in op.outputs)
+        self._ops.append(replace(op, logits=self._values[id(op.logits)], experts=experts, weights=weights))
+
+    def _expert_matmul(self, op: ExpertMatMul) -> None:
+        assert len(op.outs) == 1, "the graph is optimized already"
+        (out,), (weight,) = op.outs, op.weights
+        _, n_out, n_in = weight.shape
+        x, experts = self._values[id(op.x)], self._values[id(op.experts)]
+        if self._is_split(op.x):
+            first, stop = self._range(n_in, f"columns of {weight.name}", weight.codec.block_size)
+            own, part = self._new(out, is_split=False), columns_of(weight, first, stop)
+            self._partial.add(id(out))
+        else:
+            first, stop = self._range(n_out, f"rows of {weight.name}")
+            own, part = self._new(out, is_split=True), expert_rows_of(weight, first, stop)
+        self._ops.append(ExpertMatMul((own,), x, experts, (part,)))
+
+    def _combine(self, op: CombineExperts) -> None:
+        x, weights = self._values[id(op.x)], self._values[id(op.weights)]
+        residual = None if op.residual is None else self._values[id(op.residual)]
+        if id(op.x) not in self._partial:
+            self._ops.append(CombineExperts(self._new(op.out, is_split=False), x, weights, residual))
+            return
+        assert residual is None, "the graph is optimized already"
+        partial = Value(f"{op.out.name}.partial", op.out.width, op.out.rows)
+        self._ops.append(CombineExperts(partial, x, weights))
+        self._ops.append(AllReduce(self._new(op.out, is_split=False), partial))

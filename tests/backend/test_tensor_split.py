@@ -41,7 +41,7 @@ def ranks_of(graph: Graph, n: int) -> tuple[TensorStage, RankSum]:
     return TensorStage([ReferenceStage(shard, CONFIG, all_reduce=total.of(i)) for i, shard in enumerate(shards)]), total
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "qwen2moe", "qwen3moe"])
 @pytest.mark.parametrize("n", [2, 4])
 def test_ranks_compute_what_one_device_does(arch: str, n: int, tiny_model: TinyModel) -> None:
     """Float weights: only the order of sums differs."""
@@ -51,19 +51,22 @@ def test_ranks_compute_what_one_device_does(arch: str, n: int, tiny_model: TinyM
     stage, total = ranks_of(graph, n)
     logits = run_prompt(stage, PROMPT, pages, 16, 9)
     np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
-    assert total.n_calls == 5 * (2 * len(graph.kv_layers) + 1)  # steps, halves of a block, logits
+    n_sums = 3 if arch == "qwen2moe" else 2  # halves of a block, and its shared expert
+    assert total.n_calls == 5 * (n_sums * len(graph.kv_layers) + 1)  # steps; blocks and logits
     stage.close()
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
 @pytest.mark.parametrize("codec", ["Q8_0", "Q4_0", "F16"])
-def test_quantized_columns_are_cut_at_blocks(codec: str, tiny_model: TinyModel) -> None:
+def test_quantized_columns_are_cut_at_blocks(arch: str, codec: str, tiny_model: TinyModel) -> None:
     """int8 activations are rounded in the same blocks, so that a code differs only where a sum's last bit decides."""
-    graph = built(tiny_model("llama", codec, shape=SHAPE))
+    graph = built(tiny_model(arch, codec, shape=SHAPE))
     expected = run_prompt(ReferenceStage(optimize(graph), CONFIG), PROMPT, PAGES, 16)
     stage, _ = ranks_of(graph, 2)
     logits = run_prompt(stage, PROMPT, PAGES, 16)
     assert np.abs(logits - expected).max() < 4e-2 * np.abs(expected).max()
-    assert np.median(np.abs(logits - expected)) < 1e-4 * np.abs(expected).max()
+    rows = slice(None) if arch == "llama" else slice(0, 1)  # of experts, in most rows some code differs
+    assert np.median(np.abs(logits - expected)[rows]) < 1e-4 * np.abs(expected).max()
     stage.close()
 
 
@@ -77,6 +80,20 @@ def test_each_rank_holds_its_part(tiny_model: TinyModel) -> None:
         assert kv_page_bytes(shard, 16, "f16") == kv_page_bytes(graph, 16, "f16") // 4
         assert sum(isinstance(op, AllReduce) for op in shard.ops) == 2 * len(graph.kv_layers)
         assert shard.is_head and shard.ops[-1].inputs[0].width == graph.n_vocab // 4
+
+
+def test_each_rank_holds_a_part_of_every_expert(tiny_model: TinyModel) -> None:
+    graph = built(tiny_model("qwen3moe", "Q8_0", shape=SHAPE))
+    tensors = {weight.name: weight for weight in weights_of(graph)}
+    for rank, shard in enumerate(shard_graph(graph, 2)):
+        own = {weight.name: weight.dequantize() for weight in weights_of(shard)}
+        half = slice(128 * rank, 128 * (rank + 1))
+        for name, rows in (("blk.1.ffn_up_exps.weight", True), ("blk.1.ffn_down_exps.weight", False)):
+            whole = tensors[name].dequantize()
+            np.testing.assert_array_equal(own[name], whole[:, half] if rows else whole[:, :, half])
+        np.testing.assert_array_equal(
+            own["blk.0.ffn_gate_inp.weight"], tensors["blk.0.ffn_gate_inp.weight"].dequantize()
+        )
 
 
 def test_pages_move_on_all_ranks(tiny_model: TinyModel) -> None:
@@ -111,5 +128,7 @@ def test_what_cannot_be_shared_out_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         shard_graph(built(tiny_model(arch, "F32", shape=shape)), n)
+    with pytest.raises(ConfigError, match=r"256 columns of blk.0.ffn_down_exps.weight in blocks of 256 cannot be"):
+        shard_graph(built(tiny_model("qwen3moe", "Q4_K", shape=TinyShape(n_embd=512, n_ff=256, n_kv_heads=4))), 2)
     with pytest.raises(ConfigError, match="blocks of 256"):
         shard_graph(built(tiny_model("llama", "Q4_K", shape=TinyShape(n_embd=256, n_ff=256, n_kv_heads=4))), 2)
