@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyinfer.graph.kv_groups import KVGroup, KVLayer, group_layers
-from pyinfer.graph.ops import Op, Value
+from pyinfer.graph.ops import Hidden, Op, Value
 
 __all__ = ["Graph", "KVGroup", "KVLayer"]
 
@@ -55,11 +55,13 @@ class Graph:
         return not self.passed and self.logits.width == self.n_vocab
 
     def readers(self) -> dict[int, list[Op]]:
-        """The ops that read each value, by its id; empty for values that none reads."""
+        """The ops that read each value, by its id; empty for values that none reads. Results are read by a `Hidden` too."""
         found: dict[int, list[Op]] = {id(value): [] for op in self.ops for value in op.outputs}
         for op in self.ops:
             for value_id in dict.fromkeys(map(id, op.inputs)):
                 found[value_id].append(op)
+        for value in self.results:
+            found[id(value)].append(Hidden(value))
         return found
 
     @property

@@ -188,3 +188,24 @@ def test_the_same_text(tiny_model: TinyModel, gpu: EmulatedGPU) -> None:
     before = gpu.device.launches["copy aside"]
     tokens, lines = answer(path, n_gpu_layers=1, op_offload_min_batch=41)  # more than a step may have
     assert tokens == expected and gpu.device.launches["copy aside"] == before and "products" not in lines[-1]
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "qwen2moe"])
+@pytest.mark.parametrize("codec", ["Q4_0", "F16"])
+def test_experts_on_the_cpu(arch: str, codec: str, tiny_model: TinyModel, gpu: EmulatedGPU) -> None:
+    """Attention, router and shared expert on the GPU, experts on the CPU, for prompts and decoding; then all on the CPU."""
+    graph = graph_of(tiny_model(arch, codec, shape=TinyShape(n_layers=3)))
+    batches = [
+        make_batch([Piece(PROMPT[:40], PAGES)], 16, [0, 39]),
+        make_batch([Piece(PROMPT[40:45], PAGES, 40), Piece(PROMPT[:4], [7])], 16, []),
+        make_batch([Piece(PROMPT[45:46], PAGES, 45), Piece(PROMPT[4:5], [7], 4)], 16),
+    ]
+    reference = ReferenceBackend().open_stage(graph, CONFIG)
+    expected = [reference.run(batch) for batch in batches]
+    for offload in (Offload(3, True, True, 3), Offload(2, True, n_cpu_experts=2, op_offload=True)):
+        stage = opened(graph, offload)
+        for batch, right in zip(batches, expected, strict=True):
+            found = stage.run(batch)
+            assert found.shape == right.shape and (not len(right) or close_to(found, right))
+        stage.close()
+        assert gpu.device.memory()[0] == gpu.device.memory()[1]
