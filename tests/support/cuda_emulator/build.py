@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 CACHE = home() / "tests" / "cuda_emulator"  # read once: tests that move PYINFER_HOME share it
 _CHECKS = "-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero"
 FLAGS = (
-    "-std=c++17", "-O2", "-g0", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique",
+    "-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique",
     "-fno-weak", "-Wl,-Bsymbolic", "-U_FORTIFY_SOURCE", "-fno-stack-protector", "-fcf-protection=none",
 )  # fmt: skip
 NICE = ("nice", "-n", "15") if shutil.which("nice") else ()

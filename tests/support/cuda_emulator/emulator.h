@@ -1,5 +1,6 @@
 // CUDA's language for g++: qualifiers, indices, vector types, intrinsics and warp functions, as far as the kernels use them.
 #pragma once
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // C's own math.h: libstdc++'s takes longer to read than all else here
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>

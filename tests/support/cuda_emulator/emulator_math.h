@@ -11,6 +11,18 @@ inline unsigned long long max(unsigned long long a, unsigned long long b) { retu
 inline unsigned long long min(unsigned long long a, unsigned long long b) { return a < b ? a : b; }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline float min(float a, float b) { return fminf(a, b); }
+// As in CUDA, what is called on a float is computed as one.
+#define EMULATOR_FLOAT(name) inline float name(float v) { return name##f(v); }
+EMULATOR_FLOAT(ceil)
+EMULATOR_FLOAT(cos)
+EMULATOR_FLOAT(exp)
+EMULATOR_FLOAT(fabs)
+EMULATOR_FLOAT(floor)
+EMULATOR_FLOAT(log)
+EMULATOR_FLOAT(rint)
+EMULATOR_FLOAT(sin)
+EMULATOR_FLOAT(sqrt)
+EMULATOR_FLOAT(tanh)
 
 template <class To, class From>
 inline To emulator_bits(From from) {
