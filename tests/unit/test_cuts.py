@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from batches import Piece, make_batch, one_table, run_prompt
+from cut_places import cut_places
 from tiny_models import TinyShape
 
 from pyinfer.graph.backend import StageConfig
@@ -33,20 +34,6 @@ def graph_of(path: Path, *, optimized: bool = True) -> Graph:
     return one_table(optimize(graph) if optimized else graph)
 
 
-def places(graph: Graph) -> list[int]:
-    """Where a graph may be cut, any or all: not between a layer's `StoreKV` and its `Attention`, nor behind a `Quantize`."""
-    open_layers: set[int] = set()
-    found = []
-    for index, op in enumerate(graph.ops):
-        if index and not open_layers and not isinstance(graph.ops[index - 1], Quantize):
-            found.append(index)
-        if isinstance(op, StoreKV):
-            open_layers.add(op.layer)
-        if isinstance(op, Attention):
-            open_layers.discard(op.layer)
-    return found
-
-
 def chain_of(graph: Graph, cuts: Sequence[int]) -> StageChain:
     parts = split_graph(graph, cuts)
     return StageChain([ReferenceBackend().open_stage(part, CONFIG) for part in parts], sources(parts))
@@ -57,7 +44,7 @@ def test_any_cut_keeps_every_bit(arch: str, codec: str, tiny_model: Callable[...
     """One cut at each place, then all at once: every op a stage of its own."""
     graph = graph_of(tiny_model(arch, codec, shape=TinyShape(n_layers=2)))
     expected = run_prompt(ReferenceBackend().open_stage(graph, CONFIG), PROMPT, PAGES, 16, 16)
-    everywhere = places(graph)
+    everywhere = cut_places(graph)
     assert len(everywhere) > 15
     for cuts in (*([cut] for cut in everywhere), everywhere):
         np.testing.assert_array_equal(run_prompt(chain_of(graph, cuts), PROMPT, PAGES, 16, 16), expected)
@@ -67,7 +54,7 @@ def test_random_cuts_with_few_outputs(tiny_model: Callable[..., Path]) -> None:
     rng = np.random.RandomState(0)
     for optimized in (True, False):
         graph = graph_of(tiny_model("gemma3", "Q4_0", shape=SHAPE), optimized=optimized)
-        everywhere = places(graph)
+        everywhere = cut_places(graph)
         for _ in range(6):
             chain = chain_of(graph, sorted(rng.choice(everywhere, 4, replace=False).tolist()))
             whole = ReferenceBackend().open_stage(graph, CONFIG)
