@@ -242,12 +242,11 @@ def kinds_of_a_file(name: str) -> str:
 @pytest.mark.parametrize(
     "arch, kind, bound",
     [
-        ("qwen3moe", "F32", 1e-5),
         ("qwen2moe", "F32", 1e-5),
         ("llama", "BF16", 5e-2),
         ("qwen3moe", kinds_of_a_file, 5e-2),
     ],
-    ids=["qwen3moe F32", "qwen2moe F32", "llama BF16", "qwen3moe mixed"],
+    ids=["qwen2moe F32", "llama BF16", "qwen3moe mixed"],
 )
 def test_whole_models(
     arch: str, kind: str | Callable[[str], str], bound: float, tiny_model: Callable[..., Path]
