@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pyinfer.graph.ops import CombineExperts, ExpertMatMul, Op, RouteExperts, Value
-from pyinfer.kernels_cpu.activation_a8 import row_bytes
 from pyinfer.kernels_cpu.buffers import Buffer, BufferPlan, stride_of
 from pyinfer.kernels_cpu.compiler import Compiler
 from pyinfer.kernels_cpu.expert_rows import CombineArg, GatherArg, PlaceArg, combine_body, gather_body, place_body
@@ -95,11 +94,9 @@ class ExpertRules:
     def _matmul(self, op: ExpertMatMul) -> None:
         n_experts, _, n_in = op.weights[0].shape
         places = self._place(op.experts, n_experts)
-        row = Value(f"{op.x.name}.pair", n_in, op.x.rows, op.x.dtype)
-        # the rows of all pairs: as many bytes as a value has that is n_used times as wide
-        gathered_value = Value(f"{op.x.name}.gathered", op.n_used * n_in, op.x.rows, op.x.dtype)
-        stride = row_bytes(n_in) if op.x.dtype == "a8" else stride_of(row)
-        gathered = self._buffers.write(gathered_value)
+        stride = stride_of(Value("pair", n_in, op.x.rows, op.x.dtype))
+        # pairs of all rows take the bytes of a value that is n_used times as wide
+        gathered = self._buffers.write(Value("gathered", op.n_used * n_in, op.x.rows, op.x.dtype))
         assert gathered.stride == op.n_used * stride
         x, rows = self._buffers[op.x], _rows_field(op.experts)
         arguments = {

@@ -201,6 +201,10 @@ class ExpertSizes:
 def read_experts(reader: ModelReader, n_ff: int, *, normalize: bool, has_shared: bool = False) -> ExpertSizes:
     """The sizes of the experts; `n_ff` is the width of those whose width is not in the metadata."""
     n_experts, n_used = reader.integer("expert_count"), reader.integer("expert_used_count")
+    if reader.has("blk.0.ffn_gate.0.weight"):
+        raise reader.error(
+            "every expert is a tensor of its own, as in files of early 2024; convert the checkpoint anew"
+        )
     if n_used > n_experts:
         raise reader.key_error("expert_used_count", f"is {n_used}; expected at most the {n_experts} experts there are")
     if reader.value("expert_gating_func") not in (None, _SOFTMAX):

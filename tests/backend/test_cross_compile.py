@@ -6,10 +6,13 @@ import llvmlite.binding as llvm
 import pytest
 
 from pyinfer.kernels_cpu.attention import attention_body
-from pyinfer.kernels_cpu.compiler import emit_ir
+from pyinfer.kernels_cpu.compiler import Body, emit_ir
+from pyinfer.kernels_cpu.expert_rows import combine_body, gather_body, place_body
 from pyinfer.kernels_cpu.isa import ISA, available
 from pyinfer.kernels_cpu.matmul_block import emit_block_tile, matmul_body
+from pyinfer.kernels_cpu.matmul_experts import expert_matmul_body
 from pyinfer.kernels_cpu.matmul_types import BLOCK_SOURCES
+from pyinfer.kernels_cpu.route_experts import route_body
 
 pytestmark = pytest.mark.backend
 
@@ -43,6 +46,24 @@ def test_neon_attention_compiles_without_library_calls() -> None:
     isa, triple, _ = TARGETS["neon"]
     code = assembly(isa, triple, emit_ir("kernel", isa, attention_body(64, "f16", "f16", 3)))
     assert "fcvtl" in code and "extendhfsf" not in code
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        route_body("softmax"),
+        place_body(),
+        gather_body("a8"),
+        combine_body(),
+        expert_matmul_body(emit_block_tile(BLOCK_SOURCES["Q4_K"]), "q4_k"),
+    ],
+    ids=["route", "place", "gather", "combine", "matmul"],
+)
+def test_neon_kernels_of_experts_compile_without_library_calls(body: Body) -> None:
+    isa, triple, _ = TARGETS["neon"]
+    code = assembly(isa, triple, emit_ir("kernel", isa, body))
+    called = {line.split()[1] for line in code.splitlines() if line.split()[:1] == ["bl"]}
+    assert all("tile" in name for name in called), called
 
 
 def test_numba_variables_choose_the_isa(monkeypatch: pytest.MonkeyPatch) -> None:

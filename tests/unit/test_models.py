@@ -161,6 +161,13 @@ def test_weights_of_different_types(tmp_path: Path) -> None:
             r"expert_gating_func is 2; supported: 1 \(softmax\)",
         ),
         (
+            {
+                "metadata": {"llama.expert_count": 4, "llama.expert_used_count": 2},
+                "vectors": {"blk.0.ffn_gate.0.weight": np.ones((128, 64), np.float32)},
+            },
+            r"every expert is a tensor of its own, as in files of early 2024",
+        ),
+        (
             {"metadata": {"llama.expert_count": 4, "llama.expert_used_count": 2}},
             r"tensor blk\.0\.ffn_gate_inp\.weight is missing",
         ),
