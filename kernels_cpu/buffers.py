@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Value
+from pyinfer.graph.ops import Hidden, Value
 from pyinfer.kernels_cpu.activation_a8 import row_bytes
 from pyinfer.kernels_cpu.memory import address, allocate
 
@@ -40,6 +40,9 @@ class BufferPlan:
         self._max_rows = max_rows
         self._reads_left = Counter(id(value) for op in graph.ops for value in op.inputs)
         self._reads_left.update(map(id, graph.results))  # the caller reads them
+        self._reads_left.update(
+            id(op.out) for op in graph.ops if isinstance(op, Hidden)
+        )  # nor is what it gives written over
         self._of: dict[int, Buffer] = {}
         self._free = [] if free is None else free
 

@@ -18,6 +18,7 @@ from pyinfer.kernels_cpu.attention_merge import MAX_SPLIT_TOKENS
 from pyinfer.kernels_cpu.buffers import Buffer
 from pyinfer.kernels_cpu.compiler import source_hash
 from pyinfer.kernels_cpu.lower import lower, matrices
+from pyinfer.kernels_cpu.memory import address
 from pyinfer.kernels_cpu.opcode import StepField
 from pyinfer.kernels_cpu.pool import Pool, Program
 from pyinfer.kernels_cpu.repack_cache import RepackCache
@@ -25,6 +26,7 @@ from pyinfer.kernels_cpu.share import StageShare
 from pyinfer.kernels_cpu.weights import WeightArena
 
 _BLOCK_SIZES = (16, 32, 64)
+_ALIGNMENT = 64  # bytes
 
 
 class CPUStage:
@@ -60,6 +62,10 @@ class CPUStage:
         share.free += share.results.release_before(number)
         self._lowered = lower(graph, config, share.compiler, self._weights, share.pages, share.ropes, share.free)
         share.results.hold(last_reader, [result.memory for result in self._lowered.results])
+        share.results.hold(number, [hidden.memory for hidden in self._lowered.hidden])
+        self._hidden_words = [
+            np.flatnonzero(self._lowered.records == hidden.address) for hidden in self._lowered.hidden
+        ]
         self._program = Program(self._lowered.records, share.step.header)
         self._repack_cache: RepackCache | None = None
         share.n_users += 1
@@ -83,6 +89,8 @@ class CPUStage:
     def load(self, progress: Progress | None = None) -> None:
         """Read and repack the weights."""
         config, weights, compiler = self._config, self._weights, self._share.compiler
+        if not weights.n_bytes:
+            return
         if not (config.repack_cache and config.weights_id):
             weights.load(self._pool, compiler, progress)
             return
@@ -110,8 +118,8 @@ class CPUStage:
         spans, n_tiles = self._spans(batch, step.n_tiles), step.n_tiles
         step.header[StepField.N_SPANS], step.header[StepField.N_ATTENTION] = spans, n_tiles * spans
         step.header[StepField.N_MERGED] = n if spans > 1 else 0
-        for buffer, rows in zip(self._lowered.hidden, batch.hidden, strict=True):
-            self._rows(buffer, rows.dtype)[: len(rows), : rows.shape[1]] = rows
+        for number, rows in enumerate(batch.hidden):
+            self._take(number, rows)
         self._pool.run(self._program)
         return tuple(
             self._rows(buffer, np.dtype(np.int32 if value.dtype == "i32" else np.float32))[
@@ -119,6 +127,14 @@ class CPUStage:
             ]
             for value, buffer in zip(self.graph.results, self._lowered.results, strict=True)
         )
+
+    def _take(self, number: int, rows: Rows) -> None:
+        """Have the kernels read a stage's rows where they are, or a copy where that is not as they need it."""
+        buffer = self._lowered.hidden[number]
+        is_usable = rows.flags.c_contiguous and rows.strides[0] == buffer.stride and address(rows) % _ALIGNMENT == 0
+        if not is_usable:
+            self._rows(buffer, rows.dtype)[: len(rows), : rows.shape[1]] = rows
+        self._lowered.records.reshape(-1)[self._hidden_words[number]] = address(rows) if is_usable else buffer.address
 
     def _rows(self, buffer: Buffer, dtype: np.dtype[Any]) -> Rows:
         return buffer.memory.view(dtype).reshape(self._config.max_tokens, -1)

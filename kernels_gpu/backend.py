@@ -76,9 +76,13 @@ def stages_on(
 ) -> list[GPUStage]:
     """Stages that share this device, those of `borrowed` last; see `graph.backend.LendingBackend`."""
     lasts = last_readers or [len(graphs)] * len(graphs)
-    stages = []
+    stages: list[GPUStage] = []
     try:
         share = DeviceShare(device, graphs, config)
+    except BaseException:
+        device.close()
+        raise
+    try:
         share.weights.load(progress)
         for number, (graph, last) in enumerate(zip(graphs, lasts, strict=True)):
             stages.append(
@@ -87,7 +91,7 @@ def stages_on(
         stages += _borrowed_stages(device, share, borrowed, config, len(graphs)) if borrowed else []
         device.prepare(list(dict.fromkeys(kernel for stage in stages for kernel in stage.kernels())))
     except BaseException:
-        device.close()
+        share.close()
         raise
     return stages
 
@@ -97,6 +101,7 @@ def _borrowed_stages(
 ) -> list[GPUStage]:
     """Their numbers are behind those of the others, as nothing of these is needed when they run."""
     stream = WeightStream(device, borrowed.graphs, share.weights)
+    share.on_close(stream.close)
     return [
         GPUStage(
             device,

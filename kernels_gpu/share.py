@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,6 +52,7 @@ class DeviceShare:
         self.routes = RouteTable(GPU(device.arch, device.n_sms, device.shared_bytes))
         self.copies: dict[int, Buffer] = {}  # address of a packed matrix -> the same in float16, where that is kept
         self.n_users = 0
+        self._endings: list[Callable[[], None]] = []
         self.results = HeldResults[Bytes]()
         self._free_results: list[Bytes] = []
         self._counters = _Kept()
@@ -127,4 +128,14 @@ class DeviceShare:
         """One stage less; the last one gives the memory back."""
         self.n_users -= 1
         if self.n_users <= 0:
-            self.device.close()
+            self.close()
+
+    def on_close(self, work: Callable[[], None]) -> None:
+        """Do this before the memory goes."""
+        self._endings.append(work)
+
+    def close(self) -> None:
+        for work in self._endings:
+            work()
+        self._endings.clear()
+        self.device.close()

@@ -257,6 +257,4 @@ class GPUStage:
     def close(self) -> None:
         """Give the device's memory back, once no stage is left there."""
         self._programs.clear()
-        if self._stream is not None:
-            self._stream.stream.close()
         self._memory.share.leave()

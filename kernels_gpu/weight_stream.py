@@ -113,8 +113,7 @@ class PartStream:
     def __init__(
         self, stream: WeightStream, number: int, weights: dict[int, DeviceWeight], resident: DeviceWeights
     ) -> None:
-        self.stream = stream
-        self._number, self._weights, self._resident = number, weights, resident
+        self._stream, self._number, self._weights, self._resident = stream, number, weights, resident
 
     def __getitem__(self, tensor: QuantTensor) -> DeviceWeight:
         return self._weights[id(tensor.data)]
@@ -123,7 +122,7 @@ class PartStream:
         return self._resident.vector(values)
 
     def bring(self) -> None:
-        self.stream.bring(self._number)
+        self._stream.bring(self._number)
 
 
 def _places(graph: Graph) -> tuple[list[_Place], int, int]:

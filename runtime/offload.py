@@ -116,10 +116,11 @@ def candidates(
 ) -> Iterator[Offload]:
     """What was asked for, then less and less, down to nothing."""
     first = wanted(layers, n_blocks, n_cpu_experts, op_offload=op_offload)
-    yield first
     most = n_blocks if first.has_head else first.n_blocks - 1
-    for n in range(most, 0, -1):
-        yield replace(first, n_blocks=n, has_embedding=False)
+    for offload in (first, *(replace(first, n_blocks=n, has_embedding=False) for n in range(most, 0, -1))):
+        yield offload
+        if op_offload and layers != "auto":
+            yield replace(offload, op_offload=False)  # so many layers were asked for
     if first.n_layers:
         yield Offload(0)
 

@@ -70,7 +70,8 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
         built = for_context(graph, config.n_ctx)
         whole = optimize(built)
         plan = plan_for(built, config, devices, offload, options, whole)
-        if layers != "auto" and offload != asked and most == asked.n_blocks:
+        is_asked = replace(offload, op_offload=asked.op_offload) == asked
+        if layers != "auto" and not is_asked and most == asked.n_blocks:
             _log.warning("there is no room for %s on the GPU; %s", _layers(asked), _instead(offload))
         try:
             stage = open_stages(plan, config, options.backend, progress, options.op_offload_min_batch)

@@ -161,7 +161,15 @@ def test_the_plan_says_what_goes_and_covers_it(tiny_model: TinyModel, gpu: Emula
     assert used[1] < with_it.stages[1].n_bytes(12) - fixed // 2
     for nothing in (Offload(4, True, True, op_offload=True), Offload(0), Offload(4, op_offload=True)):
         assert make_plan(graph, CONFIG, [CARD], nothing, 1.0).borrowed is None
-    assert [each.op_offload for each in candidates(2, 4, op_offload=True)] == [True, True, False]
+    tried = [(each.n_blocks, each.op_offload) for each in candidates(2, 4, op_offload=True)]
+    assert tried == [
+        (2, True),
+        (2, False),
+        (1, True),
+        (1, False),
+        (0, False),
+    ]  # the number that was asked for comes first
+    assert all(each.op_offload for each in candidates("auto", 4, op_offload=True) if each.n_layers)
     with pytest.raises(ConfigError, match="op_offload_min_batch"):
         LoadOptions(op_offload_min_batch=0)
 
