@@ -1,5 +1,5 @@
-"""Launches of a mixture of experts: `cuda/experts.cu`, `gemv_experts` of `cuda/gemv.cu` and `gemv_gated.cu`,
-`cuda/expert_mma.cu`.
+"""Launches of a mixture of experts for few slots: `cuda/experts.cu`, and the kernels of `cuda/gemv.cu` and `gemv_gated.cu` for
+experts. Of many slots `expert_tiles` has the products.
 
 A slot is one of the experts of one row: row r has slots r * n_used .. r * n_used + n_used - 1. The matrices of all experts lie
 one above the other in one weight. Nothing here needs to know on the host which experts were chosen, so all of it may be captured.
@@ -8,8 +8,7 @@ one above the other in one weight. Nothing here needs to know on the host which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Literal
 
 from pyinfer.graph.ops import Activation
@@ -18,14 +17,12 @@ from pyinfer.kernels_gpu.matmul import MAX_MATRICES
 from pyinfer.kernels_gpu.matvec import Product, gemv_defines
 from pyinfer.kernels_gpu.matvec_gated import GATED_BLOCK, can_fuse_gated, gated_defines
 from pyinfer.kernels_gpu.matvec_tuning import Problem, default_tuning, gated_tuning
-from pyinfer.kernels_gpu.mma_tiling import GPU, Tiling, tilings
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
 
 _SOURCE = "experts.cu"
 _WARPS = 4
-_SORT_THREADS = 1024
 _MAX_GRID = 65535
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -114,7 +111,7 @@ def build_expert_matvec(
                     grid=(sum(blocks), min(_MAX_GRID, slots.n - first), 1),
                     block=(32 * cut.warps, 1, 1),
                     args=(
-                        x.data, x.scales, x.sums, columns, slots.experts, first, _slots_of_row(x, columns, slots),
+                        x.data, x.scales, x.sums, columns, slots.experts, first, slots_of_row(x, columns, slots),
                         *(field for matrix in matrices for field in matrix),
                     ),
                     overlap=True,
@@ -144,7 +141,7 @@ def build_gated_expert_matvec(
             grid=(n // GATED_BLOCK, slots.n, 1),
             block=(32 * cut.warps, 1, 1),
             args=(
-                x.data, x.scales, x.sums, columns, slots.experts, _slots_of_row(x, columns, slots), gate.buffer, up.buffer, n,
+                x.data, x.scales, x.sums, columns, slots.experts, slots_of_row(x, columns, slots), gate.buffer, up.buffer, n,
                 out.data, out.scales, out.sums,
             ),
             overlap=True,
@@ -152,102 +149,7 @@ def build_gated_expert_matvec(
     ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class SortedSlots:
-    """How many rows the tiles have, and how many tiles there may be, at most, for these slots."""
-
-    tile_rows: int
-    n_tiles: int
-
-    @property
-    def n_bytes(self) -> int:
-        """Of the expert of each tile and the slot of each row, int32."""
-        return 4 * self.n_tiles * (1 + self.tile_rows)
-
-
-def sorted_slots(slots: Slots, tile_rows: int) -> SortedSlots:
-    return SortedSlots(tile_rows, slots.n // tile_rows + min(slots.n, slots.n_experts))
-
-
-def expert_tiling(kind: str, slots: Slots, widths: tuple[int, ...], columns: int, gpu: GPU) -> Tiling:
-    """Tiles for the slots that an expert has on average; a block does all columns of its tile."""
-    busy = min(slots.n, slots.n_experts)
-    cut = tilings(kind, max(8, -(-slots.n // busy)), tuple(n * busy for n in widths), columns, gpu)[0]
-    return replace(cut, units_per_block=-(-columns // cut.chunk_columns))
-
-
-def build_expert_matmul(
-    x: Operand, products: Sequence[Product], slots: Slots, scratch: Buffer, gpu: GPU
-) -> list[Launch]:
-    """The same for many slots, in tiles on the tensor cores. x is "h16"; `scratch` has `expert_scratch` bytes."""
-    launches = []
-    for kind, same in _groups(products):
-        layouts = [product.weight.layout for product in same]
-        columns = layouts[0].n_columns
-        widths = tuple(layout.n_rows // slots.n_experts for layout in layouts)
-        cut = expert_tiling(kind, slots, widths, columns, gpu)
-        plan = sorted_slots(slots, cut.rows)
-        tiles, rows = scratch.at(0, 4 * plan.n_tiles), scratch.at(4 * plan.n_tiles)
-        launches.append(_sort(slots, plan, tiles, rows))
-        matrices: list[tuple[Buffer | None, Buffer | None, int]]
-        matrices = [(product.weight.buffer, product.out, n) for product, n in zip(same, widths, strict=True)]
-        matrices += [(None, None, 0)] * (MAX_MATRICES - len(same))
-        launches.append(
-            Launch(
-                expert_mma_kernel(kind, cut),
-                grid=(plan.n_tiles, sum(-(-n // cut.tile) for n in widths), 1),
-                block=(32 * cut.warps, 1, 1),
-                args=(
-                    x.data, x.scales, tiles, rows, slots.n_used, _slots_of_row(x, columns, slots), columns,
-                    slots.n_experts, *(field for matrix in matrices for field in matrix),
-                ),
-                shared_bytes=cut.shared_bytes(kind),
-                overlap=True,
-            )
-        )  # fmt: skip
-    return launches
-
-
-def expert_scratch(products: Sequence[Product], slots: Slots, gpu: GPU) -> int:
-    """Bytes that `build_expert_matmul` needs."""
-    sizes = []
-    for kind, same in _groups(products):
-        widths = tuple(product.weight.layout.n_rows // slots.n_experts for product in same)
-        cut = expert_tiling(kind, slots, widths, same[0].weight.layout.n_columns, gpu)
-        sizes.append(sorted_slots(slots, cut.rows).n_bytes)
-    return max(sizes)
-
-
-def expert_mma_kernel(kind: str, cut: Tiling) -> Kernel:
-    """The variant of the kernel; it is cut as `matmul_mma`."""
-    return Kernel("expert_mma.cu", "expert_mma", cut.defines(kind))
-
-
-def _sort(slots: Slots, plan: SortedSlots, tiles: Buffer, rows: Buffer) -> Launch:
-    defines = (("N_EXPERTS", slots.n_experts), ("TILE_ROWS", plan.tile_rows), ("THREADS", _SORT_THREADS))
-    return Launch(
-        Kernel(_SOURCE, "sort_slots", defines),
-        grid=(1, 1, 1),
-        block=(_SORT_THREADS, 1, 1),
-        args=(slots.experts, slots.n, plan.n_tiles, tiles, rows),
-        overlap=True,
-    )
-
-
-def _groups(products: Sequence[Product]) -> list[tuple[str, list[Product]]]:
-    """Of one type each, at most three."""
-
-    def kind_of(product: Product) -> str:
-        return product.weight.layout.kind
-
-    groups = []
-    for kind, same in groupby(sorted(products, key=kind_of), key=kind_of):
-        members = list(same)
-        groups += [(kind, members[i : i + MAX_MATRICES]) for i in range(0, len(members), MAX_MATRICES)]
-    return groups
-
-
-def _slots_of_row(x: Operand, columns: int, slots: Slots) -> int:
+def slots_of_row(x: Operand, columns: int, slots: Slots) -> int:
     """How many slots share a row of x: all of a token, or none."""
     assert x.width in (columns, columns * slots.n_used), (x.width, columns, slots.n_used)
     return slots.n_used if x.width == columns else 1

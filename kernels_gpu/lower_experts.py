@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from pyinfer.graph.ops import CombineExperts, ExpertMatMul, GatedActivation, RouteExperts
+from pyinfer.graph.ops import CombineExperts, ExpertMatMul, GatedActivation, RouteExperts, Value
 from pyinfer.kernels_gpu.buckets import DECODE_ROWS
+from pyinfer.kernels_gpu.expert_tiles import SlotTiles, build_expert_matmul, build_tiles, tiled_products, tiles_bytes
 from pyinfer.kernels_gpu.experts import (
     Slots,
     build_combine,
-    build_expert_matmul,
     build_expert_matvec,
     build_gated_expert_matvec,
     build_route,
     can_fuse_gated_experts,
-    expert_scratch,
 )
 from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.products import operand_form
-from pyinfer.kernels_gpu.program import ProgramBuilder
+from pyinfer.kernels_gpu.program import ProgramBuilder, ProgramShape
 from pyinfer.kernels_gpu.rows import build_quantize
+from pyinfer.kernels_gpu.stage_memory import StageMemory
 
 
 class ExpertRules(ProgramBuilder):
     """One method an op."""
+
+    def __init__(self, memory: StageMemory, shape: ProgramShape) -> None:
+        super().__init__(memory, shape)
+        self._sorted: tuple[tuple[int, int], SlotTiles] | None = (
+            None  # the latest, by the chosen experts and its tiles' rows
+        )
 
     def _route_experts(self, op: RouteExperts) -> None:
         logits, weights = self.values[op.logits].data, self._write(op.weights).data
@@ -49,15 +55,26 @@ class ExpertRules(ProgramBuilder):
                 if own == form
             ]
             if form == "h16":
-                gpu = self.memory.routes.gpu
-                scratch = self.values.scratch(expert_scratch(products, slots, gpu))
-                self.steps += build_expert_matmul(x, products, slots, scratch, gpu)
-                self.values.release(scratch)
+                for product in tiled_products(products, slots, self.memory.routes.gpu):
+                    tiles = self._tiles_of(op.experts, slots, product.cut.rows)
+                    self.steps += build_expert_matmul(x, product, slots, tiles)
             else:
                 assert n <= DECODE_ROWS or form == "f32"
                 self.steps += build_expert_matvec(x, products, slots, n_sms=device.n_sms, arch=device.arch)
             if copied is not None:
                 self.values.release(copied)
+
+    def _tiles_of(self, experts: Value, slots: Slots, tile_rows: int) -> SlotTiles:
+        """Slots sorted once for all products of a layer that have tiles of one size."""
+        key = id(experts), tile_rows
+        if self._sorted is None or self._sorted[0] != key:
+            if self._sorted is not None:
+                self.values.release(self._sorted[1].memory)
+            memory = self.values.scratch(tiles_bytes(slots, tile_rows))
+            tiles, sort = build_tiles(slots, tile_rows, memory)
+            self.steps += sort
+            self._sorted = key, tiles
+        return self._sorted[1]
 
     def _fuse_gated_experts(self, op: ExpertMatMul, gated: GatedActivation) -> bool:
         """Both products and their activation in one launch, where few slots read matrices of one type; whether it was done."""

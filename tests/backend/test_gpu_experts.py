@@ -19,15 +19,14 @@ from pyinfer.graph.expert_math import combine, expert_matmul, route
 from pyinfer.graph.ops import RouteExperts, Value
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceStage
+from pyinfer.kernels_gpu.expert_tiles import build_expert_matmul, build_tiles, tiled_products, tiles_bytes
 from pyinfer.kernels_gpu.experts import (
     Scoring,
     Slots,
     build_combine,
-    build_expert_matmul,
     build_expert_matvec,
     build_gated_expert_matvec,
     build_route,
-    expert_scratch,
 )
 from pyinfer.kernels_gpu.launch import Launch
 from pyinfer.kernels_gpu.matvec import Product
@@ -210,8 +209,10 @@ def run_tiles(device: EmulatedDevice, case: Case, n_rows: int, *, scaled: bool, 
     halves = case.rng.standard_normal((n_rows, case.width)).astype(np.float16)
     scales = np.exp2(case.rng.integers(-3, 4, n_rows)).astype(np.float32) if scaled else np.ones(n_rows, np.float32)
     operand = Operand("h16", case.width, device.array(halves), device.array(scales) if scaled else None)
-    scratch = device.alloc(expert_scratch(case.products, case.slots, SMALL))
-    launch(device, build_expert_matmul(operand, case.products, case.slots, scratch, SMALL))
+    for product in tiled_products(case.products, case.slots, SMALL):
+        rows = product.cut.rows
+        tiles, sort = build_tiles(case.slots, rows, device.alloc(tiles_bytes(case.slots, rows)))
+        launch(device, [*sort, *build_expert_matmul(operand, product, case.slots, tiles)])
     case.check(halves.astype(np.float32) * scales[:, None], tolerance)
 
 
@@ -267,5 +268,6 @@ def test_whole_models(
         assert {"route_experts", "gemv_gated_experts", "gemv_experts"} <= names
         assert ("combine_experts" in names) == (arch == "qwen2moe"), "sums go into the next norm"
         assert ("expert_mma" in names) == (kind != "F32")
+        assert device.launches.get("sort_slots", 0) <= 4 * len(graph.kv_layers), "more than two a layer and prompt"
     finally:
         stage.close()
