@@ -224,9 +224,9 @@ class GPUStage:
     def _usual_shapes(self) -> list[ProgramShape]:
         """Of steps that only decode, of one prompt, and of both; the largest first."""
         config = self._config
-        if self._stream is not None:
-            return [ProgramShape("prompt", config.max_tokens, 0, 1)]
         rows = [n for n in token_buckets(config.max_tokens) if n > FEW_TOKENS][::-1]
+        if self._stream is not None:
+            return [ProgramShape("prompt", n, 0, 1) for n in rows]
         decode = token_buckets(min(config.max_tokens, config.max_sequences))
         outputs = [bucket_of(min(n, self._max_outputs), output_buckets(n)) for n in rows]
         shapes = [ProgramShape("mixed", n, m, config.max_sequences) for n, m in zip(rows, outputs, strict=True)]

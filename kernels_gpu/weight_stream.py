@@ -103,7 +103,7 @@ class WeightStream:
         """Wait for copies that a step which failed has left, so that none comes behind newer ones."""
         for copy in self._copies.values():
             if copy is not None:
-                copy.result()
+                copy.exception()
         self._copies.clear()
 
 
