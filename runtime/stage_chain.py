@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,12 @@ class StageChain:
         """`sources` are those of `graph.split`: which results of which stages each one reads. None: all of the one before."""
         self.stages = list(stages)
         self._sources = sources
+        # what each can, as to ask takes as long as to run a small one
+        self._parts = [stage if isinstance(stage, PartStage) else None for stage in self.stages]
+        self._feeding = [
+            stage if isinstance(stage, FeedingStage) and self._is_straight(number) else None
+            for number, stage in enumerate(self.stages[:-1])
+        ]
         self._ends: list[int] = []  # of each stage's bytes in a page's
         last = self.stages[-1]
         self._sampler = last if isinstance(last, SamplingStage) and last.can_sample else None
@@ -39,14 +45,15 @@ class StageChain:
         """Run all stages but the last; the batch for that."""
         results: list[tuple[Rows, ...]] = []
         is_fed = False
-        for number, (stage, follower) in enumerate(pairwise(self.stages)):
-            part = replace(batch, hidden=()) if is_fed else self._batch_for(number, batch, results)
-            is_fed = self._is_straight(number) and isinstance(stage, FeedingStage) and stage.can_feed(follower, batch)
-            if is_fed and isinstance(stage, FeedingStage):
-                stage.run_into(part, follower)
+        for number, (stage, part, feeding) in enumerate(zip(self.stages, self._parts, self._feeding, strict=False)):
+            own = replace(batch, hidden=()) if is_fed else self._batch_for(number, batch, results)
+            follower = self.stages[number + 1]
+            is_fed = feeding is not None and feeding.can_feed(follower, batch)
+            if is_fed and feeding is not None:
+                feeding.run_into(own, follower)
                 results.append(())
             else:
-                results.append(stage.run_part(part) if isinstance(stage, PartStage) else (stage.run(part),))
+                results.append((stage.run(own),) if part is None else part.run_part(own))
         return replace(batch, hidden=()) if is_fed else self._batch_for(len(results), batch, results)
 
     def _is_straight(self, number: int) -> bool:
@@ -54,7 +61,7 @@ class StageChain:
         if self._sources is None:
             return True
         read = self._sources[number + 1]
-        others = [place for later, places in enumerate(self._sources) if later != number + 1 for place in places]
+        others = (place for later, places in enumerate(self._sources) if later != number + 1 for place in places)
         return all(stage == number for stage, _ in read) and all(stage != number for stage, _ in others)
 
     def _batch_for(self, number: int, batch: Batch, results: Sequence[tuple[Rows, ...]]) -> Batch:
