@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,26 @@ import pytest
 pytest_plugins = ["tiny_models"]  # tests/support/tiny_models.py
 
 LARGE_MODELS = frozenset({"qwen2.5-coder-1.5b"})
+MOST_WORKERS = 4  # each holds models of its own
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A plain run goes to a worker for each core, where there is xdist; one that chooses tests stays in this process."""
+    option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ or getattr(option, "numprocesses", 0) is not None:
+        return  # a worker has no workers; `-n` says what it wants; 0: no xdist
+    plain = config.args_source is pytest.Config.ArgsSource.TESTPATHS and option.markexpr == "not large"
+    if plain and not (option.keyword or option.usepdb or option.collectonly):
+        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if n_cores > 1:
+            option.numprocesses, option.dist = min(MOST_WORKERS, n_cores), "worksteal"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """What tests start ends by SIGINT, though a shell that put pytest in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

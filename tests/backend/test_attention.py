@@ -15,6 +15,8 @@ from cpu_kernels import F32, ISAS, Guarded, call, compiler, float_bits, padded_r
 from pyinfer.kernels_cpu.attention import attention_body, scratch_bytes
 from pyinfer.kernels_cpu.attention_args import PARTITION, AttentionArg
 from pyinfer.kernels_cpu.attention_merge import merge_body
+from pyinfer.kernels_cpu.compiler import emit_ir
+from pyinfer.kernels_cpu.isa import make_isa
 from pyinfer.kernels_cpu.kv_store import StoreArg, store_kv_body
 
 pytestmark = pytest.mark.backend
@@ -55,7 +57,9 @@ ON_THE_BEST = (
     Shape(128, "f32", 16, 1, 2, window=256),
     Shape(256, "f16", 16, 1, 4, window=512),
 )
-CASES = [(isa, s) for s in ON_EVERY_ISA for isa in ISAS] + [(ISAS[0], s) for s in ON_THE_BEST]
+# AVX-VNNI has AVX2's code wherever no bytes are multiplied, as a test below sees
+DISTINCT_ISAS = tuple(isa for isa in ISAS if isa != "avxvnni" or "avx2" not in ISAS)
+CASES = [(isa, s) for s in ON_EVERY_ISA for isa in DISTINCT_ISAS] + [(ISAS[0], s) for s in ON_THE_BEST]
 BY_CASE = pytest.mark.parametrize("isa, shape", CASES, ids=str)
 LENGTHS = (1100, 1, 257, 40)
 
@@ -205,8 +209,23 @@ def exact_prompts(shape: Shape) -> list[F64]:
     return [exact(pages, sequence, some_rows(n))[0] for sequence, n in enumerate(LENGTHS)]
 
 
+def parts_of(isa: str, shape: Shape) -> list[int]:
+    """Into how many a group of heads is cut, first not at all. Each is a kernel to compile: one ISA has those in between."""
+    between = {2, min(3, shape.group)} if isa == ISAS[0] else set()
+    return sorted({1, *between, shape.group})
+
+
 def spans_of(lengths: Sequence[int]) -> list[Span]:
     return [(i, 0, n) for i, n in enumerate(lengths)]
+
+
+@pytest.mark.skipif(DISTINCT_ISAS == ISAS, reason="this CPU has no AVX-VNNI")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_avxvnni_has_the_code_of_avx2(dtype: str) -> None:
+    vnni, avx2 = make_isa("avxvnni"), make_isa("avx2")
+    assert (vnni.cpu, vnni.features) == (avx2.cpu, avx2.features)
+    for body in (attention_body(64, dtype, dtype, 3), merge_body(64), store_kv_body(64, dtype, dtype)):
+        assert emit_ir("f", vnni, body) == emit_ir("f", avx2, body)
 
 
 @BY_CASE
@@ -237,7 +256,7 @@ def test_no_cut_into_tiles_parts_and_threads_changes_a_bit(isa: str, shape: Shap
     spans: list[Span] = [(3, 20, 40), (0, 1080, 1100), (1, 0, 1), (2, 250, 257)]
     expected = pages.attend(spans)
     for tile in (1, 3, 8):
-        for parts in {1, 2, min(3, shape.group), shape.group}:
+        for parts in parts_of(isa, shape):
             result = pages.attend(spans, tile=tile, parts=parts, cuts=(1, 2, 7))
             for ours, theirs in zip(result, expected, strict=True):
                 np.testing.assert_array_equal(ours, theirs, err_msg=f"tiles of {tile}, {parts} parts")
@@ -249,7 +268,7 @@ def test_sharing_out_the_partitions_changes_no_bit(isa: str, shape: Shape) -> No
     for spans in ([(0, 1095, 1100)], [(3, 38, 40), (0, 766, 770), (1, 0, 1), (2, 255, 257)]):
         expected = pages.attend(spans)
         for shares in (2, 3, 5, 9):
-            result = pages.attend(spans, shares=shares, parts=min(2, shape.group), cuts=(1, 5))
+            result = pages.attend(spans, shares=shares, parts=parts_of(isa, shape)[:2][-1], cuts=(1, 5))
             for ours, theirs in zip(result, expected, strict=True):
                 np.testing.assert_array_equal(ours, theirs, err_msg=f"{shares} shares")
 

