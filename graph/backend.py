@@ -109,6 +109,23 @@ class PartStage(Stage, Protocol):
 
 
 @runtime_checkable
+class HostStage(PartStage, Protocol):
+    """A part whose results lie in host memory that does not move."""
+
+    @property
+    def result_memory(self) -> Sequence[npt.NDArray[np.uint8]]: ...
+
+
+@runtime_checkable
+class PinningStage(PartStage, Protocol):
+    """A part on a device that reads host memory faster where that is pinned."""
+
+    def pin(self, memory: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Have this pinned for as long as the stage is open, where that can be; rows come from it."""
+        ...
+
+
+@runtime_checkable
 class FeedingStage(PartStage, Protocol):
     """A part on a device that can write into the memory of another part's."""
 

@@ -86,6 +86,11 @@ class CPUStage:
     def _pool(self) -> Pool:
         return self._share.pool
 
+    @property
+    def result_memory(self) -> list[npt.NDArray[np.uint8]]:
+        """See `graph.backend.HostStage`."""
+        return [result.memory for result in self._lowered.results]
+
     def load(self, progress: Progress | None = None) -> None:
         """Read and repack the weights."""
         config, weights, compiler = self._config, self._weights, self._share.compiler

@@ -211,6 +211,8 @@ class CuPyDevice:
         runtime.memsetAsync(target.ptr, 0, target.n_bytes, self._stream.ptr)
 
     def _is_pinned(self, array: npt.NDArray[Any]) -> bool:
+        if self._aside is not None and self._aside.is_pinned(array):
+            return True
         start = array.ctypes.data
         return any(first <= start and start + array.nbytes <= end for first, end in self._pinned)
 

@@ -31,17 +31,22 @@ class SideCopies:
         self._ended: dict[int, int] = {}  # slot -> the event behind what reads it
         self._pieces: list[tuple[Bytes, int]] = []
         self._registered: list[tuple[int, int]] = []
+        self._memory: list[npt.NDArray[Any]] = []  # what was pinned, so that it stays
 
     def pin(self, arrays: Sequence[npt.NDArray[Any]]) -> bool:
-        """Have these, parts of mapped files, pinned where they are; False if the system does not do that."""
+        """Have these, as parts of a mapped file, pinned where they are; False if the system does not do that."""
+        done: list[tuple[int, int]] = []
         for first, end in page_spans(arrays):
             try:
                 self._runtime.hostRegister(first, end - first, _PORTABLE | _READ_ONLY)
             except self._runtime.CUDARuntimeError:
-                self._unpin()
-                self._pieces = [(self._alloc_pinned(_PIECE), self._event()) for _ in range(2)]
+                self._unpin(done)
+                if not self._pieces:
+                    self._pieces = [(self._alloc_pinned(_PIECE), self._event()) for _ in range(2)]
                 return False
-            self._registered.append((first, end))
+            done.append((first, end))
+        self._registered += done
+        self._memory += arrays
         return True
 
     def copy(self, slot: int, copies: Sequence[tuple[Buffer, npt.NDArray[Any]]]) -> None:
@@ -51,7 +56,7 @@ class SideCopies:
             runtime.streamWaitEvent(self._stream, self._ended[slot])
         for target, source in copies:
             assert source.flags.c_contiguous and source.nbytes == target.n_bytes
-            if self._is_pinned(source):
+            if self.is_pinned(source):
                 kind = runtime.memcpyHostToDevice
                 runtime.memcpyAsync(target.ptr, source.ctypes.data, source.nbytes, kind, self._stream)
             else:
@@ -73,7 +78,8 @@ class SideCopies:
     def close(self) -> None:
         runtime = self._runtime
         runtime.streamSynchronize(self._stream)
-        self._unpin()
+        self._unpin(self._registered)
+        self._registered, self._memory = [], []
         for event in (*self._copied.values(), *self._ended.values(), *(event for _, event in self._pieces)):
             runtime.eventDestroy(event)
         runtime.streamDestroy(self._stream)
@@ -92,14 +98,14 @@ class SideCopies:
     def _event(self) -> int:
         return int(self._runtime.eventCreateWithFlags(self._runtime.eventDisableTiming))
 
-    def _is_pinned(self, source: npt.NDArray[Any]) -> bool:
+    def is_pinned(self, source: npt.NDArray[Any]) -> bool:
+        """Whether `pin` has pinned all of it."""
         start = source.ctypes.data
         return any(first <= start and start + source.nbytes <= end for first, end in self._registered)
 
-    def _unpin(self) -> None:
-        for first, _ in self._registered:
+    def _unpin(self, spans: Sequence[tuple[int, int]]) -> None:
+        for first, _ in spans:
             self._runtime.hostUnregister(first)
-        self._registered.clear()
 
 
 def page_spans(arrays: Sequence[npt.NDArray[Any]]) -> list[tuple[int, int]]:

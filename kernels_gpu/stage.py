@@ -33,6 +33,7 @@ from pyinfer.kernels_gpu.weight_stream import PartStream
 F32Array = npt.NDArray[np.float32]
 _MAX_OUTPUTS = 256  # rows that go through the head in one program; its logits take much memory
 _MAX_TOKENS = 65535  # of a step: rows are counted in the second and third direction of grids
+_WORTH_PINNING = 1 << 20  # bytes
 _MAX_PROGRAMS = 128  # captured ones that are kept; the one unused for longest goes first
 
 
@@ -118,6 +119,10 @@ class GPUStage:
             return self._run(batch)
         parts = [[rows.copy() for rows in self._run(part)] for part in split_batch(batch, self._max_outputs)]
         return tuple(np.concatenate(rows) for rows in zip(*parts, strict=True))
+
+    def pin(self, memory: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """See `graph.backend.PinningStage`. Small pieces are not worth it."""
+        self._device.pin([each for each in memory if each.nbytes >= _WORTH_PINNING])
 
     def can_feed(self, follower: Stage, batch: Batch) -> bool:
         """See `graph.backend.FeedingStage`: from GPU to GPU, where one reads the other's memory."""

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyinfer.graph.backend import Backend, Borrowed, LendingBackend, PartsBackend, Progress, Stage, StageConfig
+from pyinfer.graph.backend import (
+    Backend,
+    Borrowed,
+    HostStage,
+    LendingBackend,
+    PartsBackend,
+    PinningStage,
+    Progress,
+    Stage,
+    StageConfig,
+)
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import Value
 from pyinfer.graph.split import last_readers, sources
@@ -53,6 +63,9 @@ def open_stages(
     if not borrowed:
         return usual
     first = [opener.more[number] for number in range(len(borrowed.parts))]
+    lender = next(stage for stage, goes in zip(first, borrowed.goes, strict=True) if goes)
+    if isinstance(lender, PinningStage):
+        lender.pin([memory for stage in first if isinstance(stage, HostStage) for memory in stage.result_memory])
     return OpOffloadStage(usual, StageChain([*first, *in_order[1:]], sources(opener.many_rows)), min_rows)
 
 

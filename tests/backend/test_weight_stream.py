@@ -16,7 +16,7 @@ from cuda_emulator.device import EmulatedDevice
 from fake_cuda import FakeCUDA, fake_cuda
 from tiny_models import TinyShape
 
-from pyinfer.graph.backend import Borrowed, PartStage, StageConfig
+from pyinfer.graph.backend import Borrowed, HostStage, PartStage, PinningStage, StageConfig
 from pyinfer.graph.borrow import borrow_products
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import ApplyRope, Attention, Embed, ExpertMatMul, Hidden, MatMul, StoreKV
@@ -24,6 +24,7 @@ from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceBackend
 from pyinfer.graph.split import block_cuts, last_readers, sources, split_graph
 from pyinfer.kernels_cpu.backend import CPUBackend
+from pyinfer.kernels_gpu import stage as stage_module
 from pyinfer.kernels_gpu.backend import stages_on
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.side_copies import page_spans
@@ -126,8 +127,12 @@ def test_matrices_that_come_compute_what_those_there_do(arch: str, codec: str, t
 
 
 @pytest.mark.parametrize("pins", [True, False])
-def test_on_a_gpu_that_works_late(pins: bool, tiny_model: TinyModel) -> None:
-    """CuPy's device: copies on the second stream happen when they must, and not before what they would overwrite was read."""
+def test_on_a_gpu_that_works_late(pins: bool, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy's device: copies on the second stream happen when they must, and not before what they would overwrite was read.
+
+    Where memory can be pinned, the CPU's rows are copied late too.
+    """
+    monkeypatch.setattr(stage_module, "_WORTH_PINNING", 1)
     graph = part_of(graph_of(tiny_model("llama", "Q4_K", shape=SHAPE)))
     there = chain_on(EmulatedDevice(), graph, streams=False)
     expected = steps(there)
@@ -137,6 +142,10 @@ def test_on_a_gpu_that_works_late(pins: bool, tiny_model: TinyModel) -> None:
         fake.can_register, fake.is_aside_eager = pins, eager
         with fake_cuda(fake) as module:
             chain = chain_on(module.CuPyDevice(0), graph, streams=True)
+            lender = next(stage for stage in chain.stages if isinstance(stage, PinningStage))
+            n_spans = len(fake.registered)
+            lender.pin([rows for stage in chain.stages if isinstance(stage, HostStage) for rows in stage.result_memory])
+            assert (len(fake.registered) > n_spans) == pins
             assert bool(fake.registered) == pins
             for found, right in zip(steps(chain), expected, strict=True):
                 np.testing.assert_array_equal(found, right)
