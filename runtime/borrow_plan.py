@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pyinfer.graph.backend import DeviceInfo, StageConfig
 from pyinfer.graph.borrow import borrow_products
 from pyinfer.graph.graph import Graph
-from pyinfer.graph.ops import Hidden
-from pyinfer.graph.split import weights_of
+from pyinfer.graph.ops import Hidden, MatMul
+from pyinfer.graph.split import block_cuts, split_graph, weights_of
 from pyinfer.runtime.sizes import format_binary
-from pyinfer.runtime.stage_plan import StagePlan, buffer_bytes, weight_bytes
+from pyinfer.runtime.stage_plan import StagePlan, aligned_bytes, buffer_bytes, weight_bytes
 
 _SLOTS = 2  # parts whose matrices are on their way to the GPU
 
@@ -30,6 +30,13 @@ class BorrowPlan:
     def line(self) -> str:
         weights = format_binary(self.host_bytes)
         return f"GPU {self.device.index}, in steps of many tokens: products of {self.what}; weights {weights}, from host memory"
+
+
+def host_bytes(graph: Graph) -> list[int]:
+    """What each block takes on a CPU whose products a GPU computes: repacked, and what is read from the file, pinned."""
+    blocks = split_graph(graph, block_cuts(graph))[1:-1]
+    products = [[w for op in block.ops if isinstance(op, MatMul) for w in op.weights] for block in blocks]
+    return [weight_bytes(block) + aligned_bytes(own) for block, own in zip(blocks, products, strict=True)]
 
 
 def borrow_plan(part: Graph, lender: StagePlan, what: str, config: StageConfig) -> BorrowPlan:

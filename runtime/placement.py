@@ -12,6 +12,7 @@ from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import ExpertMatMul
 from pyinfer.graph.passes import for_context, optimize
 from pyinfer.runtime.backends import gpus
+from pyinfer.runtime.borrow_plan import host_bytes
 from pyinfer.runtime.kv_size import MAX_KV_MEMORY, plan_sizes
 from pyinfer.runtime.load_options import LoadOptions
 from pyinfer.runtime.memory import memory
@@ -20,6 +21,7 @@ from pyinfer.runtime.open_stages import open_stages
 from pyinfer.runtime.page_layout import PageLayout
 
 _log = logging.getLogger(__name__)
+_HOST_SHARE = 0.7  # of what is free on the host, for weights that are there twice
 _LEAST_CONTEXT = 8192  # tokens that must fit before weights take the rest of a GPU, if the model has so many
 
 
@@ -54,15 +56,19 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
     devices = find_devices(options)
     layers = options.n_gpu_layers if devices else 0
     n_cpu_experts = cpu_experts(graph, options)
-    op_offload = options.op_offload and options.max_num_batched_tokens >= options.op_offload_min_batch
+    op_offload = options.op_offload and bool(layers) and options.max_num_batched_tokens >= options.op_offload_min_batch
     asked, *less = candidates(layers, len(graph.kv_layers), n_cpu_experts, op_offload=op_offload)
     most = asked.n_blocks
+    needed = host_bytes(graph) if asked.op_offload else []
     if wants_tensor_split(options, devices) and not asked.has_embedding:
         raise ConfigError(
             f"gpu_split is 'tensor', which needs everything on GPUs, and n_gpu_layers is {layers}; use 'all' or a layer split",
             param="gpu_split",
         )
-    for offload in (asked, *less):
+    for candidate in (asked, *less):
+        offload = candidate
+        if sum(needed[: len(needed) - offload.n_blocks]) > _HOST_SHARE * memory().available:
+            offload = replace(offload, op_offload=False)
         config = sizes(offload, devices) if offload.n_blocks <= most else None
         if config is None:
             continue

@@ -23,7 +23,9 @@ from pyinfer.kernels_gpu.backend import stages_on
 from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime import backends, open_stages, placement
+from pyinfer.runtime.borrow_plan import host_bytes
 from pyinfer.runtime.load_options import LoadOptions
+from pyinfer.runtime.memory import Memory
 from pyinfer.runtime.models.registry import build_graph
 from pyinfer.runtime.offload import Offload, candidates, make_plan
 from pyinfer.runtime.op_offload import OpOffloadStage
@@ -184,7 +186,7 @@ def answer(path: Path, **options: Any) -> tuple[list[list[int]], list[str]]:
         return [output.outputs[0].token_ids for output in outputs], llm.model.placement
 
 
-def test_the_same_text(tiny_model: TinyModel, gpu: EmulatedGPU) -> None:
+def test_the_same_text(tiny_model: TinyModel, gpu: EmulatedGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_model("llama", "Q8_0", shape=TinyShape(n_layers=3))
     expected, nothing = answer(path)
     assert nothing == []
@@ -194,6 +196,10 @@ def test_the_same_text(tiny_model: TinyModel, gpu: EmulatedGPU) -> None:
     assert tokens == expected and gpu.device.launches["copy aside"] > 0
     assert "products of blocks 0 to 1" in lines[-1]
     before = gpu.device.launches["copy aside"]
+    little = Memory(total=8 * GIB, available=sum(host_bytes(build_graph(GGUFFile.open(path)))[:2]))
+    monkeypatch.setattr(placement, "memory", lambda: little)
+    tokens, lines = answer(path, n_gpu_layers=1)  # the host lacks room for weights that are there twice
+    assert tokens == expected and gpu.device.launches["copy aside"] == before and "products" not in lines[-1]
     tokens, lines = answer(path, n_gpu_layers=1, op_offload_min_batch=41)  # more than a step may have
     assert tokens == expected and gpu.device.launches["copy aside"] == before and "products" not in lines[-1]
 
