@@ -1,6 +1,6 @@
 """What a family of models is to the converter: a table of tensor names, a table of metadata keys, and a few hooks.
 
-All of it is data, so that a further family is one more table in `pyinfer.convert.families`.
+All of it is data, so that a further family is one more table.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from pyinfer.graph.ops import (
     Op,
     Quantize,
     RMSNorm,
-    RouteExperts,
     SelectRows,
     StoreKV,
     Value,
@@ -38,7 +37,7 @@ from pyinfer.kernels_cpu.buffers import Buffer, BufferPlan
 from pyinfer.kernels_cpu.compiler import Compiler
 from pyinfer.kernels_cpu.float_bits import float_bits
 from pyinfer.kernels_cpu.kv_store import StoreArg, store_kv_body
-from pyinfer.kernels_cpu.lower_experts import ExpertRules
+from pyinfer.kernels_cpu.lower_experts import ExpertRules, read_by_experts_only
 from pyinfer.kernels_cpu.matmul_bfloat import BFLOAT_PAIRS
 from pyinfer.kernels_cpu.matmul_block import ROW_BLOCK_BYTES, MatMulArg
 from pyinfer.kernels_cpu.matmul_float import FLOAT_BYTES
@@ -110,7 +109,7 @@ class _Lowering:
         self._pending_writes: set[int] = set()
         experts = ExpertRules(self.buffers, config.max_tokens, weights, compiler, self._emit)
         self.keep.append(experts.keep)
-        self._any_width = _read_by_experts_only(graph)
+        self._any_width = read_by_experts_only(graph)
         self._rules: dict[type[Op], Callable[[Any], None]] = {
             Embed: self._embed,
             Hidden: self._hidden,
@@ -342,15 +341,3 @@ class _Lowering:
 def matrices(ops: Sequence[Op]) -> list[Any]:
     """Every matmul's weight in order of use."""
     return [weight for op in ops if isinstance(op, MatMul | ExpertMatMul) for weight in op.weights]
-
-
-def _read_by_experts_only(graph: Graph) -> set[int]:
-    """Ids of the values that only kernels of `lower_experts` read, which do with any width, or none, such as logits."""
-    read = {
-        id(value)
-        for op in graph.ops
-        for value in op.inputs
-        if not isinstance(op, RouteExperts)
-        and value not in (getattr(op, "experts", None), getattr(op, "weights", None))
-    }
-    return {id(value) for op in graph.ops for value in op.outputs} - read

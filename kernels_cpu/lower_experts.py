@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import CombineExperts, ExpertMatMul, Op, RouteExperts, Value
 from pyinfer.kernels_cpu.buffers import Buffer, BufferPlan, stride_of
 from pyinfer.kernels_cpu.compiler import Compiler
@@ -177,3 +178,15 @@ class ExpertRules:
 
 def _rows_field(value: Value) -> StepField:
     return StepField.N_TOKENS if value.rows == "tokens" else StepField.N_OUTPUTS
+
+
+def read_by_experts_only(graph: Graph) -> set[int]:
+    """Ids of the values that only kernels of this module read, which do with any width, or none, such as logits."""
+    read = {
+        id(value)
+        for op in graph.ops
+        for value in op.inputs
+        if not isinstance(op, RouteExperts)
+        and value not in (getattr(op, "experts", None), getattr(op, "weights", None))
+    }
+    return {id(value) for op in graph.ops for value in op.outputs} - read

@@ -14,7 +14,7 @@ from sentencepiece_file import write_sentencepiece
 from special_vocab import ANSWERS, CASES, N_VOCAB, write_case
 from tiny_checkpoints import vocabulary_file
 
-from pyinfer.convert.families import BERT, GEMMA3, LLAMA, QWEN2
+from pyinfer.convert.dense_families import BERT, GEMMA3, LLAMA, QWEN2
 from pyinfer.convert.family import Family
 from pyinfer.convert.hf_checkpoint import HFCheckpoint
 from pyinfer.convert.hf_config import HFConfig
