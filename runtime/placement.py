@@ -84,8 +84,11 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
         except DeviceMemoryError as error:
             if not offload.n_layers:
                 raise
-            most = offload.n_blocks - max(1, offload.n_blocks // 8)
-            _log.warning("%s did not fit on the GPU after all (%s); fewer are tried", _layers(offload), error)
+            is_borrowing = plan.borrowed is not None and layers != "auto"  # the same without comes next
+            if not is_borrowing:
+                most = offload.n_blocks - max(1, offload.n_blocks // 8)
+            what = "op offload is left out" if is_borrowing else "fewer are tried"
+            _log.warning("%s did not fit on the GPU after all (%s); %s", _layers(offload), error, what)
             continue
         if n_cpu_experts and not offload.n_layers:
             _log.warning("cpu_moe and n_cpu_moe change nothing: nothing runs on a GPU, so all experts are on the CPU")

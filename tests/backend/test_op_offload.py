@@ -19,6 +19,7 @@ from pyinfer.graph.backend import Backend, Borrowed, DeviceInfo, LendingBackend,
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceBackend
+from pyinfer.graph.sampling import RowSampling
 from pyinfer.kernels_gpu.backend import stages_on
 from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.quant.gguf import GGUFFile
@@ -120,6 +121,9 @@ def test_steps_of_many_tokens_go_to_the_gpu(
         assert found.shape == right.shape and (not len(right) or close_to(found, right))
         n_copies.append(gpu.device.launches.get("copy aside", 0))
     assert n_copies == [3, 3, 6, 6, 6]  # a part before, between and behind the attention of each of two blocks
+    if stage.can_sample:
+        rows = [RowSampling(row=0), RowSampling(row=1)]
+        assert stage.run_sampled(batches[0], rows, None).tokens == stage.run(batches[0]).argmax(axis=1).tolist()
     stage.close()
     assert gpu.device.memory()[0] == gpu.device.memory()[1]
 
