@@ -150,17 +150,22 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, int, bool]:
     return digest, int(n_built), has_numba == "True"
 
 
-def test_two_processes_with_one_empty_cache(tiny_model: TinyModel, tmp_path: Path) -> None:
-    path, home = tiny_model("llama", "Q8_0"), tmp_path / "home"
-    first, second = (finish(process) for process in [start(path, home), start(path, home)])
-    assert first[0] == second[0]
-    assert finish(start(path, home)) == (first[0], 0, False)
+@pytest.fixture(scope="module")
+def started_twice(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """A model, the home that two processes filled together, and their digests."""
+    path, home = tiny_model("llama", "Q8_0"), tmp_path_factory.mktemp("started_twice") / "home"
+    return path, home, [finish(process)[0] for process in [start(path, home), start(path, home)]]
+
+
+def test_two_processes_with_one_empty_cache(started_twice: tuple[Path, Path, list[str]]) -> None:
+    path, home, digests = started_twice
+    assert digests[0] == digests[1]
+    assert finish(start(path, home)) == (digests[0], 0, False)
     assert not [file for file in home.rglob("*") if file.name.startswith("tmp")], "temporary files are left"
 
 
-def test_a_process_without_any_cache(tiny_model: TinyModel, tmp_path: Path) -> None:
-    path = tiny_model("llama", "Q8_0")
+def test_a_process_without_any_cache(started_twice: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    path, _, digests = started_twice
     (tmp_path / "file").write_text("not a folder")
     digest, n_built, has_numba = finish(start(path, tmp_path / "file" / "home"))
-    assert n_built > 0 and has_numba
-    assert finish(start(path, tmp_path / "home"))[0] == digest
+    assert n_built > 0 and has_numba and digest == digests[0]
