@@ -17,6 +17,7 @@ from fake_cuda import FakeCUDA, as_floats, fake_cuda
 from pyinfer.errors import BackendError, DeviceMemoryError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.passes import optimize
+from pyinfer.kernels_gpu import cublas
 from pyinfer.kernels_gpu.launch import Gemm, GemmType, Kernel, Launch
 from pyinfer.kernels_gpu.stage import GPUStage
 from pyinfer.quant.gguf import GGUFFile
@@ -179,6 +180,13 @@ def test_cublas_products(device: Any, kind: GemmType, dtype: Any, accumulate: bo
     product = 2 * (x.astype(np.float32) @ w[:, :8].astype(np.float32).T)
     expected[:, :5] = product + (expected[:, :5] if accumulate else 0)
     np.testing.assert_allclose(out, expected, rtol=1e-5)
+
+
+def test_without_cublas_one_line_says_what_to_install(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cublas, "_libraries", lambda: iter(["libnowhere.so.12"]))
+    x = device.alloc(1024)
+    with pytest.raises(BackendError, match=r"^no cuBLAS was found; pip install nvidia-cublas-cu12$"):
+        device.launch(Gemm(x, x, x, 1, 1, 8, 1))
 
 
 def test_a_whole_stage(tiny_model: Callable[..., Path], cuda: FakeCUDA) -> None:
