@@ -252,6 +252,9 @@ def test_given_up_after_deaths_in_a_row(model_file: Path, tmp_path: Path, monkey
 
     try:
         run(test)
+        deadline = time.monotonic() + 20
+        while not failures and time.monotonic() < deadline:  # told after the streams, by the thread that watches
+            time.sleep(0.01)
         assert len(failures) == 1 and "4 times in a row" in failures[0]
     finally:
         client.close()
