@@ -34,9 +34,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_models import write_tiny_model
+    from tiny_models import TinyShape, write_tiny_model
 
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
+    # so long a context that no answer of that length ends before a word from here arrives
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", shape=TinyShape(n_ctx=8192))
 
 
 def start(path: Path, **options: Any) -> EngineProcess:
@@ -121,7 +122,7 @@ def test_same_as_on_a_thread(shared: EngineProcess, model_file: Path) -> None:
 
 def test_leaving_aborting_and_refusing(shared: EngineProcess) -> None:
     async def test() -> None:
-        long = SamplingParams(max_tokens=400, ignore_eos=True)
+        long = SamplingParams(max_tokens=8000, ignore_eos=True)
         stream = shared.generate([1, 2], long)
         await anext(stream)
         await stream.aclose()
@@ -133,7 +134,7 @@ def test_leaving_aborting_and_refusing(shared: EngineProcess) -> None:
                 shared.abort("x", 1 - len(ends))
         assert [ends[i].finish_reason for i in range(2)] == ["abort", "abort"]
         with pytest.raises(RequestError, match="context"):
-            shared.generate([1] * 512, long)
+            shared.generate([1] * 8192, long)
         while shared.stats().pages_used:
             await asyncio.sleep(0.01)
 
