@@ -29,6 +29,11 @@ def _mixtral_metadata(config: HFConfig) -> Metadata:
     return {**values, **(head_metadata(config) if config.get("head_dim") else {})}
 
 
+_EXPERT_KEYS = {
+    **DECODER_KEYS,
+    "expert_count": KeyRule("num_local_experts", older="num_experts"),
+    "expert_used_count": KeyRule("num_experts_per_tok"),
+}
 MIXTRAL = Family(
     arch="llama",
     hf_architectures=("MixtralForCausalLM",),
@@ -39,11 +44,7 @@ MIXTRAL = Family(
         "model.layers.{i}.block_sparse_moe.experts.{e}.w3": TensorRule("blk.{i}.ffn_up_exps"),
         "model.layers.{i}.block_sparse_moe.experts.{e}.w2": TensorRule("blk.{i}.ffn_down_exps"),
     },
-    keys={
-        **DECODER_KEYS,
-        "expert_count": KeyRule("num_local_experts", older="num_experts"),
-        "expert_used_count": KeyRule("num_experts_per_tok"),
-    },
+    keys=_EXPERT_KEYS,
     activation="silu",
     renames=DECODER_RENAMES,
     ignored=DECODER_IGNORED,
@@ -77,9 +78,7 @@ _QWEN_EXPERTS = {
     "model.layers.{i}.mlp.experts.{e}.down_proj": TensorRule("blk.{i}.ffn_down_exps"),
 }
 _QWEN_EXPERT_KEYS = {
-    **DECODER_KEYS,
-    "expert_count": KeyRule("num_local_experts", older="num_experts"),
-    "expert_used_count": KeyRule("num_experts_per_tok"),
+    **_EXPERT_KEYS,
     "expert_feed_forward_length": KeyRule("moe_intermediate_size"),
 }
 QWEN3_MOE = Family(

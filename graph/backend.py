@@ -152,9 +152,7 @@ class Borrowed:
 
     graphs: tuple[Graph, ...]  # in order of execution
     last_readers: tuple[int, ...]  # as for `PartsBackend`, among them
-    kept: tuple[
-        tuple[Value, ...], ...
-    ]  # results of each that only parts on this device read, later borrowed ones or others
+    kept: tuple[tuple[Value, ...], ...]  # results of each that only parts on this device read, borrowed ones or others
 
 
 @runtime_checkable

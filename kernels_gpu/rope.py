@@ -42,10 +42,6 @@ def rope_frequencies(rope: Rope) -> npt.NDArray[np.float64]:
     return rope.frequencies() / (2 * math.pi)
 
 
-def angles_bytes(rope: Rope, n_tokens: int) -> int:
-    return n_tokens * rope.n_dims * 4
-
-
 def build_rope_angles(out: Buffer, rope: Rope, frequencies: Buffer, fields: StepFields, n_tokens: int) -> list[Launch]:
     """(cos, sin) of every token, float32 [n_tokens, n_dims/2, 2]: once a step for all layers of this rope."""
     n_pairs = rope.n_dims // 2

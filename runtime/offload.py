@@ -1,4 +1,4 @@
-"""Which parts of a model go to which device: `plan_offload` decides from free memory, before anything is loaded.
+"""Which parts of a model go to which device: `make_plan` counts the bytes, before anything is loaded.
 
 The first blocks stay on the CPU and the last go to the GPUs, so that rows hop once. `-ngl N` moves N blocks, `all` the
 embedding and the head too, `auto` as much as fits: the head first, which is worth a few blocks and whose rows are only
@@ -123,22 +123,6 @@ def candidates(
             yield replace(offload, op_offload=False)  # so many layers were asked for
     if first.n_layers:
         yield Offload(0)
-
-
-def plan_offload(
-    graph: Graph,
-    config: StageConfig,
-    devices: Sequence[DeviceInfo],
-    layers: GPULayers,
-    utilization: float,
-    n_cpu_experts: int = 0,
-) -> OffloadPlan:
-    """The largest of the `candidates` that leaves room for the KV pages of `config`."""
-    for offload in candidates(layers, len(graph.kv_layers), n_cpu_experts):
-        plan = make_plan(graph, config, devices, offload, utilization)
-        if plan.max_pages() >= config.n_pages:
-            return plan
-    raise AssertionError("nothing on a GPU always fits")
 
 
 def make_tensor_plan(

@@ -1,4 +1,4 @@
-"""Opening a model's stages where `plan_offload` puts them: on the CPU, on GPUs, or on both."""
+"""Where a model's stages go by the room that devices have, on the CPU, on GPUs, or on both, and opening them there."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from pyinfer.kernels_gpu.pages import LayerPages
 from pyinfer.kernels_gpu.rope import (
     HeadNorms,
     HeadShape,
-    angles_bytes,
     build_rope,
     build_rope_angles,
     build_rope_store,
@@ -48,7 +47,7 @@ def device() -> Iterator[EmulatedDevice]:
 
 
 def make_angles(device: EmulatedDevice, rope: Rope, step: PagedStep) -> Buffer:
-    angles = device.alloc(angles_bytes(rope, step.n_tokens))
+    angles = device.alloc(4 * step.n_tokens * rope.n_dims)
     frequencies = device.array(rope_frequencies(rope))
     for launch in build_rope_angles(angles, rope, frequencies, step.fields(device), step.n_tokens):
         device.launch(launch)

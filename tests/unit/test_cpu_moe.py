@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from offload_plans import plan_offload
 from tiny_models import TinyShape
 
 from pyinfer import LLM, SamplingParams
@@ -22,7 +23,7 @@ from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime import backends, open_stages, placement
 from pyinfer.runtime.load_options import LoadOptions
 from pyinfer.runtime.models.registry import build_graph
-from pyinfer.runtime.offload import Offload, candidates, make_plan, plan_offload, wanted
+from pyinfer.runtime.offload import Offload, candidates, make_plan, wanted
 from pyinfer.runtime.stage_plan import weight_bytes
 
 pytestmark = pytest.mark.unit

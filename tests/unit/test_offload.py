@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from offload_plans import plan_offload
 from rank_sum import RankSum
 from tiny_models import TinyShape
 
@@ -30,7 +31,6 @@ from pyinfer.runtime.offload import (
     candidates,
     keeps_copies,
     make_plan,
-    plan_offload,
     wanted,
 )
 from pyinfer.runtime.stage_plan import buffer_bytes, copies_bytes, room, weight_bytes
