@@ -41,12 +41,18 @@ def _emit(module: str, function: str, n_args: int, symbol: str) -> str:
     for value in (*code.functions, *code.global_variables):
         if not value.is_declaration:
             value.linkage = "internal"  # what the entry does not reach, such as the wrapper for Python, is dropped
+    result, error = (str(argument.type) for argument in list(code.get_function(entry).arguments)[:2])
     parameters = ", ".join(f"i64 %a{i}" for i in range(n_args))
     return f"""{code}
 define void @{symbol}({parameters}) {{
-  %result = alloca ptr
-  %error = alloca ptr
-  %status = call i32 @{entry}(ptr %result, ptr %error, {parameters})
+  %result = alloca {_pointee(result)}
+  %error = alloca {_pointee(error)}
+  %status = call i32 @{entry}({result} %result, {error} %error, {parameters})
   ret void
 }}
 """
+
+
+def _pointee(pointer: str) -> str:
+    """Before LLVM 17 pointers may name what they point at; both of Numba's are to a pointer."""
+    return pointer[:-1] if pointer.endswith("*") else "ptr"
