@@ -52,8 +52,8 @@ def tokenizer_seconds(path: Path, runs: int) -> float:
 
 
 def start_seconds(path: Path, folder: str) -> float:
-    """Until one token is out, with PYINFER_HOME in `folder`."""
-    command = [sys.executable, "-m", "pyinfer", "run", str(path), "hi", "-n", "1"]
+    """A process that decodes two tokens, with PYINFER_HOME in `folder`."""
+    command = [sys.executable, "-m", "pyinfer", "bench", str(path), "-p", "0", "-n", "1", "-r", "1"]
     start = time.perf_counter()
     subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYINFER_HOME": folder})
     return time.perf_counter() - start
@@ -97,7 +97,7 @@ def main() -> int:
         print(f"tokenizer of {path.stem}: {tokenizer_seconds(path, arguments.runs):.2f} s")
         with tempfile.TemporaryDirectory() as folder:
             first, later = start_seconds(path, folder), start_seconds(path, folder)
-        print(f"first token of {path.stem}: {first:.2f} s with nothing compiled, {later:.2f} s then")
+        print(f"a process with {path.stem}: {first:.2f} s with nothing compiled, {later:.2f} s then", flush=True)
     print(f"idle server: {100 * idle_share(paths[0], arguments.idle_seconds):.2f} % of a CPU")
     return 0
 
