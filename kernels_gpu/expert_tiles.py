@@ -1,7 +1,7 @@
 """Products of many slots with the matrices of their experts: `sort_slots` of `cuda/experts.cu`, then `cuda/expert_mma.cu`.
 
-Slots are sorted by expert into tiles of slots of one expert. How many tiles that makes is known on the device only: there is
-room, and a block in the grid, for as many as there can be.
+Slots are sorted by expert into tiles of slots of one expert, those of padding into none. How many tiles that makes is known on
+the device only: there is room, and a block in the grid, for as many as there can be.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ Scoring = Literal["softmax", "sigmoid"]
 class Slots:
     """The chosen experts of a step."""
 
-    experts: Buffer  # int32 [n_rows, n_used]
+    experts: Buffer  # int32 [n_rows, n_used], -1 in rows of padding
     n_rows: int
     n_used: int
     n_experts: int
@@ -42,10 +42,13 @@ class Slots:
 
 
 def build_route(
-    experts: Buffer | None, weights: Buffer, logits: Buffer, n_rows: int, n_used: int, n_experts: int,
+    experts: Buffer | None, weights: Buffer, logits: Buffer, present: Buffer, n_rows: int, n_used: int, n_experts: int,
     *, normalize: bool, scale: float, scoring: Scoring,
 ) -> list[Launch]:  # fmt: skip
-    """experts int32 and weights float32 [n_rows, n_used] of logits float32 [n_rows, n_experts]; see `graph.ops.RouteExperts`."""
+    """experts int32 and weights float32 [n_rows, n_used] of logits float32 [n_rows, n_experts]; see `graph.ops.RouteExperts`.
+
+    Rows where `present`, int32 [n_rows] on the device, is negative choose none: -1, and 0. Nothing of theirs is computed.
+    """
     assert 0 < n_used <= n_experts
     defines = (
         ("N_EXPERTS", n_experts), ("N_USED", n_used), ("SIGMOID", int(scoring == "sigmoid")),
@@ -56,7 +59,7 @@ def build_route(
             Kernel(_SOURCE, "route_experts", defines),
             grid=(-(-n_rows // _WARPS), 1, 1),
             block=(32 * _WARPS, 1, 1),
-            args=(logits, n_rows, float(scale), experts, weights),
+            args=(logits, present, n_rows, float(scale), experts, weights),
             overlap=True,
         )
     ]
@@ -65,7 +68,8 @@ def build_route(
 def build_combine(
     out: Buffer, x: Buffer, weights: Buffer, width: int, n_rows: int, n_used: int, residual: Buffer | None = None
 ) -> list[Launch]:
-    """out float32 [n_rows, width] = residual + the weighted sum of x's slots, float32 [n_rows, n_used * width]."""
+    """out float32 [n_rows, width] = residual + the weighted sum of x's slots, float32 [n_rows, n_used * width]; what weighs 0 may
+    be anything."""
     assert width % 4 == 0
     threads = min(256, -(-width // 128) * 32)
     defines = (

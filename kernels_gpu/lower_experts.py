@@ -32,8 +32,10 @@ class ExpertRules(ProgramBuilder):
     def _route_experts(self, op: RouteExperts) -> None:
         logits, weights = self.values[op.logits].data, self._write(op.weights).data
         experts = self._write(op.experts).data if self.memory.readers(op.experts) else None
+        fields = self.memory.fields[0]
+        present = fields.sequence_of_token if op.weights.rows == "tokens" else fields.output_rows
         self.steps += build_route(
-            experts, weights, logits, self._rows(op.weights), op.n_used, op.logits.width,
+            experts, weights, logits, present, self._rows(op.weights), op.n_used, op.logits.width,
             normalize=op.normalize, scale=op.scale, scoring=op.scoring,
         )  # fmt: skip
 

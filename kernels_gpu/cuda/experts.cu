@@ -6,15 +6,24 @@
 
 #ifdef N_USED
 // Softmax (or sigmoid) of a row's N_EXPERTS logits, the N_USED largest in falling order, of equal ones the lower number first, and
-// what they weigh: a warp a row. NaN is never chosen before a number. Defines: N_EXPERTS, N_USED, SIGMOID, NORMALIZE, WARPS.
+// what they weigh: a warp a row. NaN is never chosen before a number. Rows of padding, those where `present` is negative, choose
+// no expert: -1, which weighs 0. Defines: N_EXPERTS, N_USED, SIGMOID, NORMALIZE, WARPS.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-    route_experts(const float* logits, int n_rows, float scale, int* experts, float* weights) {
+    route_experts(const float* logits, const int* present, int n_rows, float scale, int* experts, float* weights) {
   constexpr int kMine = (N_EXPERTS + 31) / 32;
   constexpr float kTaken = -2.0f, kSmallestSum = 6.103515625e-05f;  // 2^-14
   let_next_start();
   wait_for_previous();
   const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = lane_id();
   if (row >= n_rows) return;
+  if (present[row] < 0) {
+    for (int slot = lane; slot < N_USED; slot += 32) {
+      const long long at = static_cast<long long>(row) * N_USED + slot;
+      if (experts) experts[at] = -1;
+      weights[at] = 0.0f;
+    }
+    return;
+  }
   const float* source = logits + static_cast<long long>(row) * N_EXPERTS;
   float score[kMine], largest = -3.0e38f, sum = 0.0f;
 #pragma unroll
@@ -74,8 +83,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   }
 }
 
-// out[row] = residual[row] + the sum over the slots, in ascending order, of weights[row][slot] * x[row][slot]. Grid (blocks along a
-// row, rows), a thread four of WIDTH columns; `residual` may be null, or out. Defines: N_USED, WIDTH, THREADS.
+// out[row] = residual[row] + the sum over the slots, in ascending order, of weights[row][slot] * x[row][slot]. What weighs 0 is not
+// read: of rows of padding nobody wrote it. Grid (blocks along a row, rows), a thread four of WIDTH columns; `residual` may be
+// null, or out. Defines: N_USED, WIDTH, THREADS.
 #ifdef WIDTH
 extern "C" __global__ void __launch_bounds__(THREADS)
     combine_experts(const float* x, const float* weights, const float* residual, float* out) {
@@ -89,6 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int s = 0; s < N_USED; s++) {
     const float weight = weights[row * N_USED + s];
+    if (weight == 0.0f) continue;
     const float4 v = slots[s * (WIDTH / 4)];
     sum.x += weight * v.x, sum.y += weight * v.y, sum.z += weight * v.z, sum.w += weight * v.w;
   }
@@ -100,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #ifdef TILE_ROWS
 // The slots of a step by their experts, in tiles of TILE_ROWS that hold slots of one expert: slot_of_row[tile * TILE_ROWS + i], -1
 // where a tile is not full, and expert_of_tile, -1 for tiles that are not needed. One block: a step has up to some ten thousand
-// slots, in the L2. Within an expert slots are in any order; no result depends on it. Defines: N_EXPERTS, TILE_ROWS, THREADS.
+// slots, in the L2. Slots of no expert (-1) are in no tile. Within an expert slots are in any order; no result depends on it.
+// Defines: N_EXPERTS, TILE_ROWS, THREADS.
 extern "C" __global__ void __launch_bounds__(THREADS)
     sort_slots(const int* experts, int n_slots, int n_tiles, int* expert_of_tile, int* slot_of_row) {
   __shared__ int counts[N_EXPERTS], next[N_EXPERTS];
@@ -108,7 +120,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   wait_for_previous();
   for (int e = threadIdx.x; e < N_EXPERTS; e += THREADS) counts[e] = 0;
   __syncthreads();
-  for (int slot = threadIdx.x; slot < n_slots; slot += THREADS) atomicAdd(&counts[experts[slot]], 1);
+  for (int slot = threadIdx.x; slot < n_slots; slot += THREADS)
+    if (experts[slot] >= 0) atomicAdd(&counts[experts[slot]], 1);
   for (int row = threadIdx.x; row < n_tiles * TILE_ROWS; row += THREADS) slot_of_row[row] = -1;
   for (int tile = threadIdx.x; tile < n_tiles; tile += THREADS) expert_of_tile[tile] = -1;
   __syncthreads();
@@ -119,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int tile = 0; tile < ceil_div(counts[e], TILE_ROWS); tile++) expert_of_tile[first + tile] = e;
   }
   __syncthreads();
-  for (int slot = threadIdx.x; slot < n_slots; slot += THREADS) slot_of_row[atomicAdd(&next[experts[slot]], 1)] = slot;
+  for (int slot = threadIdx.x; slot < n_slots; slot += THREADS)
+    if (experts[slot] >= 0) slot_of_row[atomicAdd(&next[experts[slot]], 1)] = slot;
 }
 #endif

@@ -187,6 +187,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   let_next_start();
   wait_for_previous();
   const int slot = first + blockIdx.y, expert = experts[slot];
+  if (expert < 0) return;  // padding
   const long long to = slot;
   const Input in = input_of<TYPE0>(x, x_scales, x_sums, columns, slot / x_slots);
   const Segment segments[3] = {{w0, out0 + to * n0, nullptr, n0, blocks0, expert * n0, EXPERTS * n0},

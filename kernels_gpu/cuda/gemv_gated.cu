@@ -123,8 +123,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   static_assert(TOKENS == 1, "a row of x for each slot");
   let_next_start();
   wait_for_previous();
-  const int slot = blockIdx.y;
+  const int slot = blockIdx.y, expert = experts[slot];
+  if (expert < 0) return;  // padding
   const Input in = input_of<TYPE>(x, x_scales, x_sums, columns, slot / x_slots);
-  make_columns(in, gate, up, n, experts[slot] * n, EXPERTS * n, slot, out, out_scales, out_sums);
+  make_columns(in, gate, up, n, expert * n, EXPERTS * n, slot, out, out_scales, out_sums);
 }
 #endif

@@ -64,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(
     v[p] = load_chunk(row_of(residual, row), chunk);
     for (int s = 0; s < N_USED; s++) {
       const float share = slot_weights[row * N_USED + s];
+      if (share == 0.0f) continue;  // of padding nobody wrote the slot
       const float4 slot = load_chunk(x + (static_cast<long long>(row) * N_USED + s) * WIDTH, chunk);
       v[p] = plus(v[p], make_float4(share * slot.x, share * slot.y, share * slot.z, share * slot.w));
     }

@@ -28,7 +28,7 @@ from pyinfer.kernels_gpu.experts import (
     build_gated_expert_matvec,
     build_route,
 )
-from pyinfer.kernels_gpu.launch import Launch
+from pyinfer.kernels_gpu.launch import Buffer, Launch
 from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.mma_tiling import GPU, MMA_KINDS
 from pyinfer.kernels_gpu.operand import Operand, operand_at, operand_bytes
@@ -76,11 +76,15 @@ def test_the_choice_of_experts(
     )
     expected = route(op, logits)
     experts, weights = device.empty(9, n_used, dtype=np.int32), device.empty(9, n_used)
+    present = device.array(np.array([0, 0, 1, 1, 1, 2, -1, -1, -1], np.int32))
     launch(device, build_route(
-        experts, weights, device.array(logits), 9, n_used, n_experts, normalize=normalize, scale=2.5, scoring=scoring,
+        experts, weights, device.array(logits), present, 9, n_used, n_experts,
+        normalize=normalize, scale=2.5, scoring=scoring,
     ))  # fmt: skip
-    assert (device.values(experts, np.int32, 9, n_used) == expected[0]).all()
-    np.testing.assert_allclose(device.values(weights, np.float32, 9, n_used), expected[1], rtol=3e-6, atol=1e-30)
+    found = device.values(experts, np.int32, 9, n_used), device.values(weights, np.float32, 9, n_used)
+    assert (found[0][:6] == expected[0][:6]).all()
+    np.testing.assert_allclose(found[1][:6], expected[1][:6], rtol=3e-6, atol=1e-30)
+    assert (found[0][6:] == -1).all() and (found[1][6:] == 0).all(), "padding"
 
 
 def test_no_number_is_no_expert_past_the_last(device: EmulatedDevice) -> None:
@@ -90,7 +94,8 @@ def test_no_number_is_no_expert_past_the_last(device: EmulatedDevice) -> None:
     logits[2, 3] = 1.0
     experts, weights = device.empty(3, 4, dtype=np.int32), device.empty(3, 4)
     launch(device, build_route(
-        experts, weights, device.array(logits), 3, 4, 5, normalize=True, scale=1.0, scoring="softmax",
+        experts, weights, device.array(logits), device.array(np.zeros(3, np.int32)), 3, 4, 5,
+        normalize=True, scale=1.0, scoring="softmax",
     ))  # fmt: skip
     chosen = device.values(experts, np.int32, 3, 4)
     assert all(sorted(set(row)) == sorted(row) and min(row) >= 0 and max(row) < 5 for row in chosen.tolist())
@@ -233,11 +238,67 @@ def test_many_slots_of_several_matrices(descending: bool, n_rows: int) -> None:
     device.close()
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "F32"])
+def test_padding_asks_no_expert(device: EmulatedDevice, kind: str) -> None:
+    """Nine rows padded to twelve, by both ways: padding is in no tile, and neither its expert nor what its slots hold is read."""
+    n, padded, columns, poisoned = 9, 12, 256, 3  # `Case` leaves the fourth expert out
+    case = Case(device, (kind,), (40,), columns, padded, own=False)
+    case.experts[n:] = -1
+    slots = Slots(device.array(case.experts), padded, 2, N_EXPERTS)
+    (product,), (tensor,) = case.products, case.tensors
+    layout = product.weight.layout
+    if kind == "F32":
+        row_bytes = layout.n_bytes // layout.n_rows
+        device.upload(product.weight.buffer, np.full(40 * row_bytes, 0xFF, np.uint8), poisoned * 40 * row_bytes)
+    x = case.rng.standard_normal((padded, columns)).astype(np.float16)
+    x[n:] = np.nan
+    weights = case.rng.random((padded, 2)).astype(np.float32)
+    weights[n:] = 0
+    if kind == "F32":
+        operand = Operand("f32", columns, device.array(x.astype(np.float32)))
+        launch(device, build_expert_matvec(operand, case.products, slots, n_sms=4, arch=90))
+    else:
+        (tiled,) = tiled_products(case.products, slots, SMALL)
+        rows = tiled.cut.rows
+        tiles, sort = build_tiles(slots, rows, device.alloc(tiles_bytes(slots, rows)))
+        launch(device, [*sort, *build_expert_matmul(Operand("h16", columns, device.array(x)), tiled, slots, tiles)])
+        used = device.values(tiles.expert_of_tile, np.int32, tiles.n_tiles)
+        needed = sum(-(-int((case.experts == e).sum()) // rows) for e in range(N_EXPERTS))
+        assert (used >= 0).sum() == needed and poisoned not in used
+        held = device.values(tiles.slot_of_row, np.int32, tiles.n_tiles * rows)
+        assert sorted(held[held >= 0].tolist()) == list(range(2 * n))
+    got = device.values(product.out, np.float32, padded, 2 * 40)
+    expected = expert_matmul(x[:n].astype(np.float32), case.experts[:n], tensor, None)
+    assert np.linalg.norm(got[:n] - expected) <= 2e-3 * np.linalg.norm(expected)
+    device.upload(product.out, np.full((padded - n, 80), np.nan, np.float32), 4 * n * 80)
+    out = device.empty(padded, 40)
+    launch(device, build_combine(out, product.out, device.array(weights), 40, padded, 2))
+    total = device.values(out, np.float32, padded, 40)
+    np.testing.assert_allclose(total[:n], combine(got[:n], weights[:n], None), rtol=1e-5, atol=1e-6)
+    assert (total[n:] == 0).all()
+
+
 CONFIG = StageConfig(n_pages=24, block_size=16, max_tokens=32, max_sequences=4, n_ctx=96, kv_dtype="f32")
 
 
 def kinds_of_a_file(name: str) -> str:
     return "F32" if "gate_inp" in name else "Q6_K" if "down" in name else "Q4_K"
+
+
+def check_padding(device: EmulatedDevice, stage: GPUStage, n_tokens: int, n_outputs: int) -> None:
+    """Every choice of experts in the latest step: rows of tokens have one, those behind have none."""
+    shape, captured = list(stage._programs.items())[-1]
+    routes = [
+        step for step in captured.program.steps if isinstance(step, Launch) and step.kernel.name == "route_experts"
+    ]
+    counts = []
+    for step in routes:
+        present, n_rows = step.args[1], step.args[2]
+        assert isinstance(present, Buffer) and isinstance(n_rows, int)
+        rows = device.values(present, np.int32, n_rows)
+        counts.append(int((rows >= 0).sum()))
+        assert n_rows in (shape.n_tokens, shape.n_outputs) and (rows[counts[-1] :] == -1).all()
+    assert counts == [*[n_tokens] * (len(routes) - 1), n_outputs]
 
 
 @pytest.mark.parametrize(
@@ -258,12 +319,13 @@ def test_whole_models(
     stage, expected = GPUStage(device, graph, CONFIG), ReferenceStage(graph, CONFIG)
     ids, table = np.random.RandomState(5).randint(0, 300, 60).tolist(), [3, 1, 7, 9]
     try:
-        for start, n in ((0, 20), (20, 1), (21, 3), (24, 12)):
+        for start, n in ((0, 20), (20, 1), (21, 3), (24, 9)):
             batch = make_batch([Piece(ids[start : start + n], table, start)], 16)
             got, wanted = stage.run(batch), expected.run(batch)
             assert np.median(np.abs(got - wanted)) < bound * np.abs(wanted).max()
             if kind == "F32":
                 assert np.abs(got - wanted).max() < bound * np.abs(wanted).max()
+            check_padding(device, stage, n, len(batch.output_rows))
         names = set(device.launches)
         assert {"route_experts", "gemv_gated_experts", "gemv_experts"} <= names
         assert ("combine_experts" in names) == (arch == "qwen2moe"), "sums go into the next norm"
