@@ -11,9 +11,10 @@ from pyinfer.errors import BackendError
 from pyinfer.graph.backend import Borrowed, PartStage, Progress, StageConfig
 from pyinfer.graph.graph import Graph
 from pyinfer.kernels_gpu.device import Device
-from pyinfer.kernels_gpu.requirements import INSTALL, usable_gpus
+from pyinfer.kernels_gpu.requirements import usable_gpus
 from pyinfer.kernels_gpu.share import DeviceShare
 from pyinfer.kernels_gpu.stage import GPUStage
+from pyinfer.kernels_gpu.toolkit import driver_major, install
 from pyinfer.kernels_gpu.weight_stream import WeightStream
 
 
@@ -129,4 +130,6 @@ def _cupy_device() -> ModuleType:
     except ImportError as error:
         usable_gpus()  # what is missing, if that is all
         reason = str(error).strip().partition("\n")[0]
-        raise BackendError(f"CuPy cannot be imported ({reason}); {INSTALL}", param="n_gpu_layers") from error
+        raise BackendError(
+            f"CuPy cannot be imported ({reason}); {install(driver_major())}", param="n_gpu_layers"
+        ) from error

@@ -6,21 +6,17 @@ https://docs.nvidia.com/cuda/cublas, "CUDA Graphs Support": with memory of our o
 from __future__ import annotations
 
 import ctypes
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pyinfer.errors import BackendError
 from pyinfer.kernels_gpu.launch import Buffer, Gemm, GemmType
-from pyinfer.kernels_gpu.nvrtc import package_folders, toolkit_folders
+from pyinfer.kernels_gpu.toolkit import driver_major, find_libraries, install
 
 WORKSPACE_BYTES = 32 << 20  # what NVIDIA recommends for sm_90
 _R_32F, _R_16F = 0, 2  # library_types.h
 _OP_N, _OP_T, _DEFAULT_ALGORITHM = 0, 1, -1  # cublas_api.h
 # the type of operands and the arithmetic: sums are float32; "pedantic" is never TF32, whatever the environment asks for
 _TYPES: dict[GemmType, tuple[int, int]] = {"f16": (_R_16F, 68), "f32": (_R_32F, 69)}
-_NAMES = ("cublas64_12.dll",) if sys.platform == "win32" else ("libcublas.so.12", "libcublas.so")
 
 
 class CuBLAS:
@@ -56,19 +52,9 @@ class CuBLAS:
 
 
 def _load() -> Any:
-    for path in _libraries():
+    for path in find_libraries("cublas"):
         try:
             return ctypes.CDLL(str(path))
         except OSError:
             continue
-    raise BackendError("no cuBLAS was found; pip install nvidia-cublas-cu12", param="n_gpu_layers")
-
-
-def _libraries() -> Iterator[Path | str]:
-    """NVIDIA's wheel first, whose library finds what it needs beside itself."""
-    for folder in package_folders():
-        for name in _NAMES:
-            yield from sorted(path for part in ("lib", "bin") for path in (folder / part).rglob(name))
-    yield from _NAMES
-    for folder in toolkit_folders():
-        yield from (folder / "lib64" / name for name in _NAMES)
+    raise BackendError(f"no cuBLAS was found; {install(driver_major())}", param="n_gpu_layers")

@@ -1,23 +1,21 @@
 """NVRTC over ctypes: CUDA source text to machine code, without CuPy and without a GPU.
 
 https://docs.nvidia.com/cuda/nvrtc. The library and the headers (cuda_fp16.h) are taken from NVIDIA's wheels, then from a
-CUDA toolkit.
+CUDA toolkit (`toolkit`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from pyinfer.errors import BackendError
+from pyinfer.kernels_gpu.toolkit import driver_major, find_headers, find_libraries, has_newer, install, major_of
 
-_INSTALL = "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
 _HEADER = "cuda_fp16.h"
 FLAGS = ("--std=c++17", "--device-as-default-execution-space")  # the latter for constexpr functions
 
@@ -33,9 +31,9 @@ class Binary:
 class NVRTC:
     """One loaded library. Calls may come from several threads."""
 
-    def __init__(self, library: Path | str, include: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-        self.include = include
+    def __init__(self, library: ctypes.CDLL, include: Path) -> None:
+        """`include` is the folder of the headers of the same CUDA."""
+        self._library, self.include = library, include
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
         self.version = (major.value, minor.value)
@@ -92,52 +90,29 @@ class NVRTC:
 
 @lru_cache(maxsize=1)
 def load_nvrtc() -> NVRTC:
-    """NVRTC 12 or later with its headers; BackendError says what to install."""
-    include = next((folder for folder in _include_folders() if (folder / _HEADER).is_file()), None)
-    problem = "no NVRTC was found"
-    for library in _libraries():
+    """The newest that the driver can use, with its headers; BackendError says what to install."""
+    how, problem = install(driver_major()), "no NVRTC was found"
+    if has_newer("nvrtc"):
+        problem = f"the NVRTC that is here is newer than the driver, which serves CUDA {driver_major()}"
+    for library in find_libraries("nvrtc"):
+        major = major_of(library)
         try:
-            if include is None:
-                raise BackendError(f"NVRTC is here, but no CUDA headers ({_HEADER}) are; {_INSTALL}")
-            nvrtc = NVRTC(library, include)
+            loaded = _load(library)
         except OSError:
             continue
-        if nvrtc.version[0] >= 12:
-            return nvrtc
-        problem = f"NVRTC {nvrtc.dotted_version} is too old; 12.0 is the oldest that will do"
-    raise BackendError(f"{problem}; {_INSTALL}")
+        include = find_headers(_HEADER, major, library)
+        if include is not None:
+            return NVRTC(loaded, include)
+        problem = f"NVRTC {major} is here, but no CUDA {major} headers ({_HEADER}) are"
+    raise BackendError(f"{problem}; {how}")
 
 
-def package_folders() -> Iterator[Path]:
-    """Where NVIDIA's wheels lie: site-packages/nvidia/cuda_nvrtc (CUDA 12), site-packages/nvidia/cu13."""
-    found = importlib.util.find_spec("nvidia")
-    for root in (found.submodule_search_locations or []) if found else []:
-        folders = [path for path in Path(root).iterdir() if path.is_dir()]
-        # the first must be of the CUDA that the pyproject's wheels are of
-        yield from sorted(folders, key=lambda path: (not path.name.startswith("cuda_"), path.name))
-
-
-def toolkit_folders() -> Iterator[Path]:
-    """Where CUDA toolkits lie."""
-    for name in ("CUDA_PATH", "CUDA_HOME"):
-        if os.environ.get(name):
-            yield Path(os.environ[name])
-    yield Path("/usr/local/cuda")
-
-
-def _include_folders() -> Iterator[Path]:
-    for folder in (*package_folders(), *toolkit_folders()):
-        yield folder / "include"
-    yield Path("/usr/include")
-
-
-def _libraries() -> Iterator[Path | str]:
-    for folder in package_folders():
-        yield from sorted((folder / "lib").glob("libnvrtc.so.*"))
-        yield from sorted((folder / "bin").rglob("nvrtc64_*_0.dll"))
-    for folder in toolkit_folders():
-        yield from sorted((folder / "lib64").glob("libnvrtc.so.*"))
-    yield from ("libnvrtc.so.12", "libnvrtc.so")
+def _load(library: Path | str) -> ctypes.CDLL:
+    """With its second library, which NVRTC 13.0 asks for by name only: it looks nowhere for it in particular."""
+    if isinstance(library, Path):
+        for builtins in sorted(library.parent.glob("libnvrtc-builtins.so.*")):
+            ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(str(library))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from pyinfer.errors import BackendError
 from pyinfer.graph.backend import DeviceInfo
 from pyinfer.kernels_gpu.driver import NO_DEVICE, Driver, DriverError, load_driver
+from pyinfer.kernels_gpu.toolkit import MAJORS, install
 
 MIN_ARCH = 75  # Turing: the first with int8 products in tensor cores
-MIN_CUDA = 12000  # of the driver; later 12.x toolkits run on it
-_MIN_DRIVER = "525.60"  # the first of CUDA 12.0
-INSTALL = "pip install 'pyinfer-gguf[gpu]'"
+_DRIVERS = {12: "525.60", 13: "580.65"}  # the first of each CUDA; what later minor versions made runs on it
 _WITHOUT = "or use -ngl 0"
 
 
@@ -31,7 +30,7 @@ def usable_gpus(
 
     `installed` are names of distributions; None: those of this Python.
     """
-    devices = _devices(find_driver())
+    devices, version = _devices(find_driver())
     usable = [device for device in devices if device.arch >= MIN_ARCH]
     if not usable:
         worst = devices[0]
@@ -40,22 +39,24 @@ def usable_gpus(
             f"higher; use -ngl 0",
             has_device=False,
         )
-    _check_cupy(_installed() if installed is None else installed)
+    _check_cupy(_installed() if installed is None else installed, version)
     return usable
 
 
-def _devices(driver: Driver | None) -> Sequence[DeviceInfo]:
+def _devices(driver: Driver | None) -> tuple[Sequence[DeviceInfo], int]:
+    """All, and the newest CUDA that the driver serves."""
     if driver is None:
         raise NoGPUError(f"no NVIDIA driver is installed; install one, {_WITHOUT}", has_device=False)
     try:
         version = driver.version()
-        if version < MIN_CUDA:
+        least = min(MAJORS)
+        if version < 1000 * least:
             raise NoGPUError(
-                f"the NVIDIA driver is too old: it serves CUDA {_dotted(version)}, and {_dotted(MIN_CUDA)} is needed; "
-                f"update it to {_MIN_DRIVER} or newer, {_WITHOUT}",
+                f"the NVIDIA driver is too old: it serves CUDA {_dotted(version)}, and {least}.0 is needed; "
+                f"update it to {_DRIVERS[least]} or newer, {_WITHOUT}",
                 has_device=True,
             )
-        return driver.devices()
+        return driver.devices(), version
     except DriverError as error:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if error.code == NO_DEVICE and visible is not None:
@@ -67,21 +68,29 @@ def _devices(driver: Driver | None) -> Sequence[DeviceInfo]:
         raise NoGPUError(f"the NVIDIA driver does not work: {error}; mend it, {_WITHOUT}", has_device=True) from None
 
 
-def _check_cupy(installed: Sequence[str]) -> None:
-    """That exactly one CuPy is installed, and of the right CUDA."""
+def _check_cupy(installed: Sequence[str], version: int) -> None:
+    """That exactly one CuPy is installed, and that the driver is new enough for it."""
+    how = install(version // 1000)
     names = {name.lower().replace("_", "-") for name in installed}
     found = sorted(name for name in names if name == "cupy" or name.startswith("cupy-cuda"))
     if not found:
-        raise NoGPUError(f"CuPy is not installed; {INSTALL}, {_WITHOUT}", has_device=True)
+        raise NoGPUError(f"CuPy is not installed; {how}, {_WITHOUT}", has_device=True)
     if len(found) > 1:
         raise NoGPUError(
             f"{' and '.join(found)} are installed beside each other, which breaks CuPy; pip uninstall all but one",
             has_device=True,
         )
-    major = found[0].removeprefix("cupy-cuda").removesuffix("x")
-    if major.isdecimal() and int(major) != 12:
+    number = found[0].removeprefix("cupy-cuda").removesuffix("x")
+    major = int(number) if number.isdecimal() else min(MAJORS)
+    if major < min(MAJORS):
         raise NoGPUError(
-            f"{found[0]} is for another CUDA than 12, which the kernels are for; pip uninstall {found[0]}, then {INSTALL}",
+            f"{found[0]} is for a CUDA older than {min(MAJORS)}, the first that will do; pip uninstall {found[0]}, then {how}",
+            has_device=True,
+        )
+    if version < 1000 * major:
+        raise NoGPUError(
+            f"{found[0]} needs a driver of CUDA {major}.0 ({_DRIVERS.get(major, 'a newer one')} or newer), and this one serves "
+            f"{_dotted(version)}; update it, or pip uninstall {found[0]}, then {how}",
             has_device=True,
         )
 

@@ -183,9 +183,9 @@ def test_cublas_products(device: Any, kind: GemmType, dtype: Any, accumulate: bo
 
 
 def test_without_cublas_one_line_says_what_to_install(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cublas, "_libraries", lambda: iter(["libnowhere.so.12"]))
+    monkeypatch.setattr(cublas, "find_libraries", lambda name: ["libnowhere.so.12"])
     x = device.alloc(1024)
-    with pytest.raises(BackendError, match=r"^no cuBLAS was found; pip install nvidia-cublas-cu12$"):
+    with pytest.raises(BackendError, match=r"^no cuBLAS was found; pip install 'pyinfer-gguf\[gpu\]'$"):
         device.launch(Gemm(x, x, x, 1, 1, 8, 1))
 
 

@@ -25,6 +25,7 @@ from cuda_emulator.device import _gemm
 
 from pyinfer.kernels_gpu.kernel_cache import KernelCache, Unit
 from pyinfer.kernels_gpu.launch import Buffer, Gemm, GemmType, Kernel
+from pyinfer.kernels_gpu.toolkit import driver_major
 
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
 ASIDE = 9000  # the second stream of device 0
@@ -207,6 +208,10 @@ class FakeCUDA:
         self.submit(run)
         return 0
 
+    def get_version(self, version: Any) -> int:
+        version._obj.value = self.driver_version
+        return 0
+
     # ---- cuBLAS
     def gemm(self, handle: Any, *args: Any) -> int:
         """out.T = w @ x.T in columns, which is out = x @ w.T in rows."""
@@ -343,6 +348,7 @@ def fake_cuda(fake: FakeCUDA) -> Iterator[Any]:
         return load(name, *args, **options) if found is None else found
 
     def no_compiler(cache: KernelCache, units: Any) -> None:
+    library.cuDriverGetVersion = fake.get_version  # type: ignore[attr-defined]
         for unit in units:
             cache._binaries[unit] = json.dumps(unit).encode()
 
@@ -355,9 +361,11 @@ def fake_cuda(fake: FakeCUDA) -> Iterator[Any]:
     ):
         import pyinfer.kernels_gpu.cupy_device as module
 
+    driver_major.cache_clear()
         yield module
     sys.modules.pop(name, None)
 
 
 def as_floats(n: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(seed).normal(size=n).astype(np.float32)
+    driver_major.cache_clear()

@@ -45,7 +45,10 @@ class FakeDriver:
          "does not work: cuInit says: system has unsupported"),
         (FakeDriver(gpu(61)), CUPY, False, "GPU of 61 has compute capability 6.1.* 7.5"),
         (FakeDriver(gpu(90)), ["numpy"], True, r"CuPy is not installed; pip install 'pyinfer-gguf\[gpu\]'"),
-        (FakeDriver(gpu(90)), ["cupy-cuda11x"], True, "cupy-cuda11x is for another CUDA.*pip uninstall cupy-cuda11x"),
+        (FakeDriver(gpu(90)), ["cupy-cuda11x"], True, "cupy-cuda11x is for a CUDA older than 12.*pip uninstall cupy-cuda11x"),
+        (FakeDriver(gpu(90), version=12080), ["cupy-cuda13x"], True,
+         r"cupy-cuda13x needs a driver of CUDA 13.0 \(580.65 or newer\), and this one serves 12.8; .*uninstall.*gguf\[gpu\]'"),
+        (FakeDriver(gpu(90), version=13000), ["numpy"], True, r"CuPy is not installed; pip install 'pyinfer-gguf\[gpu13\]'"),
         (FakeDriver(gpu(90)), ["cupy-cuda11x", "cupy-cuda12x"], True, "cupy-cuda11x and cupy-cuda12x .*uninstall"),
     ],
 )  # fmt: skip
@@ -69,6 +72,13 @@ def test_a_hidden_gpu_is_told_by_its_variable(monkeypatch: pytest.MonkeyPatch) -
 def test_usable_gpus_keep_their_numbers() -> None:
     devices = usable_gpus(lambda: FakeDriver(gpu(61, 0), gpu(75, 1), gpu(90, 2)), CUPY)
     assert [device.index for device in devices] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "version, cupy", [(12000, "cupy-cuda12x"), (13000, "cupy-cuda12x"), (13000, "cupy-cuda13x"), (13010, "cupy")]
+)
+def test_a_driver_serves_its_own_cuda_and_older_ones(version: int, cupy: str) -> None:
+    assert usable_gpus(lambda: FakeDriver(gpu(90), version=version), [cupy, "cupyx-other"])
 
 
 def test_no_path_to_a_model_imports_cupy() -> None:
