@@ -57,10 +57,10 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """out = alpha * x @ w.T (+ out, with `accumulate`) by cuBLAS: operands of one type, float32 sums and results, rows of x
-    contiguous. Float32 operands are multiplied as such, never as TF32."""
+    """out = alpha * x @ w.T (+ out, with `accumulate`) by cuBLAS: operands of one type, float32 sums, rows of x contiguous.
+    Float32 operands are multiplied as such, never as TF32. With `halves` the results are rounded to float16."""
 
-    out: Buffer  # float32 [m, out_stride]
+    out: Buffer  # float32, or float16 with `halves`: [m, out_stride]
     x: Buffer  # [m, k]
     w: Buffer  # [n, w_stride]
     m: int
@@ -71,6 +71,7 @@ class Gemm:
     alpha: float = 1.0
     kind: GemmType = "f16"
     w_stride: int = 0  # in elements; 0: k
+    halves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

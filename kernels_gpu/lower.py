@@ -31,6 +31,7 @@ from pyinfer.graph.ops import (
     SelectRows,
     StoreKV,
 )
+from pyinfer.kernels_gpu.bounds import Lengths, fits_float16, normed_lengths
 from pyinfer.kernels_gpu.buckets import DECODE_ROWS
 from pyinfer.kernels_gpu.fusion import AttentionGroup, CombineNormGroup, GatedGroup, Group, NormGroup, SingleOp
 from pyinfer.kernels_gpu.launch import Buffer, Reduce
@@ -39,7 +40,7 @@ from pyinfer.kernels_gpu.lower_experts import ExpertRules
 from pyinfer.kernels_gpu.matvec import Product
 from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated
 from pyinfer.kernels_gpu.operand import Operand
-from pyinfer.kernels_gpu.products import build_products, operand_form
+from pyinfer.kernels_gpu.products import build_products, goes_to_cublas, operand_form
 from pyinfer.kernels_gpu.program import Program, ProgramShape
 from pyinfer.kernels_gpu.rows import (
     BeforeNorm,
@@ -69,6 +70,7 @@ def lower(memory: StageMemory, shape: ProgramShape) -> Program:
 class _Lowering(AttentionRules, ExpertRules):
     def __init__(self, memory: StageMemory, shape: ProgramShape) -> None:
         super().__init__(memory, shape)
+        self._lengths: dict[int, Lengths] = {}  # id of a norm's result -> of its rows
         self._rules: dict[type[Any], Callable[[Any], None]] = {
             Embed: self._embed,
             Hidden: self._hidden,
@@ -111,6 +113,7 @@ class _Lowering(AttentionRules, ExpertRules):
     def _write_normed(self, op: RMSNorm) -> Operand:
         """The same for a norm of whole rows. What it can give is bounded: where float16 holds that, rows need no scales, and
         cuBLAS writes results that nothing has to be multiplied with any more."""
+        self._lengths[id(op.out)] = normed_lengths(op.weight)
         largest = float(np.abs(op.weight).max()) * math.sqrt(op.x.width)
         scaled = not _SMALLEST_BOUND <= largest <= _LARGEST_BOUND
         return self.values.write(op.out, self._form(op.out), self._rows(op.out), scaled=scaled)
@@ -159,11 +162,15 @@ class _Lowering(AttentionRules, ExpertRules):
         self.steps += build_quantize(self._write(op.out, form), x.data, self._rows(op.out))
 
     def _matmul(self, op: MatMul) -> None:
+        if op.residual is not None and self.values.is_last_read(op.residual):
+            self.values.share(op.outs[0], op.residual)  # the product is added to what is there
         residual = None if op.residual is None else self.values[op.residual].data
-        outs = [self._write(out).data for out in op.outs]
+        outs = [(self.values[out] if out in self.values else self._write(out)).data for out in op.outs]
         self._multiply(op, outs, residual)
 
-    def _multiply(self, op: MatMul, outs: Sequence[Buffer], residual: Buffer | None) -> None:
+    def _multiply(
+        self, op: MatMul, outs: Sequence[Buffer], residual: Buffer | None = None, *, halves: bool = False
+    ) -> None:
         """Float types read x in several forms, so each form's matrices go by themselves."""
         x, n = self.values[op.x], self._rows(op.outs[0])
         forms = [operand_form(weight, n) for weight in op.weights]
@@ -177,7 +184,7 @@ class _Lowering(AttentionRules, ExpertRules):
                 for weight, out, bias, own in zip(op.weights, outs, op.biases, forms, strict=True)
                 if own == form
             ]
-            self.steps += build_products(operand, products, n, residual, self.memory, self.values)
+            self.steps += build_products(operand, products, n, residual, self.memory, self.values, halves=halves)
             if scratch is not None:
                 self.values.release(scratch)
 
@@ -200,11 +207,23 @@ class _Lowering(AttentionRules, ExpertRules):
         gate, up = self.memory.weights[weights[id(op.gate)]], self.memory.weights[weights[id(op.up)]]
         is_few = n <= DECODE_ROWS and x.form == operand_form(group.matmul.weights[0], n) and self._form(op.out) != "h16"
         if not is_few or not can_fuse_gated(gate, up):
-            self._matmul(group.matmul)
-            self._gated(op)
+            self._gated_many(group.matmul, op)
             return
         out, device = self._write_operand(op.out), self.memory.device
         self.steps += build_gated_matvec(out, x, gate, up, op.activation, n, n_sms=device.n_sms, arch=device.arch)
+
+    def _gated_many(self, matmul: MatMul, op: GatedActivation) -> None:
+        """Between both products lies float16 where it is known to hold all of it (`bounds`)."""
+        n, x, lengths = self._rows(op.out), self.values[matmul.x], self._lengths.get(id(matmul.x))
+        products = [Product(self.memory.weights[weight], Buffer(0, 0)) for weight in matmul.weights]
+        rows = [self.memory.lengths.get(product.weight.buffer.ptr) for product in products]
+        fits = fits_float16(lengths, rows[0], rows[1], x.width)
+        halves = fits and x.form == "h16" and x.scales is None and goes_to_cublas(products, n, self.memory)
+        outs = [self.values.write(out, "h16" if halves else "f32", n, scaled=False).data for out in matmul.outs]
+        self._multiply(matmul, outs, halves=halves)
+        gate, up = self.values[op.gate].data, self.values[op.up].data
+        out = self.values.write(op.out, self._form(op.out), n, scaled=not fits)
+        self.steps += build_gated(out, gate, up, op.activation, n, halves=halves)
 
     def _add(self, op: Add) -> None:
         a, b = self.values[op.a].data, self.values[op.b].data

@@ -48,10 +48,13 @@ def build_matmul(
     gpu: GPU,
     *,
     residual: Buffer | None = None,
+    halves: bool = False,
 ) -> list[Step]:
-    """One of `problems_of` by its route. `residual` is added to the only out, which it may be."""
+    """One of `problems_of` by its route. `residual` is added to the only out, which it may be. With `halves` the outs are
+    float16, which cuBLAS alone can write."""
     if route.slice_rows:
-        return build_gemm(x, problem, products, memory, route.slice_rows, residual=residual)
+        return build_gemm(x, problem, products, memory, route.slice_rows, residual=residual, halves=halves)
+    assert not halves
     return build_mma(x, problem, products, memory, tiling_of(problem, route, gpu), residual=residual)
 
 
@@ -128,21 +131,25 @@ def build_gemm(
     slice_rows: int,
     *,
     residual: Buffer | None = None,
+    halves: bool = False,
 ) -> list[Step]:
-    """cuBLAS on `slice_rows` weight rows at a time; float32 weights with float32 rows, as they lie."""
+    """cuBLAS on `slice_rows` weight rows at a time; float32 weights with float32 rows, as they lie. With `halves` the outs are
+    float16, which x without scales and bounded products allow (`bounds`)."""
     assert x.form == ("f32" if problem.kind == "F32" else "h16") and x.width == problem.columns
     assert residual is None or len(products) == 1
+    assert not halves or (x.scales is None and residual is None and not any(product.bias for product in products))
     steps: list[Step] = []
     for product in products:
         for first in range(0, product.weight.layout.n_rows, slice_rows):
             n = min(slice_rows, product.weight.layout.n_rows - first)
-            steps.extend(_slice(x, problem, product, memory, first, n, residual))
+            steps.extend(_slice(x, problem, product, memory, first, n, residual, halves))
     return steps
 
 
 def _slice(
-    x: Operand, problem: Problem, product: Product, memory: MatmulMemory, first: int, n: int, residual: Buffer | None
-) -> Iterator[Step]:
+    x: Operand, problem: Problem, product: Product, memory: MatmulMemory, first: int, n: int, residual: Buffer | None,
+    halves: bool,
+) -> Iterator[Step]:  # fmt: skip
     m, columns, width = problem.m, problem.columns, product.weight.layout.n_rows
     kind: GemmType = "f32" if problem.kind == "F32" else "f16"
     gain, stride = gain_of(problem.kind), columns
@@ -155,9 +162,13 @@ def _slice(
     else:
         weights = memory.scratch.at(0, 2 * n * columns)
         yield from build_dequantize(weights, product.weight, first, n, gain)
-    out, bias = product.out.at(4 * first), product.bias.at(4 * first) if product.bias else None
-    if x.scales is None and bias is None and residual is None:
-        yield Gemm(out, x.data, weights, m, n, columns, width, alpha=1.0 / gain, kind=kind, w_stride=stride)
+    out, bias = product.out.at((2 if halves else 4) * first), product.bias.at(4 * first) if product.bias else None
+    adds = residual is not None and residual.ptr == product.out.ptr
+    if x.scales is None and bias is None and (residual is None or adds):
+        yield Gemm(
+            out, x.data, weights, m, n, columns, width,
+            accumulate=adds, alpha=1.0 / gain, kind=kind, w_stride=stride, halves=halves,
+        )  # fmt: skip
         return
     result = memory.scratch.at(_slice_bytes(n, problem), 4 * m * n)
     yield Gemm(result, x.data, weights, m, n, columns, n, kind=kind, w_stride=stride)

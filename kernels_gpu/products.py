@@ -14,6 +14,7 @@ from pyinfer.kernels_gpu.matmul import (
     problems_of,
     scratch_bytes,
 )
+from pyinfer.kernels_gpu.matmul_route import Problem, Route
 from pyinfer.kernels_gpu.matvec import Product, build_matvec
 from pyinfer.kernels_gpu.operand import Form, Operand
 from pyinfer.kernels_gpu.stage_memory import StageMemory
@@ -39,10 +40,13 @@ def build_products(
     residual: Buffer | None,
     memory: StageMemory,
     plan: ValuePlan,
+    *,
+    halves: bool = False,
 ) -> list[Step]:
-    """Each product's out = x @ weight.T + bias (+ residual), all of which read x in the form that it has."""
+    """Each product's out = x @ weight.T + bias (+ residual), all of which read x in the form that it has. `halves`: outs are
+    float16, where `goes_to_cublas`."""
     if x.form == "h16":
-        return _many_rows(x, products, n_rows, residual, memory, plan)
+        return _many_rows(x, products, n_rows, residual, memory, plan, halves=halves)
     if n_rows <= DECODE_ROWS:
         return _few_rows(x, products, n_rows, residual, memory)
     by_cublas = [product for product in products if product.weight.layout.kind == "F32"]
@@ -69,14 +73,24 @@ def _few_rows(
 
 
 def _many_rows(
-    x: Operand, products: Sequence[Product], n_rows: int, residual: Buffer | None, memory: StageMemory, plan: ValuePlan
-) -> list[Step]:
+    x: Operand, products: Sequence[Product], n_rows: int, residual: Buffer | None, memory: StageMemory, plan: ValuePlan,
+    *, halves: bool = False,
+) -> list[Step]:  # fmt: skip
     steps: list[Step] = []
     gpu = memory.routes.gpu
     for problem, part in problems_of(products, n_rows):
-        route = memory.routes.route(problem, is_float16=is_float16(part, memory.copies))
+        route = _route(problem, part, memory)
         scratch = plan.scratch(scratch_bytes(problem, route, gpu))
         work = MatmulMemory(scratch, memory.counters(arrival_bytes(problem, route, gpu)), memory.copies)
-        steps += build_matmul(x, problem, part, route, work, gpu, residual=residual)
+        steps += build_matmul(x, problem, part, route, work, gpu, residual=residual, halves=halves)
         plan.release(scratch)
     return steps
+
+
+def goes_to_cublas(products: Sequence[Product], n_rows: int, memory: StageMemory) -> bool:
+    """Whether cuBLAS computes all of these products of "h16" rows."""
+    return all(_route(problem, part, memory).slice_rows for problem, part in problems_of(products, n_rows))
+
+
+def _route(problem: Problem, products: Sequence[Product], memory: StageMemory) -> Route:
+    return memory.routes.route(problem, is_float16=is_float16(products, memory.copies))

@@ -78,9 +78,12 @@ def build_head_norm(out: Operand, x: Buffer, weight: Buffer, head: int, eps: flo
     ]
 
 
-def build_gated(out: Operand, gate: Buffer, up: Buffer, activation: Activation, n_rows: int) -> list[Launch]:
-    """out = activation(gate) * up."""
-    return _map("gated", out, (gate, up), n_rows, (("ACTIVATION", _ACTIVATIONS[activation]),))
+def build_gated(
+    out: Operand, gate: Buffer, up: Buffer, activation: Activation, n_rows: int, *, halves: bool = False
+) -> list[Launch]:
+    """out = activation(gate) * up, which are float16 with `halves`."""
+    defines: Defines = (("ACTIVATION", _ACTIVATIONS[activation]), ("GATED", "__half" if halves else "float"))
+    return _map("gated", out, (gate, up), n_rows, defines)
 
 
 def build_add(out: Operand, a: Buffer, b: Buffer, n_rows: int) -> list[Launch]:

@@ -12,6 +12,7 @@ from pyinfer.graph.graph import Graph
 from pyinfer.graph.held_results import HeldResults
 from pyinfer.graph.ops import Value
 from pyinfer.graph.rope import Rope
+from pyinfer.kernels_gpu.bounds import Lengths
 from pyinfer.kernels_gpu.device import Bytes, Device
 from pyinfer.kernels_gpu.launch import Buffer
 from pyinfer.kernels_gpu.matmul_route import RouteTable
@@ -51,6 +52,7 @@ class DeviceShare:
         self.workspace = Workspace(device)
         self.routes = RouteTable(GPU(device.arch, device.n_sms, device.shared_bytes))
         self.copies: dict[int, Buffer] = {}  # address of a packed matrix -> the same in float16, where that is kept
+        self.lengths: dict[int, Lengths] = {}  # address of a matrix for gate or up -> of its rows
         self.n_users = 0
         self._endings: list[Callable[[], None]] = []
         self.results = HeldResults[Bytes]()

@@ -17,6 +17,7 @@ from pyinfer.graph.ops import Value
 from pyinfer.graph.sampling import Int32, RowSampling, Sampled
 from pyinfer.kernels_gpu.attention import FEW_TOKENS, StepKind
 from pyinfer.kernels_gpu.batch_parts import split_batch
+from pyinfer.kernels_gpu.bounds import BOUNDED_ROWS, lengths_of_gates
 from pyinfer.kernels_gpu.buckets import bucket_of, output_buckets, sequence_buckets, token_buckets
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.expand import make_copies
@@ -93,6 +94,9 @@ class GPUStage:
                 self._memory.share.weights.load(progress)
             if config.gpu_expand and stream is None:
                 self._memory.copies.update(make_copies(device, graph, self._memory.share.weights))
+            if config.max_tokens >= BOUNDED_ROWS and stream is None:
+                weights = self._memory.share.weights
+                self._memory.lengths.update(lengths_of_gates(device, self._memory.groups, weights))
             if measure and stream is None:
                 measure_routes(self._memory, token_buckets(config.max_tokens), RouteCache(device.name))
             usual = [lower(self._memory, shape) for shape in self._usual_shapes()]  # makes room in the workspace

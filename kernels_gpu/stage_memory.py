@@ -30,7 +30,7 @@ class StageMemory:
         self.device, self.graph, self.config = device, graph, config
         self.share = share or DeviceShare(device, [graph], config)
         self.weights: DeviceWeights | PartStream = stream or self.share.weights
-        self.copies = self.share.copies
+        self.copies, self.lengths = self.share.copies, self.share.lengths
         self.workspace, self.routes = self.share.workspace, self.share.routes
         self.pages, self.step = self.share.pages, self.share.step
         self.fields = [self.step.fields(group) for group in range(len(graph.kv_groups))]

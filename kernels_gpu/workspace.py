@@ -71,6 +71,11 @@ class ValuePlan:
         if slab is not None:
             self._holders[slab.ptr] += 1
 
+    def is_last_read(self, value: Value) -> bool:
+        """Whether the op that is being lowered is the last to read what lies in this value's memory."""
+        slab = self._operands[id(value)][1]
+        return slab is not None and self._reads_left[id(value)] == 1 and self._holders[slab.ptr] == 1
+
     def read(self, *values: Value) -> None:
         """Count the reads of one op; what nobody reads any more can be reused."""
         for value in values:

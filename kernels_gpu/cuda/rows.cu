@@ -1,6 +1,7 @@
 // Operations on rows: norms, gated activations, sums, and the forms that matmuls read. All are bound by launch latency in
 // decode and by memory in prompts, so each makes one pass over its row and writes the form that is asked for.
-// Defines: WIDTH (columns, a multiple of 4, of 32 for OUT_A8), THREADS, OUT; rms_norm: BEFORE, N_USED; gated: ACTIVATION.
+// Defines: WIDTH (columns, a multiple of 4, of 32 for OUT_A8), THREADS, OUT; rms_norm: BEFORE, N_USED; gated: ACTIVATION, GATED
+// (float or __half, of gate and up).
 #include "row_output.cuh"
 #ifdef ACTIVATION
 #include "activation.cuh"
@@ -18,7 +19,15 @@ DEVICE float4 load_chunk(const float* row, int chunk) {
   return chunk < kChunks ? reinterpret_cast<const float4*>(row)[chunk] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-DEVICE const float* row_of(const float* x, int row) { return x + static_cast<long long>(row) * WIDTH; }
+DEVICE float4 load_chunk(const __half* row, int chunk) {
+  if (chunk >= kChunks) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  const uint2 bits = reinterpret_cast<const uint2*>(row)[chunk];
+  const float2 low = __half22float2(bits_as<__half2>(bits.x)), high = __half22float2(bits_as<__half2>(bits.y));
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+
+template <class T>
+DEVICE const T* row_of(const T* x, int row) { return x + static_cast<long long>(row) * WIDTH; }
 
 DEVICE float squares(float4 v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
 
@@ -105,7 +114,8 @@ DEVICE void map_row(ValueAt value_at, void* out, float* scales, float* sums) {
   const long long first = static_cast<long long>(row) * kChunks;
   const float4 v = value_at(row, chunk);
 #if OUT == OUT_A8
-  store_a8(v, chunk < kChunks, chunk, static_cast<int8_t*>(out) + 4 * first, scales + first / 8, sums + first / 8);
+  int8_t* codes = static_cast<int8_t*>(out) + row * static_cast<long long>(a8_row_bytes(WIDTH));
+  store_a8(v, chunk < kChunks, chunk, codes, scales + first / 8, sums + first / 8);
 #else
   if (chunk < kChunks) static_cast<float4*>(out)[first + chunk] = v;
 #endif
@@ -137,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) add(const float* a, const 
 }
 
 #ifdef ACTIVATION
-extern "C" __global__ void __launch_bounds__(THREADS) gated(const float* gate, const float* up, void* out, float* scales,
+extern "C" __global__ void __launch_bounds__(THREADS) gated(const GATED* gate, const GATED* up, void* out, float* scales,
                                                            float* sums) {
   let_next_start();
   wait_for_previous();

@@ -233,6 +233,38 @@ def test_nothing_is_left_to_do_without_scales(device: EmulatedDevice) -> None:
     check(device, case)
 
 
+def test_a_residual_is_added_by_cublas(device: EmulatedDevice) -> None:
+    """Into rows that are there already; nothing is left to do then either."""
+    case = make(device, "Q8_0", 12, (50,), 96)
+    before = np.random.default_rng(3).standard_normal((12, 50)).astype(np.float32)
+    assert case.x.scales is not None
+    case.expected[0] = case.expected[0] / device.values(case.x.scales, np.float32, 12, 1) + before
+    case.x = Operand("h16", 96, case.x.data)
+    out = case.products[0].out
+    device.upload(out, before)
+    memory = memory_for(device, case, scratch_bytes(case.problem, Route(20), SMALL), 4)
+    steps = build_gemm(case.x, case.problem, case.products, memory, 20, residual=out)
+    assert sum(isinstance(step, Gemm) for step in steps) == 3 and len(steps) == 6
+    for step in steps:
+        device.launch(step)
+    check(device, case)
+
+
+def test_results_in_float16(device: EmulatedDevice) -> None:
+    case = make(device, "Q4_K", 12, (50, 24), 256)
+    assert case.x.scales is not None
+    scales = device.values(case.x.scales, np.float32, 12, 1)
+    case.x = Operand("h16", 256, case.x.data)
+    outs = [device.empty(12, n, dtype=np.float16) for n in case.problem.widths]
+    products = [Product(product.weight, out) for product, out in zip(case.products, outs, strict=True)]
+    memory = memory_for(device, case, scratch_bytes(case.problem, Route(20), SMALL), 4)
+    for step in build_matmul(case.x, case.problem, products, Route(20), memory, SMALL, halves=True):
+        device.launch(step)
+    for out, expected in zip(outs, case.expected, strict=True):
+        got, exact = device.values(out, np.float16, *expected.shape), expected / scales
+        assert np.linalg.norm(got - exact) <= TOLERANCE * np.linalg.norm(exact)
+
+
 def test_a_kept_copy_is_multiplied(device: EmulatedDevice) -> None:
     case = make(device, "Q8_0", 12, (64,), 96)
     copy = np.random.default_rng(4).standard_normal((64, 96)).astype(np.float16)

@@ -236,7 +236,8 @@ class FakeCUDA:
             algorithm,
         ) = args
         assert self.has_workspace, "cuBLAS would allocate"
-        assert (trans_w, trans_x, type_w, type_out, algorithm) == (1, 0, type_x, 0, -1)
+        assert (trans_w, trans_x, type_w, algorithm) == (1, 0, type_x, -1) and type_out in (0, 2)
+        assert self.math_mode == 16, "sums of parts in the type of results"
         kind: GemmType = "f32" if type_w == 0 else "f16"
         assert (type_w, compute) in ((2, 68), (0, 69)), "TF32 or sums in float16"
         assert ldw >= k and ldx == k and ldo >= n
@@ -244,12 +245,13 @@ class FakeCUDA:
         factors = [factor._obj.value for factor in (alpha, beta)]
         assert factors[1] in (0.0, 1.0)
         gemm = Gemm(
-            Buffer(out.value, 4 * ((m - 1) * ldo + n)), Buffer(x.value, size * m * k),
+            Buffer(out.value, (2 if type_out else 4) * ((m - 1) * ldo + n)), Buffer(x.value, size * m * k),
             Buffer(w.value, size * ((n - 1) * ldw + k)), m, n, k, ldo, bool(factors[1]), factors[0], kind, ldw,
         )  # fmt: skip
         self.submit(lambda: _gemm(gemm))
         return 0
 
+            type_out == 2,
     def set_workspace(self, handle: Any, memory: Any, size: Any) -> int:
         assert self.allocated and memory.value % 16 == 0 and size.value > 0
         self.has_workspace = True
@@ -259,6 +261,10 @@ class FakeCUDA:
         assert stream.value == STREAM + self.device
         self.has_workspace = False  # as setting the stream takes it away
         return 0
+    def set_math_mode(self, handle: Any, mode: int) -> int:
+        self.math_mode = mode
+        return 0
+
 
     def blas(self) -> ModuleType:
         library = ModuleType("libcublas")
@@ -269,6 +275,7 @@ class FakeCUDA:
         return library
 
     def modules(self) -> dict[str, ModuleType]:
+            cublasSetMathMode=self.set_math_mode,
         """What stands in `sys.modules` for CuPy."""
         fake = self
 

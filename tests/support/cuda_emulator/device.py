@@ -207,5 +207,5 @@ def _gemm(gemm: Gemm) -> None:
     assert gemm.out_stride >= gemm.n and w_stride >= gemm.k
     x, w = array(gemm.x, kind, gemm.m, gemm.k, gemm.k), array(gemm.w, kind, gemm.n, gemm.k, w_stride)
     product = np.float32(gemm.alpha) * (x.astype(np.float32) @ w.astype(np.float32).T)
-    out = array(gemm.out, np.float32, gemm.m, gemm.n, gemm.out_stride)
+    out = array(gemm.out, np.float16 if gemm.halves else np.float32, gemm.m, gemm.n, gemm.out_stride)
     out[:] = product + out if gemm.accumulate else product
