@@ -20,6 +20,7 @@ Int32 = npt.NDArray[np.int32]
 # else v * repetition, then v - penalty
 EDIT = np.dtype([("token", "<i4"), ("bias", "<f4"), ("repetition", "<f4"), ("penalty", "<f4")])
 NOT_FINITE = -1  # instead of a token: the logits are NaN or infinite
+PREVIOUS = -2  # among `token_ids` of `start_sampled`: PREVIOUS - i is token i of the step that was started before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,4 +75,22 @@ class SamplingStage(Stage, Protocol):
         `batch` is the first step, with one token a sequence and pages for all steps; `rows` are in its order, their edits
         hold for all steps.
         """
+        ...
+
+
+@runtime_checkable
+class OverlappingStage(SamplingStage, Protocol):
+    """A stage that takes the next step before the tokens of this one are known, so that its device need not wait for the host."""
+
+    can_overlap: bool  # False for a part of a model
+
+    def start_sampled(self, batch: Batch, rows: Sequence[RowSampling]) -> int:
+        """Start a step, behind those that were started before; `rows` may be none, and have no logprobs. Returns a ticket.
+
+        `batch.token_ids` may name tokens of the step before (`PREVIOUS`). At most two tickets are out at a time.
+        """
+        ...
+
+    def fetch_sampled(self, ticket: int) -> list[int]:
+        """Wait for a step's tokens, one a row."""
         ...

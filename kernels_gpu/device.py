@@ -75,6 +75,14 @@ class Device(Protocol):
         """The slot's next copies come behind what was asked for so far."""
         ...
 
+    def record(self, mark: Any = None) -> Any:
+        """A mark behind what was asked for so far, for `wait`; a mark that is given is moved there."""
+        ...
+
+    def wait(self, mark: Any) -> None:
+        """Until what is before the mark has happened; BackendError when a kernel failed."""
+        ...
+
     def zero(self, target: Buffer) -> None: ...
 
     def prepare(self, kernels: Sequence[Kernel]) -> None:

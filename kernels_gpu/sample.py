@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,15 @@ MAX_LOGPROBS = 256  # for one row; the kernel's list takes 1024
 MAX_VOCAB = 1 << 22  # 2048 chunks of 2048 ids
 
 
+@dataclass(slots=True)
+class _Started:
+    """A step whose tokens are on their way."""
+
+    tokens: npt.NDArray[np.int32]  # pinned
+    n: int = 0
+    mark: Any = None
+
+
 class DeviceSampler:
     """Buffers for `max_rows` rows of `n_vocab` logits and `max_steps` steps at once."""
 
@@ -45,6 +56,9 @@ class DeviceSampler:
         self._numbers = device.alloc(8 * max_rows * max_steps)  # of `run_steps`
         self.tokens = device.alloc(4 * max_rows * max_steps)
         self._tokens_host = device.alloc_pinned(4 * max_rows * max_steps).view(np.int32)
+        self._started = [_Started(device.alloc_pinned(4 * max_rows).view(np.int32)) for _ in range(2)]
+        self._ticket = 0
+        self._copied: Any = None  # the mark behind the last upload
         self._mask: Buffer | None = None
         self._logprobs: tuple[Buffer, Buffer, Buffer] | None = None
 
@@ -55,6 +69,8 @@ class DeviceSampler:
         """Pack and copy what `sample` and `draw_all` read."""
         n = len(rows)
         assert 0 < n <= self._max_rows
+        if self._copied is not None:
+            self._device.wait(self._copied)
         starts = self._starts
         packed = self._host[: starts[1]].view(_ROW)[:n]
         counts = [0 if row.edits is None else len(row.edits) for row in rows]
@@ -71,6 +87,7 @@ class DeviceSampler:
             edits = self._host[starts[3] :].view(EDIT)
             np.concatenate([row.edits for row in rows if row.edits is not None], out=edits[:n_edits])
         self._device.upload(self._packed, self._host[: starts[3] + n_edits * EDIT.itemsize])
+        self._copied = self._device.record(self._copied)
         if mask is not None:
             if self._mask is None:
                 self._mask = self._device.alloc(4 * self._max_rows * self._mask_words)
@@ -127,6 +144,24 @@ class DeviceSampler:
             return Sampled(tokens, [None] * n)
         self._device.synchronize()
         return Sampled(tokens, [_logprobs(row.n_logprobs, i, *fetched) for i, row in enumerate(rows)])
+
+    def start(self, logits: Buffer, stride: int, rows: Sequence[RowSampling]) -> int:
+        """Upload and sample without waiting; a ticket for `fetch`. The one before the last must have been fetched, or is lost."""
+        self._ticket ^= 1
+        started = self._started[self._ticket]
+        started.n = len(rows)
+        if rows:
+            self.upload(rows)
+            self._device.launch(self.sample(logits, stride, len(rows)))
+            self._device.download(self.tokens, started.tokens[: len(rows)])
+        started.mark = self._device.record(started.mark)
+        return self._ticket
+
+    def fetch(self, ticket: int) -> list[int]:
+        started = self._started[ticket]
+        self._device.wait(started.mark)
+        tokens: list[int] = started.tokens[: started.n].tolist()
+        return tokens
 
     def fetch_tokens(self, n: int) -> list[int]:
         """The first n tokens; waits for them."""

@@ -14,7 +14,7 @@ from pyinfer.graph.backend import PageData, Progress, Stage, StageConfig
 from pyinfer.graph.batch import Batch, Rows
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import Value
-from pyinfer.graph.sampling import Int32, RowSampling, Sampled
+from pyinfer.graph.sampling import PREVIOUS, Int32, RowSampling, Sampled
 from pyinfer.kernels_gpu.attention import FEW_TOKENS, StepKind
 from pyinfer.kernels_gpu.batch_parts import split_batch
 from pyinfer.kernels_gpu.bounds import BOUNDED_ROWS, lengths_of_gates
@@ -146,7 +146,7 @@ class GPUStage:
             if n_bytes:
                 target = follower._memory.hidden[id(value)]
                 follower._device.receive(self._device, target, buffer, n_bytes)
-        self._memory.step.is_pending, follower._is_fed = True, True
+        follower._is_fed = True
 
     def _run(self, batch: Batch) -> tuple[Rows, ...]:
         buffers, rows = self._start(batch).results, list[Rows]()
@@ -178,6 +178,19 @@ class GPUStage:
         assert self._sampling is not None
         return self._sampling.draw(self.forward(batch), rows, mask)
 
+    @property
+    def can_overlap(self) -> bool:
+        """See `graph.sampling.OverlappingStage`: of a whole model."""
+        return self.max_steps > 1 and self._is_alone and self.can_sample
+
+    def start_sampled(self, batch: Batch, rows: Sequence[RowSampling]) -> int:
+        assert self._sampling is not None
+        return self._sampling.start(self.forward(batch), rows)
+
+    def fetch_sampled(self, ticket: int) -> list[int]:
+        assert self._sampling is not None
+        return self._sampling.fetch(ticket)
+
     def run_steps(self, batch: Batch, rows: Sequence[RowSampling], n_steps: int) -> Int32:
         assert self._sampling is not None and 0 < n_steps <= self.max_steps
         logits = self.forward(batch)
@@ -204,6 +217,8 @@ class GPUStage:
                 self._device.upload(self._memory.hidden[id(value)], np.ascontiguousarray(rows))
         if self._stream is not None:
             self._stream.bring()
+        if self._sampling is not None and batch.token_ids.min() <= PREVIOUS:
+            self._device.launch(self._sampling.name_tokens(batch.n_tokens))
         self._device.run(captured.executable)
         return captured.program
 

@@ -15,7 +15,7 @@ from pyinfer.kernels_gpu.sample import DeviceSampler
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 
 MAX_STEPS = 32
-_THREADS = 128
+_STEPS, _THREADS = "sample_steps.cu", 128
 
 
 class StageSampling:
@@ -27,11 +27,24 @@ class StageSampling:
         self._sampler = DeviceSampler(memory.device, self._width, max_rows, MAX_STEPS)
 
     def kernels(self) -> list[Kernel]:
-        return [*self._sampler.kernels(), Kernel("sample_steps.cu", "advance_step")]
+        return [*self._sampler.kernels(), *(Kernel(_STEPS, name) for name in ("advance_step", "name_tokens"))]
 
     def draw(self, logits: Buffer, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None) -> Sampled:
         """Tokens of a step whose logits are on their way."""
         return self._sampler.run(logits, self._width, rows, mask)
+
+    def start(self, logits: Buffer, rows: Sequence[RowSampling]) -> int:
+        """Draw behind a step that was started, without waiting; a ticket for `fetch`."""
+        return self._sampler.start(logits, self._width, rows)
+
+    def fetch(self, ticket: int) -> list[int]:
+        return self._sampler.fetch(ticket)
+
+    def name_tokens(self, n: int) -> Launch:
+        """Of the step's n ids those that stand for tokens of the step before become these."""
+        blocks = (-(-n // _THREADS), 1, 1)
+        ids = self._memory.fields[0].token_ids
+        return Launch(Kernel(_STEPS, "name_tokens"), blocks, (_THREADS, 1, 1), (self._sampler.tokens, n, ids))
 
     def steps(self, executable: Any, logits: Buffer, rows: Sequence[RowSampling], n_steps: int) -> Int32:
         """Tokens int32 [n_steps, n]: of the step that was started, and of `executable` run again for each further one."""
@@ -50,7 +63,7 @@ class StageSampling:
         fields, config = self._memory.fields[0], self._memory.config
         table_size = config.max_sequences * fields.table_stride
         return Launch(
-            Kernel("sample_steps.cu", "advance_step"),
+            Kernel(_STEPS, "advance_step"),
             (-(-n // _THREADS), 1, 1),
             (_THREADS, 1, 1),
             (

@@ -7,6 +7,7 @@ A program for `n_tokens` and `n_outputs` pads: a padding token has id -1 (a row 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +63,7 @@ class StepBuffer:
         self._tables = self._arrays["page_tables"].reshape(n_groups, config.max_sequences, self._stride)
         self._tables[:] = -1  # as no table has: every row is new at first
         self._uploaded: tuple[Int32, int, int] | None = None
-        self.is_pending = False  # the last upload may not have happened: nobody has waited for its step
+        self._copied: Any = None  # the mark behind the last upload: nobody may have waited for its step
 
     def fields(self, group: int) -> StepFields:
         """Device addresses for kernels of a layer of this group."""
@@ -86,16 +87,14 @@ class StepBuffer:
     def upload(self, batch: Batch, n_tokens: int, n_outputs: int, *, once: bool = False) -> None:
         """Fill the arrays, padded to a program's rows, and copy what the step reads.
 
-        The last upload must have happened, unless `is_pending` says that it may not have.
         `once`: not if it was this batch's already, for stages that run it one after another.
         """
         step = batch.token_ids, n_tokens, n_outputs
         if once and self._uploaded is not None and step[0] is self._uploaded[0] and step[1:] == self._uploaded[1:]:
             return
         self._uploaded = step
-        if self.is_pending:
-            self._device.synchronize()
-            self.is_pending = False
+        if self._copied is not None:
+            self._device.wait(self._copied)
         arrays, n, n_sequences = self._arrays, batch.n_tokens, batch.n_sequences
         assert n <= n_tokens <= len(arrays["token_ids"]) and n_sequences <= self._n_sequences
         _fill(arrays["token_ids"], batch.token_ids, n_tokens, -1)
@@ -108,6 +107,7 @@ class StepBuffer:
         arrays["slots"][:, n:n_tokens] = -1
         self._device.upload(self._buffer, self._host[: self._offsets["page_tables"]])
         self._upload_tables(batch.page_tables)
+        self._copied = self._device.record(self._copied)
 
     def _upload_tables(self, tables: Int32) -> None:
         """Copy the rows that changed since the last step: most sequences write into the page they had."""

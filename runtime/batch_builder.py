@@ -1,7 +1,8 @@
 """`BatchBuilder`: turns the scheduler's plan into the arrays of a `Batch`.
 
 All arrays are allocated once; a batch holds views that are valid until the next one is built. Each running sequence has
-a row (its slot) in the page table of each KV group, where only newly taken pages are written.
+a row (its slot) in the page table of each KV group, where only newly taken pages are written. A token that a step in
+flight will give is named by its row there (`PREVIOUS`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pyinfer.graph.batch import Batch, Int32
+from pyinfer.graph.sampling import PREVIOUS
 from pyinfer.runtime.page_layout import PageLayout
 from pyinfer.runtime.pages import PagePool
 from pyinfer.runtime.plan import Plan
@@ -53,7 +55,7 @@ class BatchBuilder:
             if count != 1 or sequence.n_scored < sequence.n_score_rows:
                 break
             n_decodes += 1
-        if n_decodes == len(plan.counts) and all(s.n_computed + 1 == len(s.tokens) for s in plan.sequences):
+        if n_decodes == len(plan.counts) and all(s.n_computed + 1 == s.n_tokens for s in plan.sequences):
             return self._decodes(plan.sequences, n_ahead)
         return self._mixed(plan)
 
@@ -92,7 +94,9 @@ class BatchBuilder:
         slots = [sequence.slot for sequence in sequences]
         positions = self._positions[:n]
         positions[:] = [sequence.n_computed for sequence in sequences]
-        self._token_ids[:n] = [sequence.tokens[-1] for sequence in sequences]
+        self._token_ids[:n] = [
+            PREVIOUS - sequence.coming_row if sequence.n_coming else sequence.tokens[-1] for sequence in sequences
+        ]
         block, offset = np.divmod(positions, block_size)
         self._slots[:, :n] = self._table[:, slots, block] * block_size + offset
         batch = Batch(
@@ -115,7 +119,9 @@ class BatchBuilder:
             first = sequence.n_computed
             end = start + count
             self._starts[i + 1] = end
-            self._token_ids[start:end] = sequence.tokens[first : first + count]
+            known = sequence.tokens[first : first + count]
+            self._token_ids[start : start + len(known)] = known
+            self._token_ids[start + len(known) : end] = PREVIOUS - sequence.coming_row  # one at most
             positions = self._count_up[first : first + count]
             self._positions[start:end] = positions
             block, offset = np.divmod(positions, block_size)
@@ -127,7 +133,7 @@ class BatchBuilder:
                 self._output_rows[n_rows : n_rows + n_scored] = self._count_up[row : row + n_scored]
                 scored.append((sequence, first_scored, n_rows, n_scored))
                 n_rows += n_scored
-            if sequence.wants_next and first + count == len(sequence.tokens):
+            if sequence.wants_next and first + count == sequence.n_tokens:
                 self._output_rows[n_rows] = end - 1
                 sampled.append(sequence)
                 sampled_rows.append(n_rows)

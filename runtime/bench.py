@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pyinfer.graph.backend import Stage
 from pyinfer.graph.batch import Batch, Int32
-from pyinfer.graph.sampling import RowSampling, SamplingStage
+from pyinfer.graph.sampling import OverlappingStage, RowSampling, SamplingStage
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class BenchRunner:
         self._n_groups = n_groups
         self._random = np.random.default_rng(seed)
         self._sampling = stage if isinstance(stage, SamplingStage) and stage.can_sample else None
+        self._overlapping = stage if isinstance(stage, OverlappingStage) and stage.can_overlap else None
         self._greedy = [RowSampling(row=row) for row in range(max_tokens)]
 
     def run(self, test: BenchTest, repetitions: int, on_sample: Callable[[int], None] | None = None) -> BenchResult:
@@ -114,17 +115,30 @@ class BenchRunner:
         batches = _Batches(test, self._block_size, self._max_tokens, self._n_groups, self._n_vocab, self._random)
         if on_sample:
             on_sample(0)
-        for batch in (*batches.prompt(0, test.n_depth, want_logits=False), *batches.measured(min(test.n_gen, 4))):
-            self._step(batch)
+        self._steps((*batches.prompt(0, test.n_depth, want_logits=False), *batches.measured(min(test.n_gen, 4))))
         samples = []
         for number in range(1, repetitions + 1):
             if on_sample:
                 on_sample(number)
             begin = time.perf_counter_ns()
-            for batch in batches.measured(test.n_gen):
-                self._step(batch)
+            self._steps(batches.measured(test.n_gen))
             samples.append(time.perf_counter_ns() - begin)
         return BenchResult(test, tuple(samples))
+
+    def _steps(self, batches: Iterable[Batch]) -> None:
+        """One after another, each started before the last one's tokens are fetched where the engine would do that too."""
+        if self._overlapping is None:
+            for batch in batches:
+                self._step(batch)
+            return
+        ticket: int | None = None
+        for batch in batches:
+            started = self._overlapping.start_sampled(batch, self._greedy[: len(batch.output_rows)])
+            if ticket is not None:
+                self._overlapping.fetch_sampled(ticket)
+            ticket = started
+        if ticket is not None:
+            self._overlapping.fetch_sampled(ticket)
 
     def _step(self, batch: Batch) -> None:
         n_outputs = len(batch.output_rows)

@@ -1,26 +1,45 @@
 """`DeviceSampling`: steps whose tokens are drawn where the logits are, by a `SamplingStage`; only ids come back.
 
 Whole rows are still taken where somebody needs them: prompts that are scored, beams, samples that fork, typical_p.
+
+With an `OverlappingStage` the next step is decided and started while the device works on this one, on the assumption that
+every sequence goes on (vLLM's "async scheduling"). It is for requests whose next row needs no token that is on its way.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pyinfer.graph.backend import Stage
-from pyinfer.graph.sampling import RowLogprobs, RowSampling, SamplingStage
+from pyinfer.graph.sampling import OverlappingStage, RowLogprobs, RowSampling, SamplingStage
 from pyinfer.runtime.batch_builder import Step
 from pyinfer.runtime.outputs import Logprob, TokenLogprobs
+from pyinfer.runtime.plan import Plan
+from pyinfer.runtime.request import Request
 
 NewToken = tuple[int, TokenLogprobs | None]  # a sampled token, or NOT_FINITE, and what was asked about it
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that the device works on."""
+
+    plan: Plan
+    step: Step
+    ticket: int
+    started: float  # when, by the engine's clock
+
+
 class DeviceSampling:
-    def __init__(self, stage: SamplingStage) -> None:
+    def __init__(self, stage: SamplingStage, max_sequences: int) -> None:
         self._stage = stage
+        self._most_edits = stage.max_edits // max_sequences  # of a row in any step
+        self._overlapping = stage if isinstance(stage, OverlappingStage) and stage.can_overlap else None
 
     @staticmethod
-    def of(stage: Stage) -> DeviceSampling | None:
+    def of(stage: Stage, max_sequences: int) -> DeviceSampling | None:
         """None for a stage that cannot."""
-        return DeviceSampling(stage) if isinstance(stage, SamplingStage) and stage.can_sample else None
+        return DeviceSampling(stage, max_sequences) if isinstance(stage, SamplingStage) and stage.can_sample else None
 
     def run(self, step: Step, n_ahead: int) -> list[list[NewToken]] | None:
         """Run a step and up to `n_ahead` more that repeat it: the tokens of each, in the order of `step.sampled`.
@@ -38,6 +57,33 @@ class DeviceSampling:
         pairs = zip(sampled.tokens, sampled.logprobs, strict=True)
         return [[(token, None if found is None else to_logprobs(token, found)) for token, found in pairs]]
 
+    @property
+    def can_overlap(self) -> bool:
+        return self._overlapping is not None
+
+    def needs_its_tokens(self, request: Request) -> bool:
+        """Whether a request's next row can only be asked for when its last token is known, or comes back whole."""
+        sequence = request.sequences[0]
+        sampler = sequence.sampler
+        if len(request.sequences) > 1 or sequence.n_score_rows or sampler is None or sampler.has_history:
+            return True
+        row = sampler.on_device(0, sequence.tokens)
+        return (
+            row is None or row.n_logprobs is not None or (row.edits is not None and len(row.edits) > self._most_edits)
+        )
+
+    def start(self, step: Step) -> int:
+        """Start a step of requests that do not need their tokens; a ticket for `fetch`."""
+        assert self._overlapping is not None
+        rows = self._rows(step) if step.sampled else []
+        assert rows is not None
+        return self._overlapping.start_sampled(step.batch, rows)
+
+    def fetch(self, ticket: int) -> list[int]:
+        """Wait for a step's tokens, or NOT_FINITE, in the order of `step.sampled`."""
+        assert self._overlapping is not None
+        return self._overlapping.fetch_sampled(ticket)
+
     def _rows(self, step: Step) -> list[RowSampling] | None:
         if not step.sampled or step.scored or step.searched:
             return None
@@ -47,7 +93,7 @@ class DeviceSampling:
             if sequence.n_output == 0 and len(sequence.request.sequences) > 1:
                 return None  # its other samples want the same row
             assert sequence.sampler is not None
-            row = sequence.sampler.on_device(number, sequence.tokens)
+            row = sequence.sampler.on_device(number, sequence.tokens, sequence.n_coming)
             if row is None or (row.n_logprobs or 0) > self._stage.max_logprobs:
                 return None
             n_edits += 0 if row.edits is None else len(row.edits)

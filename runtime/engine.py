@@ -13,11 +13,10 @@ import numpy as np
 
 from pyinfer.graph.backend import Stage, StageConfig
 from pyinfer.graph.kv_groups import KVGroup
-from pyinfer.graph.ops import F32Array
 from pyinfer.runtime.admission import Admission
 from pyinfer.runtime.batch_builder import BatchBuilder, Step
 from pyinfer.runtime.beam_search_params import BeamSearchParams
-from pyinfer.runtime.device_sampling import DeviceSampling, NewToken
+from pyinfer.runtime.device_sampling import DeviceSampling, Flight
 from pyinfer.runtime.outputs import EngineStats, FloatMatrix, RequestOutput
 from pyinfer.runtime.page_manager import ONE_GROUP
 from pyinfer.runtime.page_moves import make_moves, moved_sequences
@@ -27,15 +26,14 @@ from pyinfer.runtime.request_events import RequestEvent
 from pyinfer.runtime.request_limits import RequestLimits
 from pyinfer.runtime.request_maker import RequestMaker
 from pyinfer.runtime.running_requests import RunningRequests
-from pyinfer.runtime.sampler import NOT_FINITE
 from pyinfer.runtime.sampling_params import SamplingParams
 from pyinfer.runtime.scheduler import Scheduler
 from pyinfer.runtime.step_rows import fork_samples, sample_rows, score
+from pyinfer.runtime.token_taker import TokenTaker
 from pyinfer.runtime.vocabulary_facts import Vocabulary
 
 _log = logging.getLogger(__name__)
 _NO_LOGITS = np.empty((0, 0), np.float32)  # of a step whose tokens were drawn on the device
-_NOT_FINITE = "the model's logits are not finite; its weights may be broken"
 
 
 class Engine:
@@ -57,6 +55,7 @@ class Engine:
         n_swap_pages: int = 0,
         max_queue_wait: float | None = None,
         multi_step: int = 1,
+        overlap: bool = True,  # start a step before the last one's tokens are known, where the stage can
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -86,11 +85,15 @@ class Engine:
         self._maker = RequestMaker(self.limits, vocabulary, seed=seed, clock=clock)
         self.admission = Admission(self.scheduler, max_queue_wait)
         self._builder = BatchBuilder(layout, self.scheduler.pool, max_sequences=config.max_sequences, n_ctx=self.n_ctx)
-        self._device = DeviceSampling.of(stage)
+        self._device = DeviceSampling.of(stage, config.max_sequences)
         self._requests = RunningRequests(self.scheduler, clock)
+        self._taker = TokenTaker(self.scheduler, self._requests, clock)
+        self._overlaps = overlap and multi_step == 1 and self._device is not None and self._device.can_overlap
+        self._flight: Flight | None = None  # the step that the device works on between two calls of `step`
+        self._landed = 0.0  # when the last one ended
+        self._unforeseen: set[Request] = set()  # those whose rows wait for tokens
         self._n_steps = 0
         self._n_prompt_tokens = 0
-        self._n_generated = 0
 
     # ---- requests
 
@@ -132,6 +135,8 @@ class Engine:
         if may_refuse:
             self.admission.check(request.sequences[0])
         self._requests.add(request)
+        if self._overlaps and self._device is not None and self._device.needs_its_tokens(request):
+            self._unforeseen.add(request)
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestOutput]:
         """End a request, or one of its samples, now; unknown and finished ones are left as they are."""
@@ -153,7 +158,72 @@ class Engine:
         return self.scheduler.events
 
     def step(self) -> list[RequestOutput]:
-        """Run one batch; returns what it added. An error in the stage fails the requests of that batch, no others."""
+        """Run one batch; returns what it added. An error in the stage fails the requests of that batch, no others.
+
+        Where stage and requests allow it the next batch is started first, so that the device goes on while the host
+        looks at this one's tokens.
+        """
+        flight, self._flight = self._flight, None
+        self._unforeseen = {request for request in self._unforeseen if not request.is_finished}
+        if not self._overlaps or self._unforeseen:
+            return self._run() if flight is None else self._land(flight)
+        outputs: list[RequestOutput] = []
+        events: list[RequestEvent] = []
+        if flight is None:
+            flight = self._launch(outputs)
+            events = self.scheduler.events
+        if flight is not None:
+            self._flight = self._launch(outputs)
+            outputs += self._land(flight)
+            self.scheduler.events[:0] = events
+        return outputs
+
+    def _launch(self, outputs: list[RequestOutput]) -> Flight | None:
+        """Start a batch, as if nobody ended in the one in flight; None, with failures in `outputs`, if there is none."""
+        assert self._device is not None
+        plan = self.scheduler.schedule()
+        try:
+            make_moves(plan.moves, self._stage, self.scheduler.cost, self._clock)
+            if not plan.sequences:
+                return None
+            step = self._builder.build(plan)
+            ticket = self._device.start(step)
+        except Exception as error:
+            outputs += self._fail([*plan.sequences, *moved_sequences(plan.moves)], error)
+            return None
+        self._advance(plan, self.scheduler.started)
+        for row, sequence in enumerate(step.sampled):
+            sequence.n_coming += 1
+            sequence.coming_row = row
+        return Flight(plan, step, ticket, self._clock())
+
+    def _land(self, flight: Flight) -> list[RequestOutput]:
+        """Wait for a batch in flight. Who has ended since it was started gets nothing of it."""
+        assert self._device is not None
+        plan, step = flight.plan, flight.step
+        try:
+            tokens = self._device.fetch(flight.ticket)
+        except Exception as error:
+            return self._fail(plan.sequences, error)
+        now = self._clock()
+        self._note_time(step, 1, now - max(flight.started, self._landed))
+        self._landed = now
+        for sequence, count in zip(plan.sequences, plan.counts, strict=True):
+            self.scheduler.landed(sequence, count)
+        outputs: list[RequestOutput] = []
+        for sequence, token in zip(step.sampled, tokens, strict=True):
+            if sequence.state is not State.FINISHED:
+                sequence.n_coming -= 1
+                outputs += self._taker.append(sequence, [(token, None)])
+        return outputs
+
+    def _fail(self, sequences: list[Sequence], error: Exception) -> list[RequestOutput]:
+        _log.exception("a step of %d sequences failed", len(sequences))
+        left = [sequence for sequence in sequences if sequence.state is not State.FINISHED]
+        return self._requests.fail(left, f"the engine failed while running this request: {error!r}")
+
+    def _run(self) -> list[RequestOutput]:
+        """One batch from its plan to its tokens."""
         plan = self.scheduler.schedule()
         if not plan.sequences:
             return []
@@ -166,18 +236,16 @@ class Engine:
             logits = self._stage.run(step.batch) if drawn is None else _NO_LOGITS
             self._note_time(step, 1 if drawn is None else len(drawn), self._clock() - start)
             score(step, logits)
-            self._advance(plan)
+            self._advance(plan, self.scheduler.advance)
             if drawn is None:
                 fork_samples(step, self.scheduler, self._clock())
                 drawn = [sample_rows(step, logits)]
         except Exception as error:
-            _log.exception("a step of %d sequences failed", len(plan.sequences))
-            sequences = [*plan.sequences, *moved_sequences(plan.moves)]
-            return self._requests.fail(sequences, f"the engine failed while running this request: {error!r}")
-        outputs = [output for sequence, row in step.searched for output in self._search(sequence, logits[row])]
+            return self._fail([*plan.sequences, *moved_sequences(plan.moves)], error)
+        outputs = [output for sequence, row in step.searched for output in self._taker.search(sequence, logits[row])]
         for sequence, *tokens in zip(step.sampled, *drawn, strict=True):
             if sequence.state is State.RUNNING:  # not so after a sibling's failure
-                outputs += self._append(sequence, tokens)
+                outputs += self._taker.append(sequence, tokens)
         for sequence, *_ in step.scored:
             if not sequence.wants_next and sequence.n_scored == sequence.n_score_rows:
                 outputs.append(self._requests.end(sequence, RequestOutput(sequence.request.id), "length"))
@@ -190,55 +258,13 @@ class Engine:
         self.scheduler.cost.note_computed(step.batch.n_tokens * n_steps, seconds)
         self.admission.note_step(step.batch.n_tokens, step.batch.n_sequences, seconds / n_steps)
 
-    def _search(self, sequence: Sequence, row: F32Array) -> list[RequestOutput]:
-        """Take the logits of a beam; once all of its request have theirs, they advance or are told."""
-        request, beams = sequence.request, sequence.request.beams
-        assert beams is not None
-        if sequence.state is not State.RUNNING:
-            return []
-        if not np.isfinite(row.max()):
-            return self._requests.fail([sequence], _NOT_FINITE)
-        if sequence.metrics.first_token_time == 0.0:
-            sequence.metrics.first_token_time = self._clock()
-        beams.take(sequence, row)
-        if not beams.is_ready:
-            return []
-        self._n_generated += len(request.sequences)
-        return [] if beams.advance(self.scheduler) else self._requests.end_search(request, beams.outputs(sequence))
-
-    def _advance(self, plan: Plan) -> None:
-        advance = self.scheduler.advance
+    def _advance(self, plan: Plan, advance: Callable[[Sequence, int], None]) -> None:
         for sequence, count in zip(plan.sequences, plan.counts, strict=True):
-            if count > 1 or not sequence.prompt_was_computed:
+            if count > 1 or sequence.n_computed < sequence.n_prompt:
                 self._n_prompt_tokens += count
                 if sequence.metrics.first_scheduled_time == 0.0:
                     sequence.metrics.first_scheduled_time = self._clock()
             advance(sequence, count)
-
-    def _append(self, sequence: Sequence, tokens: list[NewToken]) -> list[RequestOutput]:
-        """Add what one step sampled, or several, up to where the sequence ends. It has advanced by the first step."""
-        request = sequence.request
-        output = RequestOutput(request.id, sequence.index, [], [] if request.params.needs_logprobs else None)
-        for number, (token, logprobs) in enumerate(tokens):
-            if number:
-                self.scheduler.advance(sequence, 1)
-            if token == NOT_FINITE:
-                return [*([output] if number else []), *self._requests.fail([sequence], _NOT_FINITE)]
-            output.new_token_ids.append(token)
-            if output.new_logprobs is not None and logprobs is not None:
-                output.new_logprobs.append(logprobs)
-            if sequence.n_output == 0:
-                sequence.metrics.first_token_time = self._clock()
-                output.cached_tokens = sequence.cached_tokens
-                output.prompt_logprobs = sequence.prompt_logprobs
-            sequence.tokens.append(token)
-            self._n_generated += 1
-            if token in sequence.stop_ids and sequence.n_output >= request.params.min_tokens:
-                output.stop_token = token
-                return [self._requests.end(sequence, output, "stop")]
-            if len(sequence.tokens) >= sequence.limit:
-                return [self._requests.end(sequence, output, "length")]
-        return [output]
 
     # ---- the rest
 
@@ -256,7 +282,7 @@ class Engine:
             prefix_hits=scheduler.pages.n_prefix_hits,
             preemptions=scheduler.n_preemptions,
             prompt_tokens=self._n_prompt_tokens,
-            generation_tokens=self._n_generated,
+            generation_tokens=self._taker.n_generated,
             requests_finished=self._requests.n_finished,
             steps=self._n_steps,
             swaps=scheduler.swap.n_swaps,

@@ -41,6 +41,7 @@ class LoadOptions:
     preemption_mode: str = "auto"  # recompute, swap, or what is measured to be cheaper
     max_queue_wait: float | None = None  # seconds: who would wait longer is refused; None: nobody
     num_scheduler_steps: int = 1  # most steps of decoding that are decided at once, while nobody comes or goes
+    async_scheduling: bool = True  # on a GPU a step is started before the last one's tokens are known
     swap_space: int | None = None  # bytes of host memory for swapped pages; None: a quarter of the KV pool
     backend: str = "cpu"
     repack_cache: int = 0  # bytes that repacked weights may take on disk; 0 keeps none

@@ -129,6 +129,7 @@ def open_engine(
             n_swap_pages=n_swap_pages,
             max_queue_wait=options.max_queue_wait,
             multi_step=options.num_scheduler_steps,
+            overlap=options.async_scheduling,
         )
     except BaseException:
         stage.close()

@@ -41,6 +41,7 @@ class PageManager:
 
         Of sliding kinds it gets as many as it ever needs at one time; later ones come as it gives back what is behind.
         """
+        assert not sequence.n_coming
         n_tokens, block_size, layout, pool = len(sequence.tokens), self._block_size, self.layout, self.pool
         reads_cache = self._config.prefix_caching and sequence.reads_cache
         # at least one token is left to compute, for its logits
@@ -186,7 +187,7 @@ class PageManager:
     def remember(self, sequence: Sequence) -> int:
         """Make what is full by now findable; returns the number of computed tokens at which there will be more."""
         block_size = self._block_size
-        n_full = sequence.n_computed // block_size
+        n_full = (sequence.n_computed - sequence.n_flying) // block_size
         if n_full > sequence.n_remembered:
             sequence.extend_digests(n_full, block_size)
             remember = self.pool.remember
@@ -216,7 +217,7 @@ class PageManager:
         for kind, (table, first) in enumerate(zip(sequence.tables, sequence.firsts, strict=True)):
             self.pool.release(reversed(table[first:]), kind)
         sequence.tables, sequence.firsts = [], []
-        sequence.n_computed = sequence.n_remembered = sequence.n_writable = 0
+        sequence.n_computed = sequence.n_remembered = sequence.n_writable = sequence.n_flying = 0
 
     # ---- books
 

@@ -35,6 +35,7 @@ class Sequence:
 
     __slots__ = (
         "cached_tokens",
+        "coming_row",
         "digests",
         "firsts",
         "index",
@@ -44,8 +45,10 @@ class Sequence:
         "limit",
         "logits",
         "metrics",
+        "n_coming",
         "n_computed",
         "n_due",
+        "n_flying",
         "n_prompt",
         "n_remembered",
         "n_score_rows",
@@ -75,7 +78,12 @@ class Sequence:
         self.leader = leader  # sample 0: computes the prompt, whose pages the others then share
 
         self.state = State.WAITING
-        self.n_computed = 0  # tokens whose keys and values are in the pages
+        self.n_computed = (
+            0  # tokens whose keys and values are in the pages, or will be once the steps in flight are over
+        )
+        self.n_flying = 0  # of those, the ones that are not there yet
+        self.n_coming = 0  # tokens behind `tokens` that steps in flight will give
+        self.coming_row = 0  # which of its step's tokens the last of them is
         # for each kind of layers: its blocks in the pool, NO_BLOCK before the first that is held
         self.tables: list[list[int]] = []
         self.firsts: list[int] = []  # for each kind, that first block
@@ -98,6 +106,11 @@ class Sequence:
         self.sampler: SequenceSampler | None = None
         self.stop_ids: frozenset[int] = frozenset()
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
+
+    @property
+    def n_tokens(self) -> int:
+        """Those that are known and those to come."""
+        return len(self.tokens) + self.n_coming
 
     @property
     def n_output(self) -> int:

@@ -67,20 +67,23 @@ class SequenceSampler:
             return int(row.argmax())
         return draw(row, self._params, uniform(self._seed, self._index, len(tokens)))
 
-    def on_device(self, row: int, tokens: list[int]) -> RowSampling | None:
-        """The same for a stage that samples; None for what those do not know: typical_p, the whole vocabulary's logprobs."""
+    def on_device(self, row: int, tokens: list[int], n_coming: int = 0) -> RowSampling | None:
+        """The same for a stage that samples; None for what those do not know: typical_p, the whole vocabulary's logprobs.
+
+        `n_coming` more tokens are not known yet, which is for samplers without history.
+        """
         params = self._params
         if params.typical_p < 1.0 or params.logprobs == -1:
             return None
-        counter = (self._seed, self._index, len(tokens))
+        position = len(tokens) + n_coming
         return RowSampling(
             row=row,
             temperature=0.0 if self._is_greedy else params.temperature,
             top_k=max(params.top_k, 0),
             top_p=params.top_p,
             min_p=params.min_p,
-            number=0.0 if self._is_greedy else uniform(*counter),
-            counter=(signed(self._seed), self._index, len(tokens)),
+            number=0.0 if self._is_greedy else uniform(self._seed, self._index, position),
+            counter=(signed(self._seed), self._index, position),
             edits=None if self.is_argmax else self._edits(tokens),
             n_logprobs=(params.logprobs or 0) if params.needs_logprobs else None,
         )

@@ -107,7 +107,8 @@ class Scheduler:
             budget = self._plan(plan, sequence, budget)
         if self.n_preemptions == n_preemptions:
             self._admit_waiting(plan, budget)
-        while not plan.sequences and self.waiting:  # all that run wait for one that does not: they give way
+        # all that run wait for one that does not: they give way, unless it is only for a step in flight
+        while not plan.sequences and self.waiting and not any(sequence.n_coming for sequence in self.running):
             self._preempt(plan, self.running[-1])
             self._admit_waiting(plan, budget)
         if self.config.multi_step > 1 and not self.waiting and len(plan.sequences) == len(self.running):
@@ -148,6 +149,10 @@ class Scheduler:
         chosen = plan.sequences
         for sequence in self.running:  # preemption shortens it from the end
             n_tokens = len(sequence.tokens)
+            if n_coming := sequence.n_coming:
+                n_tokens += n_coming
+                if n_tokens == sequence.limit:  # the last one is on its way
+                    continue
             n_computed = sequence.n_computed
             if n_tokens - n_computed != 1:
                 end = min(n_tokens, n_computed + max_tokens)
@@ -173,7 +178,7 @@ class Scheduler:
         return True
 
     def _plan(self, plan: Plan, sequence: Sequence, budget: int) -> int:
-        count = min(len(sequence.tokens) - sequence.n_computed, budget)
+        count = min(sequence.n_tokens - sequence.n_computed, budget)
         plan.sequences.append(sequence)
         plan.counts.append(count)
         return budget - count
@@ -226,11 +231,23 @@ class Scheduler:
         if count > 1 or sequence.n_computed >= sequence.n_due:
             self._advanced(sequence, count)
 
+    def started(self, sequence: Sequence, count: int) -> None:
+        """Note that a step is in flight which computes `count` more tokens; `landed` follows, or the sequence fails."""
+        sequence.n_computed += count
+        sequence.n_flying += count
+
+    def landed(self, sequence: Sequence, count: int) -> None:
+        """What `advance` does, of a step that was noted by `started`; nothing if the sequence has given way since."""
+        if sequence.state is State.RUNNING:
+            sequence.n_flying -= count
+            if count > 1 or sequence.n_computed - sequence.n_flying >= sequence.n_due:
+                self._advanced(sequence, count)
+
     def _advanced(self, sequence: Sequence, count: int) -> None:
         """What most steps of decoding have no need of."""
         if count > 1 or not sequence.prompt_was_computed:
             self._note("prompt", sequence, count)
-        sequence.prompt_was_computed |= sequence.n_computed >= sequence.n_prompt
+        sequence.prompt_was_computed |= sequence.n_computed - sequence.n_flying >= sequence.n_prompt
         n_next: float = math.inf
         if self.config.prefix_caching:
             n_next = self.pages.remember(sequence)
@@ -283,8 +300,8 @@ class Scheduler:
         self.swap.check(self.waiting)
         for sequence in self.running:
             assert sequence.swapped is None
-            assert sequence.n_computed < len(sequence.tokens) + sequence.is_paused <= sequence.limit + 1
-            assert len(sequence.tokens) <= sequence.limit
+            assert sequence.n_computed < sequence.n_tokens + sequence.is_paused <= sequence.limit + 1
+            assert sequence.n_tokens <= sequence.limit and 0 <= sequence.n_flying <= sequence.n_computed
         slots = [sequence.slot for sequence in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_sequences)), "slots leak"
         self.pages.check(self.running)

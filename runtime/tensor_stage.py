@@ -15,7 +15,7 @@ from pyinfer.graph.backend import Backend, PageData, Progress, Stage, StageConfi
 from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import F32Array
-from pyinfer.graph.sampling import Int32, RowSampling, Sampled, SamplingStage
+from pyinfer.graph.sampling import Int32, OverlappingStage, RowSampling, Sampled, SamplingStage
 
 T = TypeVar("T")
 
@@ -69,6 +69,19 @@ class TensorStage:
         self._check_equal([tokens.tolist() for tokens in drawn])
         return drawn[0]
 
+    @property
+    def can_overlap(self) -> bool:
+        """See `graph.sampling.OverlappingStage`."""
+        return all(isinstance(rank, OverlappingStage) and rank.can_overlap for rank in self.ranks)
+
+    def start_sampled(self, batch: Batch, rows: Sequence[RowSampling]) -> int:
+        return self._all(lambda rank: _overlapping(rank).start_sampled(batch, rows))[0]  # all count alike
+
+    def fetch_sampled(self, ticket: int) -> list[int]:
+        drawn = self._all(lambda rank: _overlapping(rank).fetch_sampled(ticket))
+        self._check_equal(drawn)
+        return drawn[0]
+
     @staticmethod
     def _check_equal(tokens: Sequence[object]) -> None:
         if any(other != tokens[0] for other in tokens[1:]):
@@ -100,4 +113,9 @@ class TensorStage:
 
 def _sampler(rank: Stage) -> SamplingStage:
     assert isinstance(rank, SamplingStage)
+    return rank
+
+
+def _overlapping(rank: Stage) -> OverlappingStage:
+    assert isinstance(rank, OverlappingStage)
     return rank

@@ -70,3 +70,11 @@ extern "C" __global__ void __launch_bounds__(128) advance_step(
     slots[static_cast<long long>(g) * slot_stride + i] = page * block_size + position % block_size;
   }
 }
+
+// Before a step that was asked for while the one before it ran: id -2 - i stands for token i of that one.
+extern "C" __global__ void __launch_bounds__(128) name_tokens(const int* tokens, int n, int* token_ids) {
+  const int i = blockIdx.x * 128 + threadIdx.x;
+  wait_for_previous();
+  if (i >= n || token_ids[i] > -2) return;
+  token_ids[i] = max(tokens[-2 - token_ids[i]], 0);  // after logits that are not finite the host drops what follows
+}

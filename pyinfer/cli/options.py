@@ -78,6 +78,7 @@ class EngineOptions:
     swap_space: int | None = None  # bytes; None: a quarter of the KV pool
     max_queue_wait: float | None = None  # seconds; None: no limit
     num_scheduler_steps: int = 1
+    async_scheduling: bool = True
     repack_cache: int = 0  # bytes; 0: off
 
     def as_kwargs(self) -> dict[str, Any]:
@@ -307,6 +308,12 @@ def _engine_options(
             rich_help_panel=_SCHEDULER_PANEL,
         ),
     ] = 1,
+    async_scheduling: Annotated[
+        bool,
+        typer.Option(
+            help="On a GPU start each step before the last one's tokens are known.", rich_help_panel=_SCHEDULER_PANEL
+        ),
+    ] = True,
     repack_cache: Annotated[
         str,
         typer.Option(
@@ -340,6 +347,7 @@ def _engine_options(
         swap_space=None if swap_space is None else parse_size(swap_space),
         max_queue_wait=max_queue_wait,
         num_scheduler_steps=num_scheduler_steps,
+        async_scheduling=async_scheduling,
         repack_cache=parse_cache_size(repack_cache),
     )
 

@@ -22,7 +22,7 @@ from pyinfer.graph.batch import Batch
 from pyinfer.graph.graph import Graph
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceBackend
-from pyinfer.graph.sampling import SamplingStage
+from pyinfer.graph.sampling import OverlappingStage, SamplingStage
 from pyinfer.graph.split import block_cuts, split_graph
 from pyinfer.graph.tensor_split import shard_graph
 from pyinfer.kernels_cpu.backend import CPUBackend
@@ -43,6 +43,10 @@ REQUESTS: list[dict[str, Any]] = [
     {},
     {"logprobs": 3, "top_p": 0.9},
 ]
+
+PLAIN = [
+    request for request in REQUESTS if not {"repetition_penalty", "logprobs"} & request.keys()
+]  # whose steps overlap
 
 
 class WholeRows:
@@ -87,9 +91,9 @@ def mixed(graph: Graph) -> Iterator[StageChain]:
     chain.close()
 
 
-def answers(stage: Stage, multi_step: int = 1) -> dict[str, Any]:
+def answers(stage: Stage, multi_step: int = 1, requests: Sequence[dict[str, Any]] = REQUESTS) -> dict[str, Any]:
     engine = Engine(stage, CONFIG, FakeVocabulary(N_VOCAB), multi_step=multi_step)
-    for i, params in enumerate(REQUESTS):
+    for i, params in enumerate(requests):
         prompt = list(range(10 + i, 16 + 2 * i))
         engine.add_request(str(i), prompt, SamplingParams(seed=i, max_tokens=7, ignore_eos=True, **params))
     found: dict[str, Any] = {}
@@ -112,6 +116,11 @@ def test_tokens_drawn_on_the_device_are_the_hosts(multi_step: int, gpu: GPUStage
     assert all(len(tokens) == 7 for tokens, _ in expected.values())
 
 
+def test_steps_that_are_started_before_the_last_ones_tokens_are_known(gpu: GPUStage) -> None:
+    assert isinstance(gpu, OverlappingStage) and gpu.can_overlap
+    assert answers(gpu, 1, PLAIN) == answers(WholeRows(gpu), 1, PLAIN)
+
+
 @pytest.mark.skipif(EmulatedDevice.__module__ != "cuda_emulator.device", reason="the other one is a real card")
 def test_on_a_device_that_works_late(graph: Graph, gpu: GPUStage) -> None:
     """CuPy's device: what is asked for happens when the host waits, so nothing may be written over before."""
@@ -119,6 +128,7 @@ def test_on_a_device_that_works_late(graph: Graph, gpu: GPUStage) -> None:
         stage = GPUStage(module.CuPyDevice(0), graph, CONFIG)
         try:
             assert answers(stage, 4) == answers(gpu, 4)
+            assert answers(stage, 1, PLAIN) == answers(WholeRows(gpu), 1, PLAIN)
         finally:
             stage.close()
 
@@ -143,6 +153,7 @@ def test_tokens_drawn_by_all_ranks(multi_step: int, tiny_model: Callable[..., Pa
     try:
         assert isinstance(stage, SamplingStage) and stage.can_sample and stage.max_steps > 1
         assert answers(stage, multi_step) == answers(WholeRows(stage))
+        assert answers(stage, multi_step, PLAIN) == answers(WholeRows(stage), 1, PLAIN)
     finally:
         stage.close()
 

@@ -1,4 +1,4 @@
-"""`FakeStage` as a stage that samples: it does with NumPy what `graph.sampling` asks for, one step at a time or several."""
+"""`FakeStage` as a stage that samples: with NumPy what `graph.sampling` asks for, one step at a time, several, or overlapping."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-from fake_stage import FakeStage
+from fake_stage import ONE_GROUP, FakeStage
 
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.batch import Batch, Int32
-from pyinfer.graph.sampling import NOT_FINITE, RowLogprobs, RowSampling, Sampled
+from pyinfer.graph.kv_groups import KVGroup
+from pyinfer.graph.sampling import NOT_FINITE, PREVIOUS, RowLogprobs, RowSampling, Sampled
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.sample_filters import draw
 from pyinfer.runtime.sample_random import uniform
@@ -22,8 +23,8 @@ class SamplingFake(FakeStage):
     can_sample = True
     max_edits, max_logprobs = 1000, 5
 
-    def __init__(self, config: StageConfig, max_steps: int = 8) -> None:
-        super().__init__(config)
+    def __init__(self, config: StageConfig, max_steps: int = 8, *, groups: Sequence[KVGroup] = ONE_GROUP) -> None:
+        super().__init__(config, groups=groups)
         self.max_steps = max_steps
         self.n_sampled = self.n_ahead = self.n_whole = 0  # steps by their kind
         self.broken_at: int | None = None  # this step's logits are NaN
@@ -81,6 +82,38 @@ class SamplingFake(FakeStage):
             return int(row.argmax())
         params = SamplingParams(temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, min_p=how.min_p)
         return draw(row, params, how.number)
+
+
+class OverlappingFake(SamplingFake):
+    """Gives tokens only when they are fetched, and fails there; what a failed step should have stored is not there."""
+
+    can_overlap = True
+
+    def __init__(self, config: StageConfig, *, groups: Sequence[KVGroup] = ONE_GROUP, n_most: int = 1000) -> None:
+        super().__init__(config, groups=groups)
+        self.max_edits = n_most
+        self.n_started = 0
+        self._tokens: list[int] = []  # of the step that was started last
+        self._tickets: dict[int, list[int] | Exception] = {}
+
+    def start_sampled(self, batch: Batch, rows: Sequence[RowSampling]) -> int:
+        assert all(row.n_logprobs is None for row in rows) and len(self._tickets) < 2
+        self.n_started += 1
+        ids = [self._tokens[PREVIOUS - i] if i <= PREVIOUS else i for i in batch.token_ids.tolist()]
+        batch = replace(batch, token_ids=np.maximum(ids, 0).astype(np.int32))
+        result: list[int] | Exception
+        try:
+            result = self._tokens = self._sample(batch, rows).tokens
+        except RuntimeError as error:
+            result, self._tokens = error, [0] * len(rows)
+        self._tickets[self.n_started] = result
+        return self.n_started
+
+    def fetch_sampled(self, ticket: int) -> list[int]:
+        result = self._tickets.pop(ticket)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 def _logprobs(row: npt.NDArray[np.float32], token: int, n: int) -> RowLogprobs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fake_stage import N_VOCAB, FakeStage
+from sampling_stage import OverlappingFake
 
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.batch import Batch
@@ -74,6 +75,18 @@ def test_sequences_run_together_on_their_own_pages() -> None:
 def test_tokens_are_random_and_repeatable() -> None:
     ids = [run(BenchTest(n_prompt=64, n_gen=0), max_tokens=64)[0].batches[0].token_ids for _ in range(2)]
     assert (ids[0] == ids[1]).all() and len(np.unique(ids[0])) > 20
+
+
+def test_steps_overlap_where_the_stage_can() -> None:
+    """All that were started are fetched, each behind the start of the next."""
+    test = BenchTest(n_prompt=20, n_gen=6, n_parallel=3)
+    config = StageConfig(n_pages=pages_needed(test, 16), max_tokens=8, max_sequences=3, n_ctx=test.n_ctx)
+    stage = OverlappingFake(config)
+    BenchRunner(stage, n_vocab=N_VOCAB, block_size=16, max_tokens=8).run(test, 2)
+    assert stage.n_started == stage.n_steps and not stage._tickets
+    plain = FakeStage(config)
+    BenchRunner(plain, n_vocab=N_VOCAB, block_size=16, max_tokens=8).run(test, 2)
+    assert plain.n_steps == stage.n_steps and (plain.kv == stage.kv).all()
 
 
 def test_statistics() -> None:

@@ -160,7 +160,7 @@ class TestOptions:
 
     def test_scheduler_options(self, seen: list[EngineOptions], cli: Cli) -> None:
         words = "--scheduling-policy ssjf --preemption-mode swap --swap-space 1G --max-queue-wait 2.5 --num-scheduler-steps 8"
-        words += " --repack-cache 2G"
+        words += " --no-async-scheduling --repack-cache 2G"
         assert cli("probe", *words.split(), "--no-enable-prefix-caching")[0] == 0
         assert seen == [
             EngineOptions(
@@ -169,6 +169,7 @@ class TestOptions:
                 swap_space=1 << 30,
                 max_queue_wait=2.5,
                 num_scheduler_steps=8,
+                async_scheduling=False,
                 enable_prefix_caching=False,
                 repack_cache=2 << 30,
             )

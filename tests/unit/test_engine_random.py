@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fake_stage import ONE_GROUP, FakeStage, FakeVocabulary
 from plain_engine import alone, beams_alone, prompt_of
+from sampling_stage import OverlappingFake
 
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.kv_groups import KVGroup
@@ -84,7 +85,8 @@ class Run:
     def __init__(self, seed: int, priorities: list[int], options: dict[str, Any]) -> None:
         self.rng = random.Random(seed)
         config, groups = GROUPS[options.pop("layers", "full")]
-        self.stage = FakeStage(config, groups=groups)
+        self.overlaps = options.pop("overlaps", False)
+        self.stage = OverlappingFake(config, groups=groups) if self.overlaps else FakeStage(config, groups=groups)
         self.n_steps = 0
         self.engine = Engine(
             self.stage,
@@ -105,10 +107,11 @@ class Run:
 
     def arrive(self) -> None:
         rng = self.rng
-        n_prompt = rng.randint(1, 120)
+        n_prompt = rng.randint(1, 40 if self.overlaps else 120)
         prompt = rng.choice(self.families)[:n_prompt] + prompt_of(rng.randint(0, 8), rng.randrange(10**9))
         name = f"{self.n_steps}-{rng.randrange(10**9)}"
-        if rng.random() < 0.05:
+        is_plain = self.overlaps and rng.random() < 0.97  # what is not keeps all others from overlapping
+        if not is_plain and rng.random() < 0.05:
             beams = BeamSearchParams(
                 beam_width=rng.randint(1, 4), max_tokens=rng.randint(1, 12), ignore_eos=rng.random() < 0.9
             )
@@ -116,12 +119,12 @@ class Run:
             self.jobs[name] = Job(prompt, beams, self.n_steps, self.stage)
             return
         params = SamplingParams(
-            n=rng.choice([1, 1, 1, 2, 3, 5]),
+            n=1 if is_plain else rng.choice([1, 1, 1, 2, 3, 5]),
             temperature=rng.choice([0, 1.0]),
             max_tokens=rng.choice([1, 3, 20, 80, None]),
             seed=rng.randrange(1000),
             priority=rng.choice(self.priorities),
-            prompt_logprobs=rng.choice([None] * 9 + [0]),
+            prompt_logprobs=None if is_plain else rng.choice([None] * 9 + [0]),
         )
         self.engine.add_request(name, prompt, params, route=str(params.max_tokens))
         self.jobs[name] = Job(prompt, params, self.n_steps, self.stage)
@@ -137,7 +140,7 @@ class Run:
 
     def step(self, *, may_arrive: bool) -> None:
         rng = self.rng
-        if may_arrive and len(self.jobs) < 12 and rng.random() < 0.15:
+        if may_arrive and len(self.jobs) < 12 and rng.random() < (0.3 if self.overlaps else 0.15):
             for _ in range(rng.randint(1, 4)):
                 self.arrive()
         if self.jobs and rng.random() < 0.02:
@@ -165,7 +168,7 @@ def watch(run: Run, *, is_fcfs: bool) -> None:
         plan = schedule()
         first = min(everyone, key=lambda s: s.key) if everyone else None
         if is_fcfs and first is not None and first.request.beams is None:
-            assert first in plan.sequences
+            assert first in plan.sequences or first.n_tokens == first.limit
         run.seen["copies"] += sum(isinstance(move, CopyPage) for move in plan.moves)
         return plan
 
@@ -186,6 +189,10 @@ CASES: list[Any] = [
     (2_000, [0], {**SWAP, "layers": "sliding"}),
     (500, [0], {**SWAP, "n_swap_pages": 400, "layers": "1"}),
     (1_000, [0], {**SWAP, "prefix_caching": False, "layers": "64"}),
+    (3_000, [0], {**SWAP, "overlaps": True}),
+    (2_000, [0, 0, 1, -1], {"preemption_mode": "recompute", "overlaps": True}),
+    (2_000, [0], {**SWAP, "n_swap_pages": 40, "layers": "mixed", "overlaps": True}),
+    (1_000, [0], {**SWAP, "layers": "sliding", "overlaps": True}),
 ]
 LARGE: list[Any] = [
     pytest.param(10 * n, priorities, options, seed, marks=[pytest.mark.large, pytest.mark.timeout(0)])
@@ -207,7 +214,9 @@ def test_random_steps_keep_every_promise(
     assert not run.jobs and stats.pages_used == 0 and not run.engine._requests
     assert seen["compared"] > n_wanted / 20 and seen["cancelled"] > n_wanted / 200
     assert seen["failed"] > n_wanted / 2000 or n_wanted < 4_000
-    assert seen["copies"] > n_wanted / 100 or options.get("layers") == "1"
+    assert seen["copies"] > n_wanted / 100 or options.get("layers") == "1" or run.overlaps
+    if isinstance(run.stage, OverlappingFake):
+        assert n_wanted / 2 < run.stage.n_started < n_wanted * 1.2
     assert stats.preemptions > n_wanted / 200
     assert (stats.swaps > n_wanted / 400) == (options.get("n_swap_pages", 0) > 0)
     assert (stats.prefix_hits > n_wanted / 4) == options.get("prefix_caching", True)
