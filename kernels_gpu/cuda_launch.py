@@ -13,20 +13,25 @@ import numpy as np
 from pyinfer.errors import BackendError
 from pyinfer.kernels_gpu.launch import Buffer, Launch
 
-_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
-class _Attribute(ctypes.Structure):
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
 
 
-class _Config(ctypes.Structure):
+class Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
     _fields_ = (
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.POINTER(Attribute)),
         ("n_attributes", ctypes.c_uint),
     )
 
@@ -42,10 +47,10 @@ class Launcher:
         """BackendError with the driver's words if it refuses."""
         words = [as_word(arg) for arg in launch.args]
         pointers = (ctypes.c_void_p * len(words))(*(ctypes.addressof(word) for word in words))
-        config = _Config()
+        config = Config()
         config.grid[:], config.block[:] = launch.grid, launch.block
         config.shared_bytes, config.stream = launch.shared_bytes, self._stream
-        attribute = _Attribute(id=_OVERLAP, value=1)
+        attribute = Attribute(id=OVERLAP, value=1)
         if overlap:
             config.attributes, config.n_attributes = ctypes.pointer(attribute), 1
         code = self._library.cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), pointers, None)

@@ -10,7 +10,7 @@ from typing import Protocol
 from pyinfer.graph.backend import DeviceInfo
 
 _LIBRARIES = {"win32": ("nvcuda.dll",)}.get(sys.platform, ("libcuda.so.1", "libcuda.so"))
-_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
@@ -69,7 +69,7 @@ class _CUDADriver:
         name = ctypes.create_string_buffer(256)
         self._call("cuDeviceGetName", name, len(name), device)
         capability = []
-        for attribute in _CAPABILITY:
+        for attribute in CAPABILITY:
             self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
             capability.append(value.value)
         free, total = self._memory(device)

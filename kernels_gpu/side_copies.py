@@ -10,14 +10,12 @@ import mmap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from pyinfer.kernels_gpu.launch import Buffer
+from pyinfer.kernels_gpu.pinned_pieces import Bytes, PinnedPieces
 
-Bytes = npt.NDArray[np.uint8]
-_PIECE = 16 << 20  # bytes of each of two pinned buffers
-_PORTABLE, _READ_ONLY = 1, 8  # cudaHostRegisterPortable, cudaHostRegisterReadOnly
+PORTABLE, READ_ONLY = 1, 8  # cudaHostRegisterPortable, cudaHostRegisterReadOnly
 
 
 class SideCopies:
@@ -29,7 +27,7 @@ class SideCopies:
         self._stream = int(runtime.streamCreateWithFlags(runtime.streamNonBlocking))
         self._copied: dict[int, int] = {}  # slot -> the event behind its copies
         self._ended: dict[int, int] = {}  # slot -> the event behind what reads it
-        self._pieces: list[tuple[Bytes, int]] = []
+        self._pieces: PinnedPieces | None = None
         self._registered: list[tuple[int, int]] = []
         self._memory: list[npt.NDArray[Any]] = []  # what was pinned, so that it stays
 
@@ -38,11 +36,11 @@ class SideCopies:
         done: list[tuple[int, int]] = []
         for first, end in page_spans(arrays):
             try:
-                self._runtime.hostRegister(first, end - first, _PORTABLE | _READ_ONLY)
+                self._runtime.hostRegister(first, end - first, PORTABLE | READ_ONLY)
             except self._runtime.CUDARuntimeError:
                 self._unpin(done)
-                if not self._pieces:
-                    self._pieces = [(self._alloc_pinned(_PIECE), self._event()) for _ in range(2)]
+                if self._pieces is None:
+                    self._pieces = PinnedPieces(self._runtime, self._stream, self._alloc_pinned)
                 return False
             done.append((first, end))
         self._registered += done
@@ -60,7 +58,8 @@ class SideCopies:
                 kind = runtime.memcpyHostToDevice
                 runtime.memcpyAsync(target.ptr, source.ctypes.data, source.nbytes, kind, self._stream)
             else:
-                self._copy_in_pieces(target, source.reshape(-1).view(np.uint8))
+                assert self._pieces is not None, "`pin` comes first"
+                self._pieces.copy(target.ptr, source)
         if slot not in self._copied:
             self._copied[slot] = self._event()
         runtime.eventRecord(self._copied[slot], self._stream)
@@ -80,20 +79,11 @@ class SideCopies:
         runtime.streamSynchronize(self._stream)
         self._unpin(self._registered)
         self._registered, self._memory = [], []
-        for event in (*self._copied.values(), *self._ended.values(), *(event for _, event in self._pieces)):
+        for event in (*self._copied.values(), *self._ended.values()):
             runtime.eventDestroy(event)
+        if self._pieces is not None:
+            self._pieces.close()
         runtime.streamDestroy(self._stream)
-
-    def _copy_in_pieces(self, target: Buffer, source: Bytes) -> None:
-        runtime = self._runtime
-        for number, start in enumerate(range(0, source.nbytes, _PIECE)):
-            part = source[start : start + _PIECE]
-            pinned, event = self._pieces[number % 2]
-            runtime.eventSynchronize(event)
-            pinned[: part.nbytes] = part
-            kind = runtime.memcpyHostToDevice
-            runtime.memcpyAsync(target.ptr + start, pinned.ctypes.data, part.nbytes, kind, self._stream)
-            runtime.eventRecord(event, self._stream)
 
     def _event(self) -> int:
         return int(self._runtime.eventCreateWithFlags(self._runtime.eventDisableTiming))

@@ -56,6 +56,13 @@ class DeviceMemoryError(BackendError):
     """A device has too little memory for what was to be put on it."""
 
 
+class DeviceLostError(BackendError):
+    """A device that answers no more, as after a fault in a kernel: only a new process can use it."""
+
+    http_status = 500
+    error_type = "server_error"
+
+
 class DownloadError(PyinferError):
     """A model that could not be fetched or did not verify."""
 

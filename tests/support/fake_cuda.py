@@ -34,7 +34,11 @@ _Work = Callable[[], object]
 
 
 class CUDARuntimeError(RuntimeError):
-    """Of `cupy.cuda.runtime`."""
+    """Of `cupy.cuda.runtime`, and of `cupy.cuda.driver`."""
+
+    def __init__(self, text: str, status: int = 1) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class FakeCUDA:
@@ -127,7 +131,7 @@ class FakeCUDA:
     # ---- cupy.cuda.runtime
     def malloc(self, size: int) -> int:
         if size > self.free:
-            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory", 2)
         self.free -= size
         ptr = int(emulator().emulator_alloc(size))
         self.allocated[ptr] = size
@@ -319,6 +323,7 @@ class FakeCUDA:
             "memcpyDeviceToDevice": DEVICE_TO_DEVICE, "memsetAsync": self.memset_async,
             "eventCreateWithFlags": lambda flags: next(events), "eventDisableTiming": 2, "eventRecord": self.record,
             "eventSynchronize": self.wait_for, "eventDestroy": lambda event: None, "streamSynchronize": self.finish,
+            "deviceSynchronize": lambda: self.finish(STREAM + self.device),
             "streamWaitEvent": self.stream_wait, "memcpyPeerAsync": self.peer_copy,
             "deviceCanAccessPeer": lambda device, peer: int(self.peers), "deviceEnablePeerAccess": self.enable_peer,
             "streamCreateWithFlags": lambda flags: ASIDE + self.device, "streamNonBlocking": 1,
@@ -332,6 +337,7 @@ class FakeCUDA:
             "driver": {
                 "moduleLoadData": self.load, "moduleGetFunction": self.get_function,
                 "funcSetAttribute": self.set_attribute, "moduleUnload": lambda module: None,
+                "CUDADriverError": CUDARuntimeError,
             },
         }  # fmt: skip
         for name, members in parts.items():
