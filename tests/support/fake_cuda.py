@@ -251,35 +251,35 @@ class FakeCUDA:
         gemm = Gemm(
             Buffer(out.value, (2 if type_out else 4) * ((m - 1) * ldo + n)), Buffer(x.value, size * m * k),
             Buffer(w.value, size * ((n - 1) * ldw + k)), m, n, k, ldo, bool(factors[1]), factors[0], kind, ldw,
+            type_out == 2,
         )  # fmt: skip
         self.submit(lambda: _gemm(gemm))
         return 0
 
-            type_out == 2,
     def set_workspace(self, handle: Any, memory: Any, size: Any) -> int:
         assert self.allocated and memory.value % 16 == 0 and size.value > 0
         self.has_workspace = True
+        return 0
+
+    def set_math_mode(self, handle: Any, mode: int) -> int:
+        self.math_mode = mode
         return 0
 
     def set_blas_stream(self, handle: Any, stream: Any) -> int:
         assert stream.value == STREAM + self.device
         self.has_workspace = False  # as setting the stream takes it away
         return 0
-    def set_math_mode(self, handle: Any, mode: int) -> int:
-        self.math_mode = mode
-        return 0
-
 
     def blas(self) -> ModuleType:
         library = ModuleType("libcublas")
         vars(library).update(
             cublasCreate_v2=lambda handle: 0, cublasSetStream_v2=self.set_blas_stream,
             cublasSetWorkspace_v2=self.set_workspace, cublasGemmEx=self.gemm, cublasDestroy_v2=lambda handle: 0,
+            cublasSetMathMode=self.set_math_mode,
         )  # fmt: skip
         return library
 
     def modules(self) -> dict[str, ModuleType]:
-            cublasSetMathMode=self.set_math_mode,
         """What stands in `sys.modules` for CuPy."""
         fake = self
 
@@ -354,6 +354,7 @@ def fake_cuda(fake: FakeCUDA) -> Iterator[Any]:
     library, blas, load = ModuleType("libcuda"), fake.blas(), ctypes.CDLL
     library.cuLaunchKernelEx = fake.launch  # type: ignore[attr-defined]
     library.cuGetErrorString = lambda code, text: None  # type: ignore[attr-defined]
+    library.cuDriverGetVersion = fake.get_version  # type: ignore[attr-defined]
 
     def open_library(name: str, *args: Any, **options: Any) -> Any:
         known = {"cuda.so": library, "cublas": blas}
@@ -361,12 +362,12 @@ def fake_cuda(fake: FakeCUDA) -> Iterator[Any]:
         return load(name, *args, **options) if found is None else found
 
     def no_compiler(cache: KernelCache, units: Any) -> None:
-    library.cuDriverGetVersion = fake.get_version  # type: ignore[attr-defined]
         for unit in units:
             cache._binaries[unit] = json.dumps(unit).encode()
 
     name = "pyinfer.kernels_gpu.cupy_device"
     sys.modules.pop(name, None)
+    driver_major.cache_clear()
     with (
         patch.dict(sys.modules, fake.modules()),
         patch.object(ctypes, "CDLL", open_library),
@@ -374,11 +375,10 @@ def fake_cuda(fake: FakeCUDA) -> Iterator[Any]:
     ):
         import pyinfer.kernels_gpu.cupy_device as module
 
-    driver_major.cache_clear()
         yield module
     sys.modules.pop(name, None)
+    driver_major.cache_clear()
 
 
 def as_floats(n: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(seed).normal(size=n).astype(np.float32)
-    driver_major.cache_clear()
