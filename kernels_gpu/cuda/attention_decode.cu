@@ -69,25 +69,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
       vectors[u] = static_cast<int>(kv_vector(table[seen / BLOCK], kv_head, seen % BLOCK));
     }
   };
-  const auto load_keys = [&] {
+  // FUSED: the newest position is stored by this step, so what is asked for before that leaves it out
+  const int newest = FUSED ? static_cast<int>(kv_vector(slot / BLOCK, kv_head, slot % BLOCK)) : 0;
+  const auto load_keys = [&](bool is_stored) {
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) keys[u].load(k_pages, k_scales, vectors[u], column);
+    for (int u = 0; u < UNROLL; u++)
+      if (!FUSED || is_stored || vectors[u] != newest) keys[u].load(k_pages, k_scales, vectors[u], column);
   };
-  const auto load_values = [&] {
+  const auto load_values = [&](bool is_stored) {
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) values[u].load(v_pages, v_scales, vectors[u], column);
+    for (int u = 0; u < UNROLL; u++)
+      if (!FUSED || is_stored || vectors[u] != newest) values[u].load(v_pages, v_scales, vectors[u], column);
   };
   if (tile < tile_end) {
     locate(tile);
-    load_keys();
-    load_values();
+    load_keys(false);
+    load_values(false);
   }
 
   const float* q_row = q + (static_cast<long long>(row) * (N_KV * PER_KV) + q_head) * HEAD;
 #if FUSED
   const float2* turns = angles + static_cast<long long>(row) * (N_DIMS / 2);
   // the newest position lies in the last split: only it reads what it stores here
-  const int newest = static_cast<int>(kv_vector(slot / BLOCK, kv_head, slot % BLOCK));
   if (split == n_used - 1) {
     const long long at = (static_cast<long long>(row) * N_KV + kv_head) * HEAD;
     float* scratch = shared.outputs[warp];
@@ -104,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
     rotate_head<NORM>(q_row + h * HEAD, q_weight, eps, turns, shared.rotated[h]);
   __syncthreads();
   q_row = shared.rotated[0];
-  if (split == n_used - 1 && tile < tile_end) {  // what was loaded of the newest position was not there yet
+  if (split == n_used - 1 && tile < tile_end) {
 #pragma unroll
     for (int u = 0; u < UNROLL; u++)
       if (vectors[u] == newest) {
@@ -146,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
     }
     if (goes_on) {
       locate(tile + 1);
-      load_keys();
+      load_keys(true);
     }
     int index = 0, count = UNROLL * GROUP;
     Fold<UNROLL * GROUP, kLanes / 2, UNROLL * GROUP>::run(dots, index, count);
@@ -198,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
         for (int i = 0; i < 8; i++) acc[h][i] += weight * value[i];
       }
     }
-    if (goes_on) load_values();
+    if (goes_on) load_values(true);
     __syncwarp();
   }
 
