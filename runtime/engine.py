@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pyinfer.errors import DeviceLostError
 from pyinfer.graph.backend import Stage, StageConfig
 from pyinfer.graph.kv_groups import KVGroup
 from pyinfer.runtime.admission import Admission
@@ -158,7 +159,8 @@ class Engine:
         return self.scheduler.events
 
     def step(self) -> list[RequestOutput]:
-        """Run one batch; returns what it added. An error in the stage fails the requests of that batch, no others.
+        """Run one batch; returns what it added. An error in the stage fails the requests of that batch, no others; a lost
+        device ends the engine (DeviceLostError).
 
         Where stage and requests allow it the next batch is started first, so that the device goes on while the host
         looks at this one's tokens.
@@ -218,6 +220,8 @@ class Engine:
         return outputs
 
     def _fail(self, sequences: list[Sequence], error: Exception) -> list[RequestOutput]:
+        if isinstance(error, DeviceLostError):
+            raise error  # every step would fail: this process ends, and the one that takes over has the requests
         _log.exception("a step of %d sequences failed", len(sequences))
         left = [sequence for sequence in sequences if sequence.state is not State.FINISHED]
         return self._requests.fail(left, f"the engine failed while running this request: {error!r}")

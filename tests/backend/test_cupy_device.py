@@ -14,7 +14,7 @@ from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
 from fake_cuda import FakeCUDA, as_floats, fake_cuda
 
-from pyinfer.errors import BackendError, DeviceMemoryError
+from pyinfer.errors import BackendError, DeviceLostError, DeviceMemoryError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.passes import optimize
 from pyinfer.kernels_gpu import cublas
@@ -190,6 +190,55 @@ def test_without_cublas_one_line_says_what_to_install(device: Any, monkeypatch: 
     x = device.alloc(1024)
     with pytest.raises(BackendError, match=r"^no cuBLAS was found; pip install 'pyinfer-gguf\[gpu\]'$"):
         device.launch(Gemm(x, x, x, 1, 1, 8, 1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda device, buffer, step: device.synchronize(),
+        lambda device, buffer, step: device.memory(),
+        lambda device, buffer, step: device.upload(buffer, np.zeros(10, np.float32)),
+        lambda device, buffer, step: device.download(buffer, np.zeros(10, np.float32)),
+        lambda device, buffer, step: device.alloc(100 << 20),
+        lambda device, buffer, step: device.launch(step),
+        lambda device, buffer, step: device.capture([step]),
+    ],
+)
+def test_after_a_fault_the_device_is_lost(call: Callable[..., object], kernel: Kernel) -> None:
+    """Whatever is called next says so, and what it cost is not hidden by an error at the end."""
+    cuda = FakeCUDA()
+    with fake_cuda(cuda) as module:
+        device = module.CuPyDevice(0)
+        buffer = device.alloc(400)
+        step = scale(kernel, buffer, 100, 1.0, 0)
+        device.launch(step)
+        device.synchronize()
+        cuda.has_faulted = True
+        with pytest.raises(DeviceLostError, match=r"^GPU 0 \(Fake GPU\) failed: .*(illegal memory access|error 700)"):
+            call(device, buffer, step)
+        device.close()
+
+
+def test_a_refused_launch_leaves_no_capture_behind(device: Any, cuda: FakeCUDA, kernel: Kernel) -> None:
+    buffer = device.alloc(400)
+    step = scale(kernel, buffer, 100, 2.0, 0)
+    with pytest.raises(BackendError, match="refuses to launch") as caught:
+        device.capture([step, scale(kernel, buffer, 100, 1.0, 0, shared_bytes=300 << 10)])
+    assert not isinstance(caught.value, DeviceLostError | DeviceMemoryError)
+    device.upload(buffer, np.ones(100, np.float32))
+    device.run(device.capture([step]))
+    out = np.empty(100, np.float32)
+    device.download(buffer, out)
+    assert (out == 2).all()
+
+
+def test_a_graph_without_memory(device: Any, cuda: FakeCUDA, kernel: Kernel) -> None:
+    cuda.refuses_graphs = True
+    step = scale(kernel, device.alloc(400), 100, 2.0, 0)
+    with pytest.raises(DeviceMemoryError, match=r"^GPU 0 \(Fake GPU\) failed: cudaErrorMemoryAllocation"):
+        device.capture([step])
+    cuda.refuses_graphs = False
+    device.run(device.capture([step]))
 
 
 def test_a_whole_stage(tiny_model: Callable[..., Path], cuda: FakeCUDA) -> None:

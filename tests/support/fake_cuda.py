@@ -30,6 +30,7 @@ from pyinfer.kernels_gpu.toolkit import driver_major
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
 ASIDE = 9000  # the second stream of device 0
 STREAM = 4711  # of device 0; that of device 1 is the next number
+_FAULT = 700  # cudaErrorIllegalAddress
 _Work = Callable[[], object]
 
 
@@ -72,6 +73,8 @@ class FakeCUDA:
         self.overlapping = 0
         self.graphs = 0
         self.has_workspace = False
+        self.has_faulted = False  # a kernel has: every call fails
+        self.refuses_graphs = False  # for want of memory
 
     # ---- order
     @property
@@ -187,6 +190,8 @@ class FakeCUDA:
         self.dynamic_shared[function] = value
 
     def launch(self, config: Any, function: Any, pointers: Any, extra: None) -> int:
+        if self.has_faulted:
+            return _FAULT
         config = config._obj
         assert config.stream == STREAM + self.device
         kernel = compiled(self.functions[function.value - 1])
@@ -279,6 +284,16 @@ class FakeCUDA:
         )  # fmt: skip
         return library
 
+    def _told(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """CUDA's calls after a fault."""
+
+        def call(*args: Any) -> Any:
+            if self.has_faulted:
+                raise CUDARuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered", _FAULT)
+            return function(*args)
+
+        return call
+
     def modules(self) -> dict[str, ModuleType]:
         """What stands in `sys.modules` for CuPy."""
         fake = self
@@ -308,6 +323,8 @@ class FakeCUDA:
             def end_capture(self) -> Graph:
                 work, fake.captured = fake.captured, None
                 assert work is not None
+                if fake.refuses_graphs:
+                    raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory", 2)
                 return Graph(work)
 
         major, minor = self.capability
@@ -330,6 +347,10 @@ class FakeCUDA:
             "streamDestroy": lambda stream: None, "hostRegister": self.register, "hostUnregister": self.registered.pop,
             "CUDARuntimeError": CUDARuntimeError,
         }  # fmt: skip
+        names = {
+            name: self._told(each) if callable(each) and each is not CUDARuntimeError else each
+            for name, each in names.items()
+        }
         modules = {name: ModuleType(name) for name in ("cupy", "cupy.cuda")}
         modules["cupy"].cuda = modules["cupy.cuda"]  # type: ignore[attr-defined]
         parts: dict[str, dict[str, Any]] = {

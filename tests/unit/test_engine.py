@@ -10,7 +10,7 @@ import pytest
 from fake_stage import END, N_VOCAB, FakeStage, FakeVocabulary
 from plain_engine import alone, prompt_of
 
-from pyinfer.errors import RequestError
+from pyinfer.errors import DeviceLostError, RequestError
 from pyinfer.graph.backend import StageConfig
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.logprobs import token_logprobs
@@ -265,6 +265,19 @@ def test_an_error_in_a_step_ends_its_requests_and_no_others() -> None:
     chunks = drive(engine)
     assert tokens_of(chunks["c", 0]) == alone(prompt_of(40, ord("c")), replace_params(seed=1))
     assert engine.scheduler.pool.n_held == 0
+
+
+def test_a_lost_device_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step would succeed on it: the process that takes over has the requests still to do."""
+    engine = new_engine()
+    engine.add_request("a", [1, 2, 3], replace_params(seed=1))
+
+    def lost(batch: object) -> object:
+        raise DeviceLostError("GPU 0 (Fake GPU) failed: an illegal memory access was encountered")
+
+    monkeypatch.setattr(stage_of(engine), "run", lost)
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        drive(engine)
 
 
 def replace_params(**changes: object) -> SamplingParams:
