@@ -281,13 +281,15 @@ def _query_parts(shape: AttentionShape, pages: LayerPages) -> int:
 def _prefill_tiles(shape: AttentionShape, n_tokens: int, pages: LayerPages, device: Device) -> _Tiles | None:
     """The largest tiles that fit; None if none does.
 
-    Two tiles of 16 rows a warp halve what is read from shared memory for each product, if there is work for all
-    multiprocessors all the same and registers for it.
+    Two tiles of 16 rows a warp halve what is read from shared memory for each product, and eight warps what is read from the
+    L2, if there is work for all multiprocessors all the same and registers for it.
     """
     head, query_parts = shape.heads.head_dim, _query_parts(shape, pages)
     tokens = max(1, 128 // min(shape.group, _PREFILL_GROUP))
-    wide = head <= 128 and query_parts == 1 and n_tokens * shape.heads.n_kv_heads >= 2 * tokens * device.n_sms
-    choices = [(4, 2, 32, 2)] if wide else []
+    # tiles of so many tokens for each multiprocessor
+    share = n_tokens * shape.heads.n_kv_heads / (tokens * device.n_sms) if head <= 128 and query_parts == 1 else 0.0
+    choices = [(8, 2, 32, 2)] if share >= 3.75 else []
+    choices += [(4, 2, 32, 2)] if share >= 2 else []
     choices += [(4, 1, 64, 2)] if head <= 128 else []
     choices += [(4, 1, 32, 2), (4, 1, 32, 1), (2, 1, 16, 1), (1, 1, 16, 1)]
     for warps, row_tiles, columns, stages in choices:

@@ -25,6 +25,7 @@ constexpr bool kKeepQuery = ROW_TILES * QUERY_PARTS == 1 && HEAD <= 128;  // in 
 constexpr int kRecord = kRows * (HEAD + 2);  // floats that a split leaves: weighted values, maxima, sums
 constexpr int kMinBlocks = 4;                // of COLUMNS positions; less is not split
 constexpr float kNothing = -3.0e38f;  // a score below all others
+constexpr float kSlack = 8.0f;        // weights may come to 2^this: float16 holds them, and float32 their sums
 static_assert(TOKENS * GROUP <= kRows && COLUMNS % 16 == 0 && HEAD % 16 == 0, "sizes");
 
 // q: float32 rows, already rotated; scale_log2: the scale of scores times log2(e). Grid (tiles, N_KV * passes, SPLITS), tiles
@@ -86,11 +87,14 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
       *reinterpret_cast<uint32_t*>(queries + (kRows + r) * kStride + column) = pack_rest<kWideK>(a, b, packed);
   }
 
+  int pages[kTilePages + 1];  // of the tile that is asked for next: their numbers come while the one before is computed
+  find_pages(pages, table, begin, first, end);
   const auto load = [&](int begin, int stage) {
     uint16_t* target = tiles + stage * 2 * kTile;
-    load_tile<K_TYPE>(target, k_pages, k_scales, table, kv_head, begin, first, end);
-    load_tile<V_TYPE>(target + kTile, v_pages, v_scales, table, kv_head, begin, first, end);
+    load_tile<K_TYPE>(target, k_pages, k_scales, table, pages, kv_head, begin, first, end);
+    load_tile<V_TYPE>(target + kTile, v_pages, v_scales, table, pages, kv_head, begin, first, end);
     cp_async_commit();
+    find_pages(pages, table, begin + COLUMNS, first, end);
   };
 
   float acc[ROW_TILES][kDimTiles][4] = {};
@@ -107,6 +111,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
 
   uint32_t kept[kKeepQuery ? HEAD / 16 : 1][4];
   const uint16_t* query_row = queries + (warp * ROW_TILES * 16 + lane % 16) * kStride + lane / 16 * 8;
+  const uint16_t* key_row = tiles + (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 8;
+  const uint16_t* value_row = tiles + kTile + (lane / 8 % 2 * 8 + lane % 8) * kStride + lane / 16 * 8;
   if (STAGES == 2) load(begin, 0);
   if (kKeepQuery) {
     __syncthreads();
@@ -114,18 +120,11 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
     for (int d = 0; d < HEAD / 16; d++) ldmatrix_x4(kept[d], query_row + d * 16);
   }
   for (int at = begin, stage = 0; at < stop; at += COLUMNS) {
-    if (STAGES == 1) {
-      load(at, 0);
-      cp_async_wait<0>();
-    } else if (at + COLUMNS < stop) {
-      load(at + COLUMNS, stage ^ 1);
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    __syncthreads();
-    const uint16_t* keys = tiles + stage * 2 * kTile;
-    const uint16_t* values = keys + kTile;
+    if (STAGES == 1) load(at, 0);
+    cp_async_wait<0>();
+    __syncthreads();  // behind it the other stage has been read by all
+    if (STAGES == 2 && at + COLUMNS < stop) load(at + COLUMNS, stage ^ 1);
+    const uint16_t *keys = key_row + stage * 2 * kTile, *values = value_row + stage * 2 * kTile;
 
     float scores[ROW_TILES][kColumnTiles][4] = {};
 #pragma unroll
@@ -145,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
 #pragma unroll
       for (int n = 0; n < COLUMNS / 16; n++) {
         uint32_t b[4];  // positions n*16.. and n*16 + 8.., each of two halves of 16 columns
-        ldmatrix_x4(b, keys + (n * 16 + lane / 16 * 8 + lane % 8) * kStride + d * 16 + lane / 8 % 2 * 8);
+        ldmatrix_x4(b, keys + n * 16 * kStride + d * 16);
 #pragma unroll
         for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
@@ -169,32 +168,49 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
           }
     }
 
+    // what came before is scaled again only where a score is far above all that the row has seen
+    float top[ROW_TILES][2];
+    bool grows = false;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        float top = highest[m][i];
+        top[m][i] = kNothing;
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; n++) top = fmaxf(top, fmaxf(scores[m][n][2 * i], scores[m][n][2 * i + 1]));
-        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
-        const float base = top == kNothing ? 0.0f : top;  // a row that has seen nothing yet
-        const float correction = exp2_approx(highest[m][i] - base);
-        highest[m][i] = top;
-        float total = 0.0f;
+        for (int n = 0; n < kColumnTiles; n++)
+          top[m][i] = fmaxf(top[m][i], fmaxf(scores[m][n][2 * i], scores[m][n][2 * i + 1]));
+        grows |= top[m][i] > highest[m][i] + kSlack;
+      }
+    if (__any_sync(FULL_WARP, grows)) {
+#pragma unroll
+      for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float most = fmaxf(highest[m][i], top[m][i]);
+          most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
+          most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
+          const float correction = exp2_approx(highest[m][i] - most);
+          highest[m][i] = most;
+          sum[m][i] *= correction;
+#pragma unroll
+          for (int n = 0; n < kDimTiles; n++) {
+            acc[m][n][2 * i] *= correction;
+            acc[m][n][2 * i + 1] *= correction;
+          }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const float base = highest[m][i] == kNothing ? 0.0f : highest[m][i];  // a row that has seen nothing yet
 #pragma unroll
         for (int n = 0; n < kColumnTiles; n++)
 #pragma unroll
           for (int j = 2 * i; j < 2 * i + 2; j++) {
             scores[m][n][j] = exp2_approx(scores[m][n][j] - base);
-            total += scores[m][n][j];
+            sum[m][i] += scores[m][n][j];
           }
-        sum[m][i] = sum[m][i] * correction + total;
-#pragma unroll
-        for (int n = 0; n < kDimTiles; n++) {
-          acc[m][n][2 * i] *= correction;
-          acc[m][n][2 * i + 1] *= correction;
-        }
       }
 
 #pragma unroll
@@ -211,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
 #pragma unroll
       for (int d = 0; d < HEAD / 16; d++) {
         uint32_t b[4];  // columns d*16.. and d*16 + 8.., each of two halves of 16 positions
-        ldmatrix_x4<true>(b, values + (n * 16 + lane / 8 % 2 * 8 + lane % 8) * kStride + d * 16 + lane / 16 * 8);
+        ldmatrix_x4<true>(b, values + n * 16 * kStride + d * 16);
 #pragma unroll
         for (int m = 0; m < ROW_TILES; m++) {
           multiply<kWideV>(acc[m][2 * d], weights[m], b);
@@ -223,8 +239,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
         }
       }
     }
-    __syncthreads();
-    if (STAGES == 2) stage ^= 1;
+    if (STAGES == 1) __syncthreads();
+    else stage ^= 1;
   }
 
 #if SPLITS > 1

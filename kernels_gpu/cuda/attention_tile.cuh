@@ -27,18 +27,41 @@ DEVICE void multiply(float d[4], const uint32_t a[4], const uint32_t b[2]) {
   else mma_f16(d, a, b);
 }
 
+// Pages of a tile, whose first position is a multiple of COLUMNS; as many as there are positions where pages may begin anywhere.
+constexpr bool kInPage = BLOCK % COLUMNS == 0, kOfPages = COLUMNS % BLOCK == 0;
+constexpr int kTilePages = kInPage ? 1 : kOfPages ? COLUMNS / BLOCK : 0;
+
+// What a thread reads of the table for the tile at `begin`; pages that hold none of first..end - 1 are never asked for.
+DEVICE void find_pages(int (&pages)[kTilePages + 1], const int* table, int begin, int first, int end) {
+#pragma unroll
+  for (int p = 0; p < kTilePages; p++)
+    pages[p] = table[static_cast<unsigned>(min(max(begin + p * BLOCK, first), end - 1)) / BLOCK];
+}
+
 // COLUMNS vectors from position `begin` on into rows of shared memory; positions outside first..end - 1 become zeros.
+// `pages` are those of `find_pages`.
 template <int kType>
-DEVICE void load_tile(uint16_t* target, const void* pool, const __half* scales, const int* table, int kv_head, int begin,
-                      int first, int end) {
+DEVICE void load_tile(uint16_t* target, const void* pool, const __half* scales, const int* table,
+                      const int (&pages)[kTilePages + 1], int kv_head, int begin, int first, int end) {
   constexpr int kElements = kType == KV_Q8_0 ? 16 : 8;  // of 16 bytes
-  constexpr int kChunks = HEAD / kElements;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < COLUMNS * kChunks; i += kThreads) {
-    const int row = i / kChunks, column = i % kChunks * kElements, position = begin + row;
-    const bool there = position >= first && position < end;
-    const int known = there ? position : end - 1;
-    const long long vector = kv_vector(table[known / BLOCK], kv_head, known % BLOCK);
+  constexpr int kChunks = HEAD / kElements, kStep = kThreads / kChunks;
+  // a thread's rows are a constant apart, and which page holds them does not depend on the thread
+  constexpr bool kEven = kThreads % kChunks == 0 && COLUMNS % kStep == 0 && (kInPage || (kOfPages && BLOCK % kStep == 0));
+#pragma unroll
+  for (int i = 0; i < (COLUMNS * kChunks + kThreads - 1) / kThreads; i++) {
+    const unsigned piece = threadIdx.x + i * kThreads;
+    if (COLUMNS * kChunks % kThreads && piece >= COLUMNS * kChunks) break;
+    const int row = kEven ? threadIdx.x / kChunks + i * kStep : piece / kChunks;
+    const int column = (kEven ? threadIdx.x % kChunks : piece % kChunks) * kElements, position = begin + row;
+    const bool there = static_cast<unsigned>(position - first) < static_cast<unsigned>(end - first);
+    long long vector;
+    if (kEven) {
+      const int before = kInPage ? static_cast<unsigned>(begin) % BLOCK : 0;
+      vector = kv_vector(pages[kInPage ? 0 : i * kStep / BLOCK], kv_head, before + threadIdx.x / kChunks + i * kStep % BLOCK);
+    } else {
+      const unsigned known = there ? position : end - 1;
+      vector = kv_vector(table[known / BLOCK], kv_head, known % BLOCK);
+    }
     uint16_t* place = target + row * kStride + column;
     if (kType != KV_Q8_0) {
       cp_async16(place, static_cast<const uint16_t*>(pool) + vector * HEAD + column, there);

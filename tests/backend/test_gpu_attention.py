@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
+from gpu_matrices import a8_codes
 from gpu_pages import PagedStep, Pool, Span, layer_pages
 
 from pyinfer.errors import ModelError
@@ -152,7 +153,7 @@ def check(device: EmulatedDevice, out: Operand, expected: F32Array, case: Case) 
             got *= device.values(out.scales, np.float32, out.scales.n_bytes // 4)[:n, None]
     else:
         assert out.scales is not None and out.sums is not None
-        codes = device.values(out.data, np.int8, n, width // 32, 32).astype(np.float32)
+        codes = a8_codes(device, out, n).astype(np.float32)
         scales, sums = (
             device.values(part, np.float32, part.n_bytes // 4)[: n * width // 32].reshape(n, -1)
             for part in (out.scales, out.sums)
@@ -237,7 +238,8 @@ PROMPTS = {
     "h16": Case([Span(0, 50)], form="h16", padding=7),
     "h16 of bf16": Case([Span(0, 50)], form="h16", types=("f16", "bf16"), padding=7),
     "a8": Case([Span(0, 7)], form="a8", padding=1),
-    "wide tiles": Case([Span(20, 200), Span(0, 60)], n_kv_heads=4, n_heads=16, padding=20),
+    "wide tiles": Case([Span(150, 60), Span(0, 30)], n_kv_heads=4, n_heads=16, window=40),
+    "wide tiles of many warps": Case([Span(20, 200), Span(0, 60)], n_kv_heads=4, n_heads=16, padding=20),
 }
 
 
