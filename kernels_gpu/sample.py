@@ -60,7 +60,8 @@ class DeviceSampler:
         self._ticket = 0
         self._copied: Any = None  # the mark behind the last upload
         self._mask: Buffer | None = None
-        self._logprobs: tuple[Buffer, Buffer, Buffer] | None = None
+        most = 4 * max_rows * MAX_LOGPROBS
+        self._logprobs = device.alloc(max_rows * _LOGPROB.itemsize), device.alloc(most), device.alloc(most)
 
     def kernels(self) -> list[Kernel]:
         return [Kernel(_SOURCE, "sample_rows"), Kernel(_SOURCE, "row_logprobs"), Kernel(_STEPS, "draw_numbers")]
@@ -174,12 +175,6 @@ class DeviceSampler:
         self, logits: Buffer, stride: int, n: int, n_top: int
     ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         assert n_top <= MAX_LOGPROBS
-        if self._logprobs is None:
-            most = 4 * self._max_rows * MAX_LOGPROBS
-            self._logprobs = tuple(
-                self._device.alloc(size) for size in (self._max_rows * _LOGPROB.itemsize, most, most)
-            )  # type: ignore[assignment]
-        assert self._logprobs is not None
         entries, top_ids, top_logits = self._logprobs
         self._device.launch(
             Launch(
