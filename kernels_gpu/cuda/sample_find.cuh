@@ -114,6 +114,19 @@ DEVICE void clear_bins(Shared& s) {
   __syncthreads();
 }
 
+// Shared memory has atomics of 32 bits only (one of 64 is a loop of compare-and-swap), and those of a constant 1 take equal bins
+// of a warp together.
+DEVICE void add_to_bin(u64& bin, u64 weight, bool is_count) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(&bin);
+  if (is_count) {
+    atomicAdd(words, 1u);
+    return;
+  }
+  const uint32_t low = static_cast<uint32_t>(weight), before = atomicAdd(words, low);
+  const uint32_t high = static_cast<uint32_t>(weight >> 32) + (before + low < before);
+  if (high) atomicAdd(words + 1, high);
+}
+
 // Bins in order: rising, or falling from the last. Lane l of warp 0 holds the l-th 64th of them.
 DEVICE int bin_at(int lane, int j, bool is_rising) {
   const int b = lane * (kBins / 32) + j;
@@ -222,7 +235,7 @@ __device__ __noinline__ Found find(const Tokens& tokens, const Weights& w, Cut k
       const uint32_t key = key_of(v);
       if ((pass > 0 && key >> shifts[pass] != prefix) || !is_kept(kept, key, tokens.ids ? tokens.ids[i] : i)) continue;
       const u64 weight = weight_of(w, v);
-      if (weight) atomicAdd(&s.bins[(key >> shift) & ((1u << bits) - 1)], weight);
+      if (weight) add_to_bin(s.bins[(key >> shift) & ((1u << bits) - 1)], weight, w.is_count);
     }
     if (pass == 0) {
       total = sum_of_bins(s);
