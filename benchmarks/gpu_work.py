@@ -99,9 +99,7 @@ def _gemv(launch: Launch, facts: StepFacts) -> Work:
         shares.append(Share(alone, float(passes * rounds), float(passes)))
         n_bytes += n * columns * _bits(kind) / 8
         widest = max(widest, 32 * rows * d["DEPTH"] * step_columns(kind) * _bits(kind) / 8)
-    return Work(
-        n_bytes, tuple(shares), widest, d["DEPTH"] > 1, wide_conflict=2 if step_columns(d["TYPE0"]) == 32 else 1
-    )
+    return Work(n_bytes, tuple(shares), widest, d["DEPTH"] > 1)
 
 
 @declared("gemv_gated")
@@ -118,7 +116,6 @@ def _gemv_gated(launch: Launch, facts: StepFacts) -> Work:
         (share,),
         in_flight,
         d["DEPTH"] > 1,
-        wide_conflict=2 if step_columns(kind) == 32 else 1,
     )
 
 

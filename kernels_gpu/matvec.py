@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyinfer.kernels_gpu.launch import Buffer, Defines, Kernel, Launch
-from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, step_columns, tuning_of
+from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, is_ragged, tuning_of
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
@@ -84,7 +84,7 @@ def gemv_kernel(problem: Problem, cut: Tuning) -> Kernel:
 
 def gemv_defines(problem: Problem, cut: Tuning) -> Defines:
     kinds = (*problem.kinds, *[problem.kinds[0]] * (MAX_MATRICES - len(problem.kinds)))
-    ragged = any(problem.n_columns % step_columns(kind) for kind in kinds)
+    ragged = any(is_ragged(kind, problem.n_columns) for kind in kinds)
     return (
         *((f"TYPE{i}", kind) for i, kind in enumerate(kinds)),
         ("SEGMENTS", len(problem.kinds)), ("TOKENS", problem.n_tokens), ("ROWS", cut.rows), ("LANES", cut.lanes),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
+
 MAX_TOKENS = 8
 STATIC_SHARED_BYTES = 48 << 10  # of a block
 _STEP_COLUMNS = {"F32": 4, "F16": 8, "BF16": 8, "Q8_0": 16}
@@ -16,14 +18,16 @@ _TILE_BYTES = {"F32": 16, "F16": 16, "BF16": 16, "Q2_K": 16, "Q5_0": 24, "Q5_1":
 _SHARED_KIB = {75: 64, 80: 164, 87: 164, 90: 228}  # of a multiprocessor; 100 for others
 _BLOCK_OVERHEAD = 1024  # bytes of shared memory that the system takes of each block
 _IN_FLIGHT = 64 << 10  # bytes a multiprocessor must have asked for at any time: bandwidth times latency, doubled
-_RESIDENT_WARPS = 32  # on a multiprocessor, with 64 registers a thread
+_FEWEST_WARPS = 11  # on a multiprocessor, for which more rows a lane are given up
 _ASYNC_COPIES = 80  # before, a tile is waited for when it is asked for, and a ring of one leaves room for more warps
 # blocks of 4 warps on a multiprocessor, as registers allow: (tokens up to, rows) -> blocks
 _MIN_BLOCKS = {
     (1, 1): 8,
     (1, 2): 6,
+    (1, 4): 4,
     (2, 1): 6,
     (2, 2): 5,
+    (2, 4): 3,
     (4, 1): 5,
     (4, 2): 4,
     (4, 4): 3,
@@ -36,6 +40,11 @@ _MIN_BLOCKS = {
 def step_columns(kind: str) -> int:
     """Columns that a lane takes at a time: `kColumns` in weight_*.cuh."""
     return _STEP_COLUMNS.get(kind, 32)
+
+
+def is_ragged(kind: str, n_columns: int) -> bool:
+    """Whether rows of x end inside of what is read together: a step of floats, a block of int8 codes (`cuda/a8.cuh`)."""
+    return n_columns % (step_columns(kind) if kind in FLOAT_BYTES else 256) != 0
 
 
 def tile_bytes(kind: str) -> int:
@@ -106,16 +115,13 @@ def tuning_of(problem: Problem, n_sms: int, arch: int) -> Tuning:
 
 
 def default_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
-    """Enough warps to fill the GPU, more rows a lane where there are plenty, and enough bytes asked for to hide the latency."""
-    lanes, split = _lanes_and_split(problem, n_sms)
-    warps = problem.n_rows * lanes * split // 32  # at one row a lane
-    # x comes from the L1 for every row of w: with more tokens more rows share it, where enough warps are left
-    options = [rows for rows in (1, 2, 4) if (_ceiling(problem.n_tokens), rows) in _MIN_BLOCKS]
-    enough = [rows for rows in options if rows == 1 or warps >= 12 * n_sms * rows]
-    tunings = [_tuning(problem, n_sms, arch, lanes, split, rows) for rows in enough]
-    if problem.n_tokens > 1:
-        return tunings[-1]
-    return max(tunings, key=lambda tuning: (_fill(problem, tuning, n_sms), tuning.rows))
+    """As many rows a lane as leave enough warps, and enough bytes asked for to hide the latency.
+
+    x comes from the L1 for all rows that a lane works on at a time, and by the count of `benchmarks/gpu_limits.py` that way is as
+    busy as the one from memory: with one row a lane it takes longer.
+    """
+    lanes, split, rows = _lanes_split_and_rows(problem, n_sms)
+    return _tuning(problem, n_sms, arch, lanes, split, rows)
 
 
 def neighbours(tuning: Tuning, problem: Problem, arch: int) -> Iterator[Tuning]:
@@ -149,7 +155,7 @@ def gated_neighbours(tuning: Tuning, problem: Problem, arch: int) -> Iterator[Tu
 
 def gated_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
     """The default of `gated_tuning_of`."""
-    lanes, _ = _lanes_and_split(problem, n_sms)
+    lanes = _lanes(problem)
     # more and smaller warps where there are few blocks; 32 pairs of rows are whole passes either way
     rows, warps = (4, 4) if problem.n_rows // 2 >= 3 * n_sms * 32 or lanes < 32 else (2, 8)
     min_blocks = max(1, _MIN_BLOCKS[_ceiling(problem.n_tokens), 4 if problem.n_tokens > 2 else 2] * 4 // warps)
@@ -157,7 +163,7 @@ def gated_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
         return Tuning(lanes, 1, rows, 1, 1, warps, _without_ring(rows, min_blocks))
     tuning = Tuning(lanes, 1, rows, 2, 1, warps, min_blocks)
     while (
-        tuning.depth < 4 and replace(tuning, depth=tuning.depth + 1).shared_bytes(problem) <= STATIC_SHARED_BYTES - 1024
+        tuning.depth < 4 and replace(tuning, depth=tuning.depth + 1).shared_bytes(problem) <= STATIC_SHARED_BYTES - 2048
     ):
         tuning = replace(tuning, depth=tuning.depth + 1)
     return tuning
@@ -212,19 +218,22 @@ def _steps(problem: Problem) -> int:
     return max(-(-problem.n_columns // step_columns(kind)) for kind in problem.kinds)
 
 
-def _lanes_and_split(problem: Problem, n_sms: int) -> tuple[int, int]:
+def _lanes(problem: Problem) -> int:
+    """That share a row: few of them idle at its end."""
     steps = _steps(problem)
     idle = {lanes: -(-steps // lanes) * lanes / steps for lanes in (32, 16, 8)}
-    lanes = next(lanes for lanes in (32, 16, 8) if idle[lanes] <= 1.15 * min(idle.values()))
+    return next(lanes for lanes in (32, 16, 8) if idle[lanes] <= 1.15 * min(idle.values()))
+
+
+def _lanes_split_and_rows(problem: Problem, n_sms: int) -> tuple[int, int, int]:
+    """The most rows a lane for which some split of them leaves warps for all multiprocessors."""
+    lanes, steps = _lanes(problem), _steps(problem)
+    for rows in (4, 2):
+        for split in (1, 2, 4):
+            fits = steps >= split * lanes and 8 * -(-steps // (split * lanes)) * split * lanes <= 9 * steps
+            if fits and problem.n_rows * lanes * split >= 32 * rows * _FEWEST_WARPS * n_sms:
+                return lanes, split, rows
     split = 1
-    warps = problem.n_rows * lanes / 32
-    while split < 4 and steps >= 2 * split * lanes and 2 * split * warps <= n_sms * _RESIDENT_WARPS:
+    while split < 4 and steps >= 2 * split * lanes and problem.n_rows * lanes * split < 32 * _FEWEST_WARPS * n_sms:
         split *= 2
-    return lanes, split
-
-
-def _fill(problem: Problem, tuning: Tuning, n_sms: int) -> float:
-    """The share of time that places for blocks are taken: a few waves of blocks end evenly only by luck. In twentieths."""
-    waves = tuning.n_blocks(problem.n_rows) / (n_sms * tuning.min_blocks)
-    whole = -(-waves // 1)
-    return round(20 * (waves / whole if whole <= 2 else waves / (waves + 0.5)))
+    return lanes, split, 1

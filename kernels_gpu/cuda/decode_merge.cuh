@@ -44,7 +44,7 @@ DEVICE void write_output(int row, int n_heads, ValueAt value_at, void* out, floa
     const int code = __float2int_rn(v * block.inverse);
     const int sum = warp_sum(code);
     if (column < n_columns) {
-      static_cast<int8_t*>(out)[first + column] = static_cast<int8_t>(code);
+      static_cast<int8_t*>(out)[a8_place(first + column)] = static_cast<int8_t>(code);
       if (lane_id() == 0) {
         scales[(first + column) / 32] = block.scale;
         sums[(first + column) / 32] = block.scale * static_cast<float>(sum);
@@ -78,7 +78,7 @@ DEVICE void merge_splits(Shared& shared, const float* records, int n_used) {
     float highest = kNothing, total = 0.0f;
     float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (int s = 0; s < n_used; s++) highest = fmaxf(highest, shared.split_maxima[s][h]);
-#pragma unroll 8
+#pragma unroll 16
     for (int s = 0; s < n_used; s++) {
       const float4 other = __ldcg(reinterpret_cast<const float4*>(records + s * kRecord + c));
       const float weight = weight_of(shared.split_maxima[s][h], highest);

@@ -14,7 +14,7 @@
 // is read is known only once the kernel before has ended.
 //
 // Defines: TYPE0..2 (a struct of weights.cuh), SEGMENTS, TOKENS, ROWS, LANES, SPLIT, WARPS (a block), DEPTH, MIN_BLOCKS (on a
-// multiprocessor: limits registers), RAGGED (float types: columns are no multiple of a step), EXPERTS (how many; optional).
+// multiprocessor: limits registers), RAGGED (gemv_step.cuh), EXPERTS (how many; optional).
 #include "gemv_step.cuh"
 
 constexpr int kWarpRows = 32 / LANES * ROWS;
@@ -105,15 +105,7 @@ DEVICE void multiply(const Segment& s, int block, const Input& x, const float* r
 
     float(*mine)[kOutputs] = partial[buffer];
     buffer ^= 1;  // the other warps may still read this one when the next sums come
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++)
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        float v = sums[t][r];
-#pragma unroll
-        for (int o = LANES / 2; o; o >>= 1) v += __shfl_xor_sync(FULL_WARP, v, o);
-        if (lane % LANES == 0) mine[warp][t * kWarpRows + lane / LANES * ROWS + r] = v;
-      }
+    sum_over_lanes<LANES>(sums, [&](int t, int r, float v) { mine[warp][t * kWarpRows + lane / LANES * ROWS + r] = v; });
     if (SPLIT == 1) __syncwarp();
     else __syncthreads();
 #pragma unroll

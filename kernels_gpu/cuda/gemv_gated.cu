@@ -48,7 +48,7 @@ struct Supply {
 DEVICE void make_columns(const Input& in, const void* gate, const void* up, int n, int above, int total, int first_row,
                          void* out, float* out_scales, float* out_sums) {
   __shared__ __align__(16) uint8_t ring[WARPS * DEPTH * ROWS * 32 * TYPE::kTileBytes];
-  __shared__ float values[TOKENS][kColumns];
+  __shared__ float values[TOKENS][2][kColumns];  // gate, up
   const int warp = threadIdx.x / 32, lane = lane_id(), first_column = blockIdx.x * kColumns;
   const int steps = ceil_div(in.columns, TYPE::kColumns), rounds = ceil_div(steps, LANES), first_step = lane % LANES;
   const int place = warp * kWarpPairs + lane / LANES * kPairs;  // of this lane's first pair in a pass
@@ -74,16 +74,7 @@ DEVICE void make_columns(const Input& in, const void* gate, const void* up, int 
       supply.ask();  // into the place that was just read
       multiply_step<TYPE>(tiles, in, step, sums);
     }
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-#pragma unroll
-      for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int o = LANES / 2; o; o >>= 1) sums[t][r] += __shfl_xor_sync(FULL_WARP, sums[t][r], o);
-#pragma unroll
-      for (int r = 0; r < kPairs; r++)
-        if (lane % LANES == 0) values[t][column + place + r] = activated(sums[t][r]) * sums[t][kPairs + r];
-    }
+    sum_over_lanes<LANES>(sums, [&](int t, int r, float v) { values[t][r / kPairs][column + place + r % kPairs] = v; });
   }
 
   __syncthreads();
@@ -91,12 +82,12 @@ DEVICE void make_columns(const Input& in, const void* gate, const void* up, int 
   for (int first = 0; first < TOKENS; first += WARPS) {
     const int t = first + warp;
     if (t >= TOKENS) break;  // whole warps
-    const float v = values[t][lane];
+    const float v = activated(values[t][0][lane]) * values[t][1][lane];
     const long long at = static_cast<long long>(first_row + t) * n + first_column;
 #if OUT == OUT_A8
     const A8Block block = a8_block(warp_max(fabsf(v)));
     const int code = __float2int_rn(v * block.inverse), sum = warp_sum(code);
-    static_cast<int8_t*>(out)[at + lane] = static_cast<int8_t>(code);
+    static_cast<int8_t*>(out)[a8_place(at + lane)] = static_cast<int8_t>(code);
     if (lane == 0) {
       out_scales[at / 32] = block.scale;
       out_sums[at / 32] = block.scale * static_cast<float>(sum);

@@ -1,20 +1,23 @@
 // What products of few rows have in common: x, and one step of some rows of w times it, in registers. Defines: TOKENS, ROWS,
-// RAGGED (float types: columns are no multiple of a step).
+// RAGGED (float types: columns are no multiple of a step; others: of 256).
 #pragma once
+#include "a8.cuh"
+#include "fold.cuh"
 #include "weights.cuh"
 
-// x as the type of the weights wants it: int8 with a scale and scale * sum(codes) of 32 columns, or float32.
+// x as the type of the weights wants it: int8 (a8.cuh) with a scale and scale * sum(codes) of 32 columns, or float32.
 struct Input {
   const void* rows;
   const float *scales, *sums;
   int columns;
+  int first = 0;  // row of the memory, of int8
 };
 
 // Row `row` of x as it is for a type.
 template <class T>
 DEVICE Input input_of(const void* x, const float* scales, const float* sums, int columns, int row) {
-  const long long start = static_cast<long long>(row) * columns;
-  return {static_cast<const uint8_t*>(x) + start * (T::kWords ? 1 : 4), scales + start / 32, sums + start / 32, columns};
+  if (T::kWords) return {x, scales, sums, columns, row};
+  return {static_cast<const float*>(x) + static_cast<long long>(row) * columns, scales, sums, columns, 0};
 }
 
 // One step of one row of x.
@@ -25,16 +28,19 @@ struct InputStep {
   int halves[2];
 
   DEVICE InputStep(const Input& x, int token, int step) {
-    const int at = token * x.columns + step * T::kColumns;
-    const uint4* codes = reinterpret_cast<const uint4*>(static_cast<const int8_t*>(x.rows) + at);
+    // with rows of whole blocks the place in a row is one for all tokens
+    const int row = (x.first + token) * x.columns, column = step * T::kColumns;
+    const uint32_t place = RAGGED ? a8_place(row + column) : a8_place(column);
+    const int8_t* codes = static_cast<const int8_t*>(x.rows) + (RAGGED ? 0 : row);
 #pragma unroll
     for (int i = 0; i < T::kWords / 4; i++) {
-      const uint4 v = codes[i];
+      const uint4 v = *reinterpret_cast<const uint4*>(codes + (place ^ (i ? kA8Half : 0)));
 #pragma unroll
       for (int j = 0; j < 4; j++) q[4 * i + j] = word_of(v, j);
     }
-    scale = x.scales[at / 32];
-    if constexpr (T::kHalves == 1 && T::kHasMinimum) sum = x.sums[at / 32];
+    const int unit = (row + column) / 32;
+    scale = x.scales[unit];
+    if constexpr (T::kHalves == 1 && T::kHasMinimum) sum = x.sums[unit];
     if constexpr (T::kHalves == 2 && T::kHasMinimum) {
       const int ones[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
       halves[0] = dot16(q, ones);
@@ -47,7 +53,7 @@ template <class T>
 DEVICE void add_product(float& sum, const int* q, const Factors& f, const InputStep<T>& x) {
   if constexpr (T::kHalves == 1) {
     int dot = dot16(q, x.q);
-    if constexpr (T::kWords == 8) dot += dot16(q + 4, x.q + 4);
+    if constexpr (T::kWords == 8) dot = dot16(q + 4, x.q + 4, dot);
     sum = fmaf(x.scale * (f.d * f.scale[0]), static_cast<float>(dot), sum);
     if constexpr (T::kHasMinimum) sum = fmaf(f.low * f.minimum[0], x.sum, sum);
   } else {
@@ -104,4 +110,19 @@ template <class T>
 DEVICE void multiply_step(const typename T::Tile* tiles, const Input& x, int step, float (*sums)[ROWS]) {
   if constexpr (T::kWords == 0) multiply_float<T>(tiles, x, step, sums);
   else multiply_int8<T>(tiles, x, step, sums);
+}
+
+// Sums over kLanes neighbouring lanes; store(token, row, sum) is called by one lane for each. Every sum adds in the same order,
+// however many there are.
+template <int kLanes, class Store>
+DEVICE void sum_over_lanes(const float (&sums)[TOKENS][ROWS], Store store) {
+  constexpr int kSums = TOKENS * ROWS;
+  float values[kSums];
+#pragma unroll
+  for (int i = 0; i < kSums; i++) values[i] = sums[i / ROWS][i % ROWS];
+  int index = 0, count = kSums;
+  Fold<kSums, kLanes / 2, kSums>::run(values, index, count);
+#pragma unroll
+  for (int i = 0; i < Folded<kSums, kLanes>::kValue; i++)
+    if (i < count) store((index + i) / ROWS, (index + i) % ROWS, values[i]);
 }

@@ -1,8 +1,9 @@
 // How a row of results is written: float32, "a8" or "h16", chosen by the define OUT. Four columns a lane.
-// a8: int8 codes [n, width], scale [n, width/32] and scale * sum of codes [n, width/32] (graph/activation.py).
+// a8: int8 codes (a8.cuh), scale [n, width/32] and scale * sum of codes [n, width/32] (graph/activation.py).
 // h16: float16 [n, width] with a power of two a row; a row's largest value gets the exponent 14, so nothing overflows
 // and small values keep their bits.
 #pragma once
+#include "a8.cuh"
 #include "ptx.cuh"
 
 #define OUT_F32 0
@@ -40,8 +41,9 @@ DEVICE A8Block a8_block(float amax) {
   return {usable ? 127.0f / amax : 0.0f, usable ? amax / 127.0f : 0.0f};
 }
 
-// Columns 4*chunk.. of a row as a8. All lanes of a warp take part; eight neighbours hold one block of 32.
-DEVICE void store_a8(float4 v, bool active, int chunk, int8_t* codes, float* scales, float* sums) {
+// Columns 4*chunk.. of a row as a8, numbers 4*(first + chunk).. of all rows. All lanes of a warp take part; eight neighbours hold
+// one block of 32.
+DEVICE void store_a8(float4 v, bool active, long long first, int chunk, void* codes, float* scales, float* sums) {
   float amax = largest(v);
 #pragma unroll
   for (int o = 4; o; o >>= 1) amax = fmaxf(amax, __shfl_xor_sync(FULL_WARP, amax, o));
@@ -52,10 +54,11 @@ DEVICE void store_a8(float4 v, bool active, int chunk, int8_t* codes, float* sca
 #pragma unroll
   for (int o = 4; o; o >>= 1) sum += __shfl_xor_sync(FULL_WARP, sum, o);
   if (!active) return;
-  reinterpret_cast<int*>(codes)[chunk] = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+  const long long at = first + chunk;
+  static_cast<int*>(codes)[a8_place(4 * at) / 4] = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
   if (chunk % 8 == 0) {
-    scales[chunk / 8] = block.scale;
-    sums[chunk / 8] = block.scale * static_cast<float>(sum);
+    scales[at / 8] = block.scale;
+    sums[at / 8] = block.scale * static_cast<float>(sum);
   }
 }
 
@@ -95,7 +98,7 @@ DEVICE void store_row(const float4 (&v)[kPer], int row, void* out, float* scales
     const int chunk = threadIdx.x + p * kThreads;
     const bool active = chunk < kChunks;
     if (kOut == OUT_A8) {
-      store_a8(v[p], active, chunk, static_cast<int8_t*>(out) + 4 * first, scales + first / 8, sums + first / 8);
+      store_a8(v[p], active, first, chunk, out, scales, sums);
     } else if (active) {
       if (kOut == OUT_F32) static_cast<float4*>(out)[first + chunk] = v[p];
       else static_cast<uint2*>(out)[first + chunk] = as_halves(v[p], inverse);

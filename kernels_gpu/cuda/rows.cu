@@ -114,8 +114,7 @@ DEVICE void map_row(ValueAt value_at, void* out, float* scales, float* sums) {
   const long long first = static_cast<long long>(row) * kChunks;
   const float4 v = value_at(row, chunk);
 #if OUT == OUT_A8
-  int8_t* codes = static_cast<int8_t*>(out) + row * static_cast<long long>(a8_row_bytes(WIDTH));
-  store_a8(v, chunk < kChunks, chunk, codes, scales + first / 8, sums + first / 8);
+  store_a8(v, chunk < kChunks, first, chunk, out, scales, sums);
 #else
   if (chunk < kChunks) static_cast<float4*>(out)[first + chunk] = v;
 #endif

@@ -23,8 +23,8 @@ struct Factors {
 
 DEVICE float half_value(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits & 0xffffu))); }
 
-DEVICE int dot16(const int* a, const int* b) {
-  int sum = __dp4a(a[0], b[0], 0);
+DEVICE int dot16(const int* a, const int* b, int sum = 0) {
+  sum = __dp4a(a[0], b[0], sum);
   sum = __dp4a(a[1], b[1], sum);
   sum = __dp4a(a[2], b[2], sum);
   return __dp4a(a[3], b[3], sum);

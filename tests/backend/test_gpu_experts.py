@@ -11,9 +11,10 @@ import pytest
 from batches import Piece, make_batch
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
+from gpu_matrices import a8_codes
+from gpu_matrices import operand as rows_operand
 from tiny_models import TinyShape
 
-from pyinfer.graph.activation import quantize_activation
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.expert_math import combine, expert_matmul, route
 from pyinfer.graph.ops import RouteExperts, Value
@@ -164,21 +165,17 @@ def test_few_slots_of_every_type(device: EmulatedDevice, kind: str, own: bool) -
     if kind in FLOAT_BYTES:
         operand = Operand("f32", case.width, device.array(x))
     else:
-        rounded = quantize_activation(x)
-        sums = (rounded.scales * rounded.codes.reshape(3, -1, 32).sum(axis=2)).astype(np.float32)
-        operand = Operand("a8", case.width, *(device.array(part) for part in (rounded.codes, rounded.scales, sums)))
-        x = rounded.dequantize()
+        operand, exact = rows_operand(device, x, "a8")
+        x = exact.astype(np.float32)
     launch(device, build_expert_matvec(operand, case.products, case.slots, n_sms=4, arch=90))
     case.check(x, 2e-6)
 
 
 def test_few_slots_of_matrices_of_several_types(device: EmulatedDevice) -> None:
     case = Case(device, ("Q4_K", "Q6_K", "Q8_0", "Q4_K"), (40, 24, 8, 16), 256, 2, own=False)
-    x = quantize_activation(case.rng.standard_normal((2, 256)).astype(np.float32))
-    sums = (x.scales * x.codes.reshape(2, -1, 32).sum(axis=2)).astype(np.float32)
-    operand = Operand("a8", 256, *(device.array(part) for part in (x.codes, x.scales, sums)))
+    operand, exact = rows_operand(device, case.rng.standard_normal((2, 256)).astype(np.float32), "a8")
     launch(device, build_expert_matvec(operand, case.products, case.slots, n_sms=4, arch=90))
-    case.check(x.dequantize(), 2e-6)
+    case.check(exact.astype(np.float32), 2e-6)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "BF16"])
@@ -188,10 +185,8 @@ def test_gate_and_up_with_their_activation(device: EmulatedDevice, kind: str) ->
     x = case.rng.standard_normal((3, 256)).astype(np.float32)
     operand, form = Operand("f32", 256, device.array(x)), "f32"
     if kind not in FLOAT_BYTES:
-        rounded = quantize_activation(x)
-        sums = (rounded.scales * rounded.codes.reshape(3, -1, 32).sum(axis=2)).astype(np.float32)
-        operand, form = Operand("a8", 256, *(device.array(a) for a in (rounded.codes, rounded.scales, sums))), "a8"
-        x = rounded.dequantize()
+        (operand, exact), form = rows_operand(device, x, "a8"), "a8"
+        x = exact.astype(np.float32)
     gate, up = (expert_matmul(x, case.experts, tensor, None) for tensor in case.tensors)
     expected = gate / (1 + np.exp(-gate)) * up
     out = operand_at(form, 3, 128, device.empty(operand_bytes(form, 3, 128), dtype=np.uint8))  # type: ignore[arg-type]
@@ -203,7 +198,7 @@ def test_gate_and_up_with_their_activation(device: EmulatedDevice, kind: str) ->
         got = device.values(out.data, np.float32, 3, 128)
     else:
         assert out.scales is not None and out.sums is not None
-        codes, scales = device.values(out.data, np.int8, 3, 4, 32), device.values(out.scales, np.float32, 3, 4)
+        codes, scales = a8_codes(device, out, 3), device.values(out.scales, np.float32, 3, 4)
         got = (codes * scales[:, :, None]).reshape(3, 128)
         totals = scales * codes.sum(axis=2, dtype=np.int32)
         np.testing.assert_allclose(device.values(out.sums, np.float32, 3, 4), totals, rtol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 from cpu_kernels import dequantized, random_blocks, rng_of
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
-from gpu_matrices import operand, rows_of_x, upload
+from gpu_matrices import a8_codes, operand, rows_of_x, upload
 
 from pyinfer.graph.activation import quantize_activation
 from pyinfer.graph.ops import Activation
@@ -40,7 +40,7 @@ def contents(device: EmulatedDevice, out: Operand, n: int) -> list[Any]:
     assert out.scales is not None and out.sums is not None
     blocks = (n, out.width // 32)
     scales, sums = (device.values(part, np.float32, *blocks) for part in (out.scales, out.sums))
-    return [device.values(out.data, np.int8, n, out.width), scales, sums]
+    return [a8_codes(device, out, n).reshape(n, -1), scales, sums]
 
 
 def poisoned(device: EmulatedDevice, form: Form, n: int) -> Operand:

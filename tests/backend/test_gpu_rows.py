@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
+from gpu_matrices import a8_bytes, a8_codes
 
 from pyinfer.graph.activation import quantize_activation
 from pyinfer.graph.ops import Activation
@@ -44,7 +45,11 @@ def empty_rows(device: EmulatedDevice, form: Form, n_rows: int, width: int) -> O
         return Operand(form, width, device.empty(n_rows, width, dtype=np.float16), device.empty(n_rows))
     blocks = (n_rows, width // 32)
     return Operand(
-        form, width, device.empty(n_rows, width, dtype=np.int8), device.empty(*blocks), device.empty(*blocks)
+        form,
+        width,
+        device.empty(a8_bytes(n_rows, width), dtype=np.int8),
+        device.empty(*blocks),
+        device.empty(*blocks),
     )
 
 
@@ -61,7 +66,7 @@ def read_rows(device: EmulatedDevice, rows: Operand, n_rows: int) -> F32Array:
         assert ((top == 0) | (top >= 2**14) & (top <= 2**15)).all()
         return halves * scales
     assert rows.sums is not None
-    codes = device.values(rows.data, np.int8, n_rows, rows.width // 32, 32).astype(np.float32)
+    codes = a8_codes(device, rows, n_rows).astype(np.float32)
     scales, sums = (device.values(part, np.float32, n_rows, rows.width // 32) for part in (rows.scales, rows.sums))
     np.testing.assert_allclose(sums, codes.sum(axis=2) * scales, rtol=1e-6)
     return (codes * scales[:, :, None]).reshape(n_rows, rows.width)

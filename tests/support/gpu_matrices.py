@@ -33,7 +33,29 @@ def operand(device: EmulatedDevice, x: F32, form: str) -> tuple[Operand, npt.NDA
         return Operand("f32", x.shape[1], device.array(x)), x.astype(np.float64)
     a = quantize_activation(x)
     sums = a.scales * a.codes.reshape(*a.scales.shape, 32).sum(2).astype(np.float32)
-    return Operand("a8", x.shape[1], device.array(a.codes), device.array(a.scales), device.array(sums)), _exact(a)
+    codes = np.zeros(a8_bytes(*x.shape), np.int8)
+    codes[_a8_places(x.size)] = a.codes.reshape(-1)
+    return Operand("a8", x.shape[1], device.array(codes), device.array(a.scales), device.array(sums)), _exact(a)
+
+
+def a8_bytes(n: int, width: int) -> int:
+    """Of the codes of rows in memory."""
+    return -(-n * width // 256) * 256
+
+
+def a8_codes(device: EmulatedDevice, rows: Operand, n: int) -> npt.NDArray[np.int8]:
+    """Codes of rows in "a8", int8 [n, width / 32, 32]."""
+    codes: npt.NDArray[np.int8] = device.values(rows.data, np.int8, a8_bytes(n, rows.width))
+    return codes[_a8_places(n * rows.width)].reshape(n, -1, 32)
+
+
+def _a8_places(n: int) -> npt.NDArray[np.int64]:
+    """The byte of each code: of 256 first the first halves of all units of 32, then the others, where units four apart have
+    changed places."""
+    at = np.arange(n)
+    unit, half = at // 32 % 8, at // 16 % 2
+    places: npt.NDArray[np.int64] = at // 256 * 256 + 128 * half + (unit ^ 4 * half) * 16 + at % 16
+    return places
 
 
 def _exact(a: Any) -> npt.NDArray[np.float64]:
