@@ -85,12 +85,12 @@ class OverlappingStage(SamplingStage, Protocol):
     can_overlap: bool  # False for a part of a model
 
     def start_sampled(self, batch: Batch, rows: Sequence[RowSampling]) -> int:
-        """Start a step, behind those that were started before; `rows` may be none, and have no logprobs. Returns a ticket.
+        """Start a step, behind those that were started before; `rows` may be none. Returns a ticket.
 
         `batch.token_ids` may name tokens of the step before (`PREVIOUS`). At most two tickets are out at a time.
         """
         ...
 
-    def fetch_sampled(self, ticket: int) -> list[int]:
-        """Wait for a step's tokens, one a row."""
+    def fetch_sampled(self, ticket: int) -> Sampled:
+        """Wait for what a step gives."""
         ...

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pyinfer.graph.sampling import EDIT, RowLogprobs, RowSampling, Sampled
+from pyinfer.graph.sampling import EDIT, NOT_FINITE, RowLogprobs, RowSampling, Sampled
 from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
 
@@ -30,13 +29,28 @@ MAX_LOGPROBS = 256  # for one row; the kernel's list takes 1024
 MAX_VOCAB = 1 << 22  # 2048 chunks of 2048 ids
 
 
-@dataclass(slots=True)
 class _Started:
-    """A step whose tokens are on their way."""
+    """A step whose tokens are on their way into pinned memory."""
 
-    tokens: npt.NDArray[np.int32]  # pinned
-    n: int = 0
-    mark: Any = None
+    def __init__(self, device: Device, max_rows: int) -> None:
+        self.tokens = device.alloc_pinned(4 * max_rows).view(np.int32)
+        self.rows: list[RowSampling] = []
+        self.mark: Any = None
+        self._entries = device.alloc_pinned(max_rows * _LOGPROB.itemsize).view(_LOGPROB)
+        self._top_ids, self._top_logits = (device.alloc_pinned(4 * max_rows * MAX_LOGPROBS) for _ in range(2))
+
+    @property
+    def n_top(self) -> int:
+        """Most likely tokens that are wanted of a row; -1: no row wants logprobs."""
+        return max((row.n_logprobs for row in self.rows if row.n_logprobs is not None), default=-1)
+
+    @property
+    def logprobs(self) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """An entry a row, and ids and logits of the most likely tokens [n, n_top]."""
+        n, n_top = len(self.rows), self.n_top
+        shape, n_bytes = (n, n_top), 4 * n * n_top
+        ids, logits = self._top_ids[:n_bytes].view(np.int32), self._top_logits[:n_bytes].view(np.float32)
+        return self._entries[:n], ids.reshape(shape), logits.reshape(shape)
 
 
 class DeviceSampler:
@@ -56,7 +70,7 @@ class DeviceSampler:
         self._numbers = device.alloc(8 * max_rows * max_steps)  # of `run_steps`
         self.tokens = device.alloc(4 * max_rows * max_steps)
         self._tokens_host = device.alloc_pinned(4 * max_rows * max_steps).view(np.int32)
-        self._started = [_Started(device.alloc_pinned(4 * max_rows).view(np.int32)) for _ in range(2)]
+        self._started = [_Started(device, max_rows) for _ in range(2)]
         self._ticket = 0
         self._copied: Any = None  # the mark behind the last upload
         self._mask: Buffer | None = None
@@ -131,38 +145,48 @@ class DeviceSampler:
             ),
         )
 
-    def run(
+    def start(
         self, logits: Buffer, stride: int, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None = None
-    ) -> Sampled:
-        """Upload, sample, wait."""
-        n = len(rows)
-        self.upload(rows, mask)
-        self._device.launch(self.sample(logits, stride, n, has_mask=mask is not None))
-        n_top = max((row.n_logprobs for row in rows if row.n_logprobs is not None), default=-1)
-        fetched = None if n_top < 0 else self._fetch_logprobs(logits, stride, n, n_top)
-        tokens = self.fetch_tokens(n)
-        if fetched is None:
-            return Sampled(tokens, [None] * n)
-        self._device.synchronize()
-        return Sampled(tokens, [_logprobs(row.n_logprobs, i, *fetched) for i, row in enumerate(rows)])
-
-    def start(self, logits: Buffer, stride: int, rows: Sequence[RowSampling]) -> int:
+    ) -> int:
         """Upload and sample without waiting; a ticket for `fetch`. The one before the last must have been fetched, or is lost."""
         self._ticket ^= 1
         started = self._started[self._ticket]
-        started.n = len(rows)
+        started.rows = list(rows)
         if rows:
-            self.upload(rows)
-            self._device.launch(self.sample(logits, stride, len(rows)))
+            self.upload(rows, mask)
+            self._device.launch(self.sample(logits, stride, len(rows), has_mask=mask is not None))
             self._device.download(self.tokens, started.tokens[: len(rows)])
+            if started.n_top >= 0:
+                self._start_logprobs(logits, stride, started)
         started.mark = self._device.record(started.mark)
         return self._ticket
 
-    def fetch(self, ticket: int) -> list[int]:
+    def _start_logprobs(self, logits: Buffer, stride: int, started: _Started) -> None:
+        n, n_top = len(started.rows), started.n_top
+        assert n_top <= MAX_LOGPROBS
+        entries, top_ids, top_logits = self._logprobs
+        args = (logits, self._n_vocab, stride, self._packed, self.tokens, n_top, entries, top_ids, top_logits)
+        self._device.launch(Launch(Kernel(_SOURCE, "row_logprobs"), (n, 1, 1), (_THREADS, 1, 1), args))
+        for buffer, array in zip(self._logprobs, started.logprobs, strict=True):
+            if array.size:
+                self._device.download(buffer, array)
+
+    def fetch(self, ticket: int) -> Sampled:
+        """Wait for what was started."""
         started = self._started[ticket]
         self._device.wait(started.mark)
-        tokens: list[int] = started.tokens[: started.n].tolist()
-        return tokens
+        tokens: list[int] = started.tokens[: len(started.rows)].tolist()
+        if started.n_top < 0:
+            return Sampled(tokens, [None] * len(tokens))
+        found = started.logprobs
+        # a token that was not drawn has none: its entry is an older one's
+        return Sampled(
+            tokens,
+            [
+                None if token == NOT_FINITE else _logprobs(row.n_logprobs, i, *found)
+                for i, (row, token) in enumerate(zip(started.rows, tokens, strict=True))
+            ],
+        )
 
     def fetch_tokens(self, n: int) -> list[int]:
         """The first n tokens; waits for them."""
@@ -170,25 +194,6 @@ class DeviceSampler:
         self._device.synchronize()
         tokens: list[int] = self._tokens_host[:n].tolist()
         return tokens
-
-    def _fetch_logprobs(
-        self, logits: Buffer, stride: int, n: int, n_top: int
-    ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        assert n_top <= MAX_LOGPROBS
-        entries, top_ids, top_logits = self._logprobs
-        self._device.launch(
-            Launch(
-                Kernel(_SOURCE, "row_logprobs"),
-                (n, 1, 1),
-                (_THREADS, 1, 1),
-                (logits, self._n_vocab, stride, self._packed, self.tokens, n_top, entries, top_ids, top_logits),
-            )
-        )
-        found = np.zeros(n, _LOGPROB), np.zeros((n, n_top), np.int32), np.zeros((n, n_top), np.float32)
-        for buffer, array in zip(self._logprobs, found, strict=True):
-            if array.size:
-                self._device.download(buffer, array)
-        return found
 
 
 def _logprobs(

@@ -68,13 +68,14 @@ class GPUStage:
         last_reader: int = 0,
         stream: PartStream | None = None,
         kept: Sequence[Value] = (),
+        is_again: bool = False,
     ) -> None:
         """With `measure` large products are timed once on this kind of GPU (`route_measure`).
 
         With a `share` the device has other stages of the model as well, and the share has loaded the weights; `number` is
         this one's among them, in the order in which they run, and `last_reader` that of the last that reads its results.
         The results `kept` do not come to the host, as only those stages read them. A `stream` brings the matrices in every
-        step, of a part without pages and outputs.
+        step, of a part without pages and outputs. `is_again`: another stage has this graph, and has prepared what it takes.
         """
         graph.check()
         if config.max_tokens > _MAX_TOKENS:
@@ -92,14 +93,16 @@ class GPUStage:
             self._memory = StageMemory(device, graph, config, share, stream)
             if self._is_alone:
                 self._memory.share.weights.load(progress)
-            if config.gpu_expand and stream is None:
+            is_new = stream is None and not is_again
+            if config.gpu_expand and is_new:
                 self._memory.copies.update(make_copies(device, graph, self._memory.share.weights))
-            if config.max_tokens >= BOUNDED_ROWS and stream is None:
+            if config.max_tokens >= BOUNDED_ROWS and is_new:
                 weights = self._memory.share.weights
                 self._memory.lengths.update(lengths_of_gates(device, self._memory.groups, weights))
-            if measure and stream is None:
+            if measure and is_new:
                 measure_routes(self._memory, token_buckets(config.max_tokens), RouteCache(device.name))
-            usual = [lower(self._memory, shape) for shape in self._usual_shapes()]  # makes room in the workspace
+            shapes = [] if is_again else self._usual_shapes()
+            usual = [lower(self._memory, shape) for shape in shapes]  # makes room in the workspace
             self._kernels = _kernels_of(usual)
             self._kept = self._memory.share.keep(kept, number, last_reader)
             sizes = [
@@ -149,11 +152,11 @@ class GPUStage:
         follower._is_fed = True
 
     def _run(self, batch: Batch) -> tuple[Rows, ...]:
-        buffers, rows = self._start(batch).results, list[Rows]()
+        buffers, rows, padded = self._start(batch).results, list[Rows](), self._shape(batch).n_tokens
         for value, buffer, pinned in zip(self._graph.results, buffers, self._results, strict=True):
             n = self.n_results(batch, value)
             if id(value) in self._kept:
-                n_bytes = 4 * n * value.width
+                n_bytes = 4 * padded * value.width  # what padding has chosen goes with it: no experts
                 self._device.copy(self._kept[id(value)], buffer.at(0, n_bytes), n_bytes)
                 rows.append(np.empty((0, value.width), np.float32))
                 continue
@@ -161,7 +164,8 @@ class GPUStage:
             if n:
                 self._device.download(buffer, host)
             rows.append(host.reshape(n, value.width))
-        self._device.synchronize()
+        if any(len(each) for each in rows):
+            self._device.synchronize()
         return tuple(rows)
 
     @property
@@ -187,7 +191,7 @@ class GPUStage:
         assert self._sampling is not None
         return self._sampling.start(self.forward(batch), rows)
 
-    def fetch_sampled(self, ticket: int) -> list[int]:
+    def fetch_sampled(self, ticket: int) -> Sampled:
         assert self._sampling is not None
         return self._sampling.fetch(ticket)
 

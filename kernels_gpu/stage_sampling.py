@@ -31,13 +31,13 @@ class StageSampling:
 
     def draw(self, logits: Buffer, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None) -> Sampled:
         """Tokens of a step whose logits are on their way."""
-        return self._sampler.run(logits, self._width, rows, mask)
+        return self.fetch(self.start(logits, rows, mask))
 
-    def start(self, logits: Buffer, rows: Sequence[RowSampling]) -> int:
+    def start(self, logits: Buffer, rows: Sequence[RowSampling], mask: npt.NDArray[np.uint32] | None = None) -> int:
         """Draw behind a step that was started, without waiting; a ticket for `fetch`."""
-        return self._sampler.start(logits, self._width, rows)
+        return self._sampler.start(logits, self._width, rows, mask)
 
-    def fetch(self, ticket: int) -> list[int]:
+    def fetch(self, ticket: int) -> Sampled:
         return self._sampler.fetch(ticket)
 
     def name_tokens(self, n: int) -> Launch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyinfer.graph.backend import Stage
-from pyinfer.graph.sampling import OverlappingStage, RowLogprobs, RowSampling, SamplingStage
+from pyinfer.graph.sampling import OverlappingStage, RowLogprobs, RowSampling, Sampled, SamplingStage
 from pyinfer.runtime.batch_builder import Step
 from pyinfer.runtime.outputs import Logprob, TokenLogprobs
 from pyinfer.runtime.plan import Plan
@@ -53,9 +53,7 @@ class DeviceSampling:
         if n_steps > 1 and self._can_run_ahead(step, rows):
             tokens: list[list[int]] = self._stage.run_steps(step.batch, rows, n_steps).tolist()
             return [[(token, None) for token in each] for each in tokens]
-        sampled = self._stage.run_sampled(step.batch, rows, None)
-        pairs = zip(sampled.tokens, sampled.logprobs, strict=True)
-        return [[(token, None if found is None else to_logprobs(token, found)) for token, found in pairs]]
+        return [_new_tokens(self._stage.run_sampled(step.batch, rows, None))]
 
     @property
     def can_overlap(self) -> bool:
@@ -68,9 +66,9 @@ class DeviceSampling:
         if len(request.sequences) > 1 or sequence.n_score_rows or sampler is None or sampler.has_history:
             return True
         row = sampler.on_device(0, sequence.tokens)
-        return (
-            row is None or row.n_logprobs is not None or (row.edits is not None and len(row.edits) > self._most_edits)
-        )
+        if row is None or (row.n_logprobs or 0) > self._stage.max_logprobs:
+            return True
+        return row.edits is not None and len(row.edits) > self._most_edits
 
     def start(self, step: Step) -> int:
         """Start a step of requests that do not need their tokens; a ticket for `fetch`."""
@@ -79,10 +77,10 @@ class DeviceSampling:
         assert rows is not None
         return self._overlapping.start_sampled(step.batch, rows)
 
-    def fetch(self, ticket: int) -> list[int]:
-        """Wait for a step's tokens, or NOT_FINITE, in the order of `step.sampled`."""
+    def fetch(self, ticket: int) -> list[NewToken]:
+        """Wait for a step's tokens, in the order of `step.sampled`."""
         assert self._overlapping is not None
-        return self._overlapping.fetch_sampled(ticket)
+        return _new_tokens(self._overlapping.fetch_sampled(ticket))
 
     def _rows(self, step: Step) -> list[RowSampling] | None:
         if not step.sampled or step.scored or step.searched:
@@ -107,6 +105,11 @@ class DeviceSampling:
             row.n_logprobs is None and sequence.sampler is not None and not sequence.sampler.has_history
             for sequence, row in zip(step.sampled, rows, strict=True)
         )
+
+
+def _new_tokens(sampled: Sampled) -> list[NewToken]:
+    pairs = zip(sampled.tokens, sampled.logprobs, strict=True)
+    return [(token, None if found is None else to_logprobs(token, found)) for token, found in pairs]
 
 
 def to_logprobs(token: int, found: RowLogprobs) -> TokenLogprobs:

@@ -216,7 +216,7 @@ class Engine:
         for sequence, token in zip(step.sampled, tokens, strict=True):
             if sequence.state is not State.FINISHED:
                 sequence.n_coming -= 1
-                outputs += self._taker.append(sequence, [(token, None)])
+                outputs += self._taker.append(sequence, [token])
         return outputs
 
     def _fail(self, sequences: list[Sequence], error: Exception) -> list[RequestOutput]:

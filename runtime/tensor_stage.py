@@ -77,9 +77,9 @@ class TensorStage:
     def start_sampled(self, batch: Batch, rows: Sequence[RowSampling]) -> int:
         return self._all(lambda rank: _overlapping(rank).start_sampled(batch, rows))[0]  # all count alike
 
-    def fetch_sampled(self, ticket: int) -> list[int]:
+    def fetch_sampled(self, ticket: int) -> Sampled:
         drawn = self._all(lambda rank: _overlapping(rank).fetch_sampled(ticket))
-        self._check_equal(drawn)
+        self._check_equal([sampled.tokens for sampled in drawn])
         return drawn[0]
 
     @staticmethod

@@ -11,7 +11,7 @@ import pytest
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
 
-from pyinfer.graph.sampling import NOT_FINITE, RowSampling
+from pyinfer.graph.sampling import NOT_FINITE, RowSampling, Sampled
 from pyinfer.kernels_gpu.sample import DeviceSampler
 from pyinfer.runtime.logprobs import token_logprobs
 from pyinfer.runtime.sample_random import uniform
@@ -31,6 +31,10 @@ def device() -> Iterator[EmulatedDevice]:
     made.close()
 
 
+def drawn(sampler: DeviceSampler, *args: Any) -> Sampled:
+    return sampler.fetch(sampler.start(*args))
+
+
 def host_and_device(
     device: EmulatedDevice, logits: F32, samplers: list[SequenceSampler], histories: list[list[int]]
 ) -> tuple[list[int], list[int]]:
@@ -42,7 +46,7 @@ def host_and_device(
         rows.append(row)
     buffer = device.array(logits)
     made = DeviceSampler(device, n_vocab, n)
-    tokens = made.run(buffer, n_vocab, rows).tokens
+    tokens = drawn(made, buffer, n_vocab, rows).tokens
     np.testing.assert_array_equal(device.values(buffer, np.float32, n, n_vocab), logits)  # edits are taken back
     expected = [
         sampler.next(logits[i], history) for i, (sampler, history) in enumerate(zip(samplers, histories, strict=True))
@@ -162,7 +166,7 @@ def test_only_allowed_tokens_are_drawn(device: EmulatedDevice) -> None:
     for params in ({"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.8}):
         samplers = [SequenceSampler(SamplingParams(**params), seed=1, index=i, n_prompt=1) for i in range(8)]
         rows = [row for i, sampler in enumerate(samplers) if (row := sampler.on_device(i, [0]))]
-        tokens = DeviceSampler(device, N_VOCAB, 8).run(device.array(logits), N_VOCAB, rows, mask).tokens
+        tokens = drawn(DeviceSampler(device, N_VOCAB, 8), device.array(logits), N_VOCAB, rows, mask).tokens
         assert tokens == [sampler.next(masked[i], [0]) for i, sampler in enumerate(samplers)]
 
 
@@ -170,7 +174,7 @@ def test_rows_in_any_order_with_a_stride(device: EmulatedDevice) -> None:
     wide = np.full((5, N_VOCAB + 13), np.float32(99))
     wide[:, :N_VOCAB] = normal(5)
     rows = [RowSampling(row=r) for r in (3, 0, 4)]
-    tokens = DeviceSampler(device, N_VOCAB, 4).run(device.array(wide), N_VOCAB + 13, rows).tokens
+    tokens = drawn(DeviceSampler(device, N_VOCAB, 4), device.array(wide), N_VOCAB + 13, rows).tokens
     assert tokens == wide[[3, 0, 4], :N_VOCAB].argmax(1).tolist()
 
 
@@ -180,7 +184,7 @@ def test_logprobs_are_the_hosts(device: EmulatedDevice) -> None:
     rows = [
         RowSampling(row=i, temperature=1.0, number=0.3 + i / 10, n_logprobs=n) for i, n in enumerate((5, None, 20, 0))
     ]
-    sampled = DeviceSampler(device, N_VOCAB, 4).run(device.array(logits), N_VOCAB, rows)
+    sampled = drawn(DeviceSampler(device, N_VOCAB, 4), device.array(logits), N_VOCAB, rows)
     assert sampled.logprobs[1] is None
     for i, n in ((0, 5), (2, 20), (3, 0)):
         found, token = sampled.logprobs[i], sampled.tokens[i]

@@ -94,22 +94,23 @@ class OverlappingFake(SamplingFake):
         self.max_edits = n_most
         self.n_started = 0
         self._tokens: list[int] = []  # of the step that was started last
-        self._tickets: dict[int, list[int] | Exception] = {}
+        self._tickets: dict[int, Sampled | Exception] = {}
 
     def start_sampled(self, batch: Batch, rows: Sequence[RowSampling]) -> int:
-        assert all(row.n_logprobs is None for row in rows) and len(self._tickets) < 2
+        assert len(self._tickets) < 2
         self.n_started += 1
         ids = [self._tokens[PREVIOUS - i] if i <= PREVIOUS else i for i in batch.token_ids.tolist()]
         batch = replace(batch, token_ids=np.maximum(ids, 0).astype(np.int32))
-        result: list[int] | Exception
+        result: Sampled | Exception
         try:
-            result = self._tokens = self._sample(batch, rows).tokens
+            result = self._sample(batch, rows)
+            self._tokens = result.tokens
         except RuntimeError as error:
             result, self._tokens = error, [0] * len(rows)
         self._tickets[self.n_started] = result
         return self.n_started
 
-    def fetch_sampled(self, ticket: int) -> list[int]:
+    def fetch_sampled(self, ticket: int) -> Sampled:
         result = self._tickets.pop(ticket)
         if isinstance(result, Exception):
             raise result

@@ -12,7 +12,7 @@ from sampling_requests import CONFIG, REQUESTS, run, whole
 from sampling_stage import OverlappingFake
 
 from pyinfer.graph.batch import Batch
-from pyinfer.graph.sampling import OverlappingStage, RowSampling
+from pyinfer.graph.sampling import OverlappingStage, RowSampling, Sampled
 from pyinfer.runtime.engine import Engine
 from pyinfer.runtime.outputs import RequestOutput
 from pyinfer.runtime.sampling_params import SamplingParams
@@ -24,6 +24,7 @@ PLAIN: list[dict[str, Any]] = [
     {"min_p": 0.1, "temperature": 0.7},
     {"logit_bias": {4: 5.0, 9: -3.0}},
     {"stop_token_ids": list(range(20))},
+    {"logprobs": 3},
 ]
 
 
@@ -39,7 +40,7 @@ class Diary(OverlappingFake):
         self.entries.append(f"start {ticket}")
         return ticket
 
-    def fetch_sampled(self, ticket: int) -> list[int]:
+    def fetch_sampled(self, ticket: int) -> Sampled:
         self.entries.append(f"fetch {ticket}")
         return super().fetch_sampled(ticket)
 
