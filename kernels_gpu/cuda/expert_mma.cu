@@ -5,7 +5,7 @@
 // Bound by reading each expert's matrix once for each of its tiles; neighbouring blocks share it in the L2.
 //
 // Defines: those of mma_tile.cuh, and BLOCKS_PER_SM, which bounds the registers.
-#include "mma_tile.cuh"
+#include "mma_loop.cuh"
 
 static_assert(BM <= kThreads, "a thread a row");
 
@@ -23,8 +23,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
                const uint8_t* w2, float* out2, int n2) {
   __shared__ int slots[BM];
   DYNAMIC_SHARED(uint8_t, shared);
-  uint8_t* w_ring = shared;
-  uint8_t* x_ring = shared + W_STAGES * kWStage;
   let_next_start();
   wait_for_previous();
   const int expert = expert_of_tile[blockIdx.x];
@@ -41,49 +39,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
       s = {w2, out2, n2};
     }
   }
-  const int first = tile * kTileN, n_chunks = ceil_div(columns, kColumns), n_stages = n_chunks * kSteps;
+  const int first = tile * kTileN, n_chunks = ceil_div(columns, kColumns);
 
   // rows behind the expert's are the next one's, or the last repeated: what they give is never written
-  const auto ask_weights = [&](int chunk, int slot) {
-    Format::stage<kTileN, kThreads>(s.w, w_ring + slot * kWStage, expert * s.n + first, n_experts * s.n, chunk, columns);
-  };
-  const auto ask_x = [&](int stage, int slot) {
-    constexpr int kPieces = KX / 8, kTotal = BM * kPieces;
-    const int start = stage * KX;
-#pragma unroll
-    for (int i = 0; i < (kTotal + kThreads - 1) / kThreads; i++) {
-      const int piece = threadIdx.x + i * kThreads;
-      if (kTotal % kThreads && piece >= kTotal) break;
-      const int row = piece / kPieces, column = piece % kPieces * 8, from = slots[row];
-      const bool there = from >= 0 && start + column < columns;
-      const half* source = there ? x + static_cast<long long>(from / x_slots) * columns + start + column : x;
-      cp_async16(x_ring + slot * kXStage + x_at(row, column), source, there);
-    }
-  };
-
-#pragma unroll
-  for (int i = 0; i < W_STAGES - 1; i++)
-    if (i < n_chunks) ask_weights(i, i);
-#pragma unroll
-  for (int i = 0; i < X_STAGES - 1; i++) {
-    if (i < n_stages) ask_x(i, i);
-    cp_async_commit();
-  }
+  int asked = 0, chunk = 0, start = 0;  // chunks that were asked for and that were multiplied; column of the next stage of x
   float sums[MT][kGroups][4] = {};
-  int w_slot = 0, x_slot = 0;
-  for (int stage = 0, chunk = 0; chunk < n_chunks; chunk++) {
+  multiply_chunks(
+      sums, shared, n_chunks, chunk,
+      [&](uint8_t* to) {
+        Format::stage<kTileN, kThreads>(s.w, to, expert * s.n + first, n_experts * s.n, asked++, columns);
+      },
+      [&](uint8_t* to, int) {
+        constexpr int kPieces = KX / 8, kTotal = BM * kPieces;
 #pragma unroll
-    for (int step = 0; step < kSteps; step++, stage++) {
-      cp_async_wait<X_STAGES - 2>();
-      __syncthreads();
-      if (step == 0 && chunk + W_STAGES - 1 < n_chunks) ask_weights(chunk + W_STAGES - 1, w_slot == 0 ? W_STAGES - 1 : w_slot - 1);
-      if (stage + X_STAGES - 1 < n_stages) ask_x(stage + X_STAGES - 1, x_slot == 0 ? X_STAGES - 1 : x_slot - 1);
-      cp_async_commit();
-      multiply(sums, w_ring + w_slot * kWStage, x_ring + x_slot * kXStage, chunk, step);
-      x_slot = x_slot == X_STAGES - 1 ? 0 : x_slot + 1;
-    }
-    w_slot = w_slot == W_STAGES - 1 ? 0 : w_slot + 1;
-  }
+        for (int i = 0; i < (kTotal + kThreads - 1) / kThreads; i++) {
+          const int piece = threadIdx.x + i * kThreads;
+          if (kTotal % kThreads && piece >= kTotal) break;
+          const int row = piece / kPieces, column = piece % kPieces * 8, from = slots[row];
+          const bool there = from >= 0 && start + column < columns;
+          const half* source = there ? x + static_cast<long long>(from / x_slots) * columns + start + column : x;
+          cp_async16(to + x_at(row, column), source, there);
+        }
+        start += KX;
+      },
+      [&](bool) { chunk++; });
 
   const int lane = lane_id(), g = lane >> 2, t = lane & 3;
 #pragma unroll

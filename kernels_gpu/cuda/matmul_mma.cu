@@ -9,7 +9,7 @@
 // columns, so results do not depend on timing.
 //
 // Defines: those of mma_tile.cuh, and BLOCKS_PER_SM, which bounds the registers.
-#include "mma_tile.cuh"
+#include "mma_loop.cuh"
 
 // The matrices of a launch, such as q, k and v or gate and up: they read the same x. Those that are not needed have no rows.
 constexpr int kSegments = 3;
@@ -68,19 +68,18 @@ struct Asked {
   DEVICE void find_x(const Task& task) { first = at.tile % task.m_tiles * BM; }
 };
 
-DEVICE void ask_weights(const Task& task, Asked& asked, uint8_t* ring, int slot) {
-  Format::stage<kTileN, kThreads>(asked.from.w, ring + slot * kWStage, asked.first, asked.from.n, asked.at.k, task.columns);
+DEVICE void ask_weights(const Task& task, Asked& asked, uint8_t* to) {
+  Format::stage<kTileN, kThreads>(asked.from.w, to, asked.first, asked.from.n, asked.at.k, task.columns);
   asked.at.next(task.n_chunks);
   if (asked.at.k == 0) asked.find_weights(task);
 }
 
 // Columns past the end are zeros, rows past the end a copy of the last one: what they give is never written.
-DEVICE void ask_x(const Task& task, Asked& asked, int step, uint8_t* ring, int slot) {
+DEVICE void ask_x(const Task& task, Asked& asked, int step, uint8_t* to) {
   constexpr int kPieces = KX / 8, kTotal = BM * kPieces, kStep = kThreads / kPieces;
   const int row = threadIdx.x / kPieces, column = threadIdx.x % kPieces * 8, pitch = task.columns / 8;
   const int start = asked.at.k * kColumns + step * KX + column;
   const uint4* source = reinterpret_cast<const uint4*>(task.x) + start / 8;
-  uint8_t* to = ring + slot * kXStage;
 #pragma unroll
   for (int i = 0; i < (kTotal + kThreads - 1) / kThreads; i++) {
     if (kTotal % kThreads && threadIdx.x + i * kThreads >= kTotal) break;
@@ -162,50 +161,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   Task task = {x, scale, residual, workspace, arrivals, rows, columns, ceil_div(columns, kColumns), ceil_div(rows, BM),
                n_units, units_per_block, {{w0, out0, bias0, n0}, {w1, out1, bias1, n1}, {w2, out2, bias2, n2}}};
   DYNAMIC_SHARED(uint8_t, shared);
-  uint8_t* w_ring = shared;
-  uint8_t* x_ring = shared + W_STAGES * kWStage;
   const int first = blockIdx.x * units_per_block;
-  const int n_chunks = min(units_per_block, n_units - first), n_stages = n_chunks * kSteps;
   Cursor at = {first / task.n_chunks, first % task.n_chunks};
   Asked w = {at}, xs = {at};
   w.find_weights(task);
   xs.find_x(task);
-
-  // Weights depend on nobody: they may travel while the kernel before this one ends.
-#pragma unroll
-  for (int i = 0; i < W_STAGES - 1; i++) {
-    if (i < n_chunks) ask_weights(task, w, w_ring, i);
-  }
-  wait_for_previous();
-#pragma unroll
-  for (int i = 0; i < X_STAGES - 1; i++) {
-    if (i < n_stages) ask_x(task, xs, i % kSteps, x_ring, i);
-    cp_async_commit();
-  }
-
   float sums[MT][kGroups][4] = {};
-  int w_slot = 0, x_slot = 0;
-  for (int stage = 0, chunk = 0; chunk < n_chunks; chunk++) {
+  multiply_chunks(
+      sums, shared, min(units_per_block, n_units - first), at.k, [&](uint8_t* to) { ask_weights(task, w, to); },
+      [&](uint8_t* to, int step) { ask_x(task, xs, step, to); },
+      [&](bool is_last) {
+        if (is_last) let_next_start();
+        if (is_last || at.k == task.n_chunks - 1) {
+          if (gather(task, sums, at.tile)) write_out(task, sums, at.tile);
 #pragma unroll
-    for (int step = 0; step < kSteps; step++, stage++) {
-      cp_async_wait<X_STAGES - 2>();
-      __syncthreads();
-      if (step == 0 && chunk + W_STAGES - 1 < n_chunks)
-        ask_weights(task, w, w_ring, w_slot == 0 ? W_STAGES - 1 : w_slot - 1);
-      if (stage + X_STAGES - 1 < n_stages)
-        ask_x(task, xs, (step + X_STAGES - 1) % kSteps, x_ring, x_slot == 0 ? X_STAGES - 1 : x_slot - 1);
-      cp_async_commit();
-      multiply(sums, w_ring + w_slot * kWStage, x_ring + x_slot * kXStage, at.k, step);
-      x_slot = x_slot == X_STAGES - 1 ? 0 : x_slot + 1;
-    }
-    w_slot = w_slot == W_STAGES - 1 ? 0 : w_slot + 1;
-    const bool ends_tile = at.k == task.n_chunks - 1;
-    if (chunk == n_chunks - 1) let_next_start();
-    if (ends_tile || chunk == n_chunks - 1) {
-      if (gather(task, sums, at.tile)) write_out(task, sums, at.tile);
-#pragma unroll
-      for (int i = 0; i < kFragments * 4; i++) sums[i / 4 / kGroups][i / 4 % kGroups][i % 4] = 0.f;
-    }
-    at.next(task.n_chunks);
-  }
+          for (int i = 0; i < kFragments * 4; i++) sums[i / 4 / kGroups][i / 4 % kGroups][i % 4] = 0.f;
+        }
+        at.next(task.n_chunks);
+      });
 }
