@@ -42,7 +42,9 @@ BLOCK = 16
 Traces = dict[Kernel, list[KernelTrace]]
 
 
-def trace_model(kind: str, kv_dtype: str, shape: TinyShape = SHAPE, arch: str = "llama", prompt: int = PROMPT) -> TracingDevice:
+def trace_model(
+    kind: str, kv_dtype: str, shape: TinyShape = SHAPE, arch: str = "llama", prompt: int = PROMPT
+) -> TracingDevice:
     """A prompt, two steps that decode and one of both, with all matrices of one type."""
     device = TracingDevice(n_sms=SMS, n_bytes=4 << 30)
     pages = prompt // BLOCK + 2
@@ -67,7 +69,10 @@ def trace_model(kind: str, kv_dtype: str, shape: TinyShape = SHAPE, arch: str = 
 def trace_sampling(n_vocab: int = N_VOCAB) -> TracingDevice:
     """Rows with every filter, and logprobs."""
     device = TracingDevice(always=True)
-    rows = [RowSampling(row=0, temperature=0.8, top_k=40, top_p=0.95, number=0.3, n_logprobs=5), RowSampling(row=1, temperature=0.8, number=0.6)]
+    rows = [
+        RowSampling(row=0, temperature=0.8, top_k=40, top_p=0.95, number=0.3, n_logprobs=5),
+        RowSampling(row=1, temperature=0.8, number=0.6),
+    ]
     logits = device.array(np.random.RandomState(1).normal(0, 3, (2, n_vocab)).astype(np.float32))
     DeviceSampler(device, n_vocab, len(rows)).start(logits, n_vocab, rows)
     device.close()

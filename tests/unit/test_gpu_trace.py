@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from cuda_emulator.build import has_compiler
-from ptx_emulator.trace import Counts, KernelTrace, Race, Tracer, trace_library
+from ptx_emulator.build import trace_library
+from ptx_emulator.trace import Counts, KernelTrace, Race, Tracer
 
 pytestmark = [pytest.mark.unit, pytest.mark.skipif(not has_compiler, reason="no g++")]
 FULL = 0xFFFFFFFF

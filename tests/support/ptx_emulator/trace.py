@@ -7,21 +7,11 @@ The numbers are those of `compute-sanitizer --tool racecheck` and of Nsight Comp
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
-import os
-import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from cuda_emulator.build import CACHE, NICE
-
-_FOLDER = Path(__file__).parent
-_SOURCES = [_FOLDER / name for name in ("trace.cpp", "trace.h", "trace_races.h")]
 _COUNTS = ("requests", "lanes", "bytes", "used", "sectors", "ideal_sectors", "passes", "ideal_passes")
 _KINDS = {"r": "load", "w": "store", "a": "atomic", "p": "copy"}
 _SPACES = {"g": "global", "s": "shared"}
@@ -100,13 +90,15 @@ class KernelTrace:
         counts = [Counts(*key, *total) for key, total in sums.items()]
         return sorted(counts, key=lambda each: -max(each.sectors, each.passes))
 
-    def table(self, lines: Lines | None = None) -> str:
-        """Markdown: each source line's requests, and sectors or passes of one of them with the least possible."""
-        rows = [
-            "| line | what | requests | lanes | bytes a lane | done a request | ideal | efficiency |",
-            "|" + "---|" * 8,
-        ]
-        for each in self.by_line(lines):
+    def table(self, lines: Lines | None = None, below: float = 2.0) -> str:
+        """Markdown: each source line's requests, and sectors or passes of one of them with the least possible; only those of
+        less efficiency than `below`. Empty if there are none."""
+        counts = [each for each in self.by_line(lines) if each.efficiency < below]
+        if not counts:
+            return ""
+        names = ("line", "what", "requests", "lanes", "bytes a lane", "done a request", "ideal", "efficiency")
+        rows = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+        for each in counts:
             is_global = each.space == "g"
             done, ideal = (each.sectors, each.ideal_sectors) if is_global else (each.passes, each.ideal_passes)
             rows.append(
@@ -132,26 +124,6 @@ class Tracer:
     def launches(self) -> list[KernelTrace]:
         """Those since `reset`."""
         return [_launch(each) for each in json.loads(self._library.trace_report())]
-
-
-@lru_cache(maxsize=1)
-def trace_library() -> ctypes.CDLL:
-    """The analyser alone, compiled once; the runtime of the emulator that traces has it too."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:24]
-    path = CACHE / f"trace-{digest}.so"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            target = Path(folder) / "trace.so"
-            flags = ("-std=c++17", "-O2", "-fPIC", "-shared", "-w")
-            subprocess.run([*NICE, "g++", *flags, "-o", str(target), str(_SOURCES[0])], check=True)
-            os.replace(target, path)
-    return ctypes.CDLL(str(path))
-
-
-def races_of(launches: Sequence[KernelTrace]) -> list[tuple[str, Race]]:
-    """With the kernels they are of."""
-    return [(launch.kernel, race) for launch in launches for race in launch.races]
 
 
 def _launch(data: Mapping[str, Any]) -> KernelTrace:
