@@ -15,6 +15,19 @@ LARGE_MODELS = frozenset({"qwen2.5-coder-1.5b"})
 MOST_WORKERS = 4  # each holds models of its own
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ptx", type=int, choices=(75, 80, 90), help="GPU tests run the PTX that NVRTC makes for this architecture"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--ptx") is not None:
+        from ptx_emulator.device import install
+
+        install(config.getoption("--ptx"))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """A plain run goes to a worker for each core, where there is xdist; one that chooses tests stays in this process."""

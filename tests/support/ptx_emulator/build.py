@@ -47,7 +47,12 @@ def _replace(path: Path, data: bytes) -> None:
 
 @lru_cache(maxsize=64)
 def ptx_of(unit: Unit, arch: int = 90) -> str:
-    """What NVRTC makes of a unit for the newest of `ARCHS` that is not newer than `arch`, with the lines of the source."""
+    """What NVRTC makes of a unit for the newest of `ARCHS` that is not newer than `arch`, with the lines of the source.
+
+    A unit of a `.ptx` file is what it says.
+    """
+    if unit[0].endswith(".ptx"):
+        return Path(unit[0]).read_text()
     target = max(known for known in ARCHS if known <= arch)
     text, nvrtc = unit_text(unit), load_nvrtc()
     path = CACHE / f"{Path(unit[0]).stem}-{target}-{_key(text, nvrtc.version)}.ptx"
@@ -96,10 +101,13 @@ class PTXKernel:
         self.max_threads: int = library.ptx_max_threads()
         self.call = ctypes.cast(library.emulator_call, ctypes.c_void_p)
         self.poison = ctypes.cast(library.emulator_poison, ctypes.c_void_p)
-        library.ptx_launch.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint]
+        library.ptx_launch.argtypes = [
+            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_int
+        ]  # fmt: skip
         library.ptx_launch.restype = None
         library.ptx_site.restype = ctypes.c_uint32
         self.begin, self.finish, self.site = library.ptx_launch, library.ptx_finish, library.ptx_site
+        self.has_waited = library.ptx_has_waited
 
 
 def _kernel_path(kernel: Kernel, arch: int, trace: bool) -> Path:

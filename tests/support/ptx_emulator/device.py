@@ -7,27 +7,67 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from cuda_emulator import device as base
 from cuda_emulator.build import EmulatorError, runtime
 from cuda_emulator.device import EmulatedDevice, check_limits
-from ptx_emulator.build import PTXKernel, compile_all, compiled, place_of
+from ptx_emulator.build import ARCHS, PTXKernel, compile_all, compiled, place_of
 from pyinfer.kernels_gpu.cuda_launch import as_word, kind_of
-from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
+from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch, Step
 
-_BUFFERS: dict[int, int] = {}  # address -> bytes, of all devices: one may read another's
+Marks = npt.NDArray[np.uint8]
+_BUFFERS: dict[int, tuple[int, Marks]] = {}  # address -> bytes and marks, of all devices: one may read another's
+_SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
 
 
 class PTXDevice(EmulatedDevice):
-    """Compiles for its `arch`: the PTX of compute_75, 80 or 90. With `trace` every access is told to `trace.cpp`."""
+    """Compiles for its `arch`: the PTX of compute_75, 80 or 90. With `trace` every access is told to `trace.cpp`.
 
-    def __init__(self, *, trace: bool = False, **options: Any) -> None:
-        super().__init__(**options)
+    Launches with `overlap` must not touch what those before them write until they have waited; everything else that the device
+    does comes after all launches before it.
+    """
+
+    default_arch = 90
+
+    def __init__(self, *, arch: int | None = None, trace: bool = False, **options: Any) -> None:
+        arch = arch or self.default_arch
+        options.setdefault("shared_bytes", _SHARED_BYTES[max(known for known in ARCHS if known <= arch)])
+        super().__init__(arch=arch, **options)
         self.name, self.trace = "PTX", trace
+        self._mark = 1
 
     def alloc(self, n_bytes: int) -> Buffer:
         buffer = super().alloc(n_bytes)
-        _BUFFERS[buffer.ptr] = n_bytes
+        _BUFFERS[buffer.ptr] = (n_bytes, np.zeros(n_bytes // 4 + 1, np.uint8))
         return buffer
+
+    def launch(self, step: Step) -> None:
+        if not (isinstance(step, Launch) and step.overlap and self.arch >= 90):
+            self._all_is_done()
+        super().launch(step)
+
+    def upload(self, target: Buffer, source: npt.NDArray[Any], offset: int = 0) -> None:
+        self._all_is_done()
+        super().upload(target, source, offset)
+
+    def download(self, source: Buffer, target: npt.NDArray[Any], offset: int = 0) -> None:
+        self._all_is_done()
+        super().download(source, target, offset)
+
+    def copy(self, target: Buffer, source: Buffer, n_bytes: int) -> None:
+        self._all_is_done()
+        super().copy(target, source, n_bytes)
+
+    def zero(self, target: Buffer) -> None:
+        self._all_is_done()
+        super().zero(target)
+
+    def _all_is_done(self) -> None:
+        self._mark += 1
+        if self._mark > 255:
+            self._mark = 1
+            for _, marks in _BUFFERS.values():
+                marks[:] = 0
 
     def close(self) -> None:
         for address in self._buffers:
@@ -46,8 +86,11 @@ class PTXDevice(EmulatedDevice):
             words = [as_word(arg) for arg in launch.args]
             pointers = (ctypes.c_void_p * len(words))(*(ctypes.addressof(word) for word in words))
             grid, block = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.block)
-            ranges = np.array(sorted((at, at + n) for at, n in _BUFFERS.items()), np.uint64).reshape(-1, 2)
-            kernel.begin(ranges.ctypes.data, len(ranges), launch.shared_bytes, ctypes.addressof(grid), n_threads)
+            known = sorted((at, at + n, marks.ctypes.data) for at, (n, marks) in _BUFFERS.items())
+            ranges, overlaps = np.array(known, np.uint64).reshape(-1, 3), launch.overlap and self.arch >= 90
+            kernel.begin(
+                ranges.ctypes.data, len(ranges), launch.shared_bytes, ctypes.addressof(grid), n_threads, overlaps, self._mark
+            )
             text = runtime().emulator_launch(
                 kernel.call, kernel.poison, ctypes.cast(pointers, ctypes.c_void_p), ctypes.cast(grid, ctypes.c_void_p),
                 ctypes.cast(block, ctypes.c_void_p), launch.shared_bytes, int(self.descending),
@@ -55,6 +98,8 @@ class PTXDevice(EmulatedDevice):
             kernel.finish()
             if text:
                 problem = f"{text.decode()}; {place_of(launch.kernel, self.arch, kernel.site())}"
+            elif overlaps and not kernel.has_waited():
+                problem = "no thread has waited for the kernels before this one, so those behind it do not either"
         if problem:
             raise EmulatorError(
                 f"{launch.kernel} <<<{launch.grid}, {launch.block}, {launch.shared_bytes}>>>: {problem}"
@@ -80,6 +125,7 @@ class _Limits:
         self.signature, self.static_shared = signature, static_shared
 
 
-def install() -> None:
+def install(arch: int) -> None:
     """Before the tests are collected: they find this device where the emulator's was."""
+    PTXDevice.default_arch = arch
     base.EmulatedDevice = PTXDevice  # type: ignore[misc]

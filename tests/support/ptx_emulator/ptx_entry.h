@@ -3,19 +3,22 @@
 
 
 extern "C" {
-// Before every launch: the buffers there are, ascending, and the size of dynamic shared memory.
-void ptx_launch(const Range* ranges, size_t n, uint64_t dynamic_bytes, const unsigned* grid, unsigned n_threads) {
+// Before every launch: the buffers there are, ascending, and the size of dynamic shared memory; whether it overlaps those before
+// it and the mark of what this row of launches writes.
+void ptx_launch(const Range* ranges, size_t n, uint64_t dynamic_bytes, const unsigned* grid, unsigned n_threads, int overlaps, int mark) {
+  overlap = Overlap{overlaps != 0, false, static_cast<unsigned char>(mark)};
   static std::vector<Range> all;
   all.assign(ranges, ranges + n);
   for (const auto& own : module_ranges) {
     auto at = all.begin();
     while (at != all.end() && at->low < own.at) ++at;
-    if (own.n_bytes) all.insert(at, Range{own.at, own.at + own.n_bytes});
+    if (own.n_bytes) all.insert(at, Range{own.at, own.at + own.n_bytes, nullptr});
   }
-  buffers = all.data(), n_buffers = all.size(), n_dynamic = dynamic_bytes, last_hit = Range{1, 0}, site = 0;
+  buffers = all.data(), n_buffers = all.size(), n_dynamic = dynamic_bytes, last_hit = Range{1, 0, nullptr}, site = 0;
   TRACE(trace_begin(kKernelName, grid[0], grid[1], grid[2], n_threads, uint32_t(kStaticBytes + dynamic_bytes)));
 }
 void ptx_finish() { TRACE(trace_end()); }
+int ptx_has_waited() { return overlap.has_waited; }
 uint32_t ptx_site() { return site; }
 // Called by the runtime when a block begins.
 void emulator_poison(unsigned char value) {

@@ -17,7 +17,7 @@
 
 static const uint64_t kWindow = 1ull << 56;
 static const unsigned char kPoison = 0xff;
-struct Range { uint64_t low, high; };
+struct Range { uint64_t low, high; unsigned char* marks; };  // a mark for every 4 bytes: who wrote them last, see `Overlap`
 struct Copy { uint32_t site; uint64_t shared; const unsigned char* from; uint32_t n_bytes, n_read; };
 struct Copies { std::vector<Copy> open; std::vector<std::vector<Copy>> groups; };  // oldest first
 
@@ -31,6 +31,10 @@ static uint64_t n_dynamic;
 static const Range* buffers;
 static size_t n_buffers;
 static Range last_hit;
+// Programmatic dependent launch: a kernel may run while those before it do, back to the last that nothing overlapped. What they
+// write is marked; until a thread has executed griddepcontrol.wait it must neither read that nor write anything.
+struct Overlap { bool is_on, has_waited; unsigned char mark; };
+static Overlap overlap;
 static Copies copies[1024];
 static uint32_t barrier_generation, n_at_barrier, warp_generation[32], warp_site[32];
 
@@ -60,6 +64,13 @@ static __attribute__((noinline)) void find_buffer(uint64_t a, uint32_t n_bytes) 
   fail("an access at address %#llx, near no buffer", (unsigned long long)a);
 }
 
+static __attribute__((noinline)) void before_wait(uint64_t a, uint32_t n_bytes, char kind) {
+  if (kind != 'r') fail("a write to global memory before griddepcontrol.wait");
+  for (uint64_t at = a; last_hit.marks && at < a + n_bytes; at += 4)
+    if (last_hit.marks[(at - last_hit.low) >> 2] == overlap.mark)
+      fail("a read of what an earlier kernel writes before griddepcontrol.wait: byte %llu of a buffer of %llu bytes", (unsigned long long)(at - last_hit.low), (unsigned long long)(last_hit.high - last_hit.low));
+}
+
 static ALWAYS void aligned(uint64_t a, uint32_t n_bytes) {
   if (a & (n_bytes - 1)) fail("a misaligned access: address %#llx for %u bytes", (unsigned long long)a, n_bytes);
 }
@@ -67,6 +78,8 @@ static inline unsigned char* global_memory(Context& c, uint32_t line, uint64_t a
   site = line;
   aligned(a, n_bytes);
   if (a < last_hit.low || a + n_bytes > last_hit.high) find_buffer(a, n_bytes);
+  if (overlap.is_on && !c.has_waited) before_wait(a, n_bytes, kind);
+  if (kind != 'r' && last_hit.marks) memset(last_hit.marks + ((a - last_hit.low) >> 2), overlap.mark, (n_bytes + 3) / 4);
   TRACE(trace_access(line, kind, 'g', a, n_bytes, c.thread));
   return reinterpret_cast<unsigned char*>(a);
 }
@@ -149,7 +162,7 @@ static void cp_async_wait_all(Context& c, uint32_t line) {
   cp_async_wait(c, line, 0);
 }
 
-static inline void grid_wait(Context& c) { c.has_waited = true; }
+static inline void grid_wait(Context& c) { c.has_waited = overlap.has_waited = true; }
 
 // ---- atomics: `f` makes the new value of the old one
 template <class T, class F> static ALWAYS T atomic(unsigned char* p, F f) {

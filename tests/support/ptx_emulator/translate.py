@@ -123,7 +123,7 @@ def _array(variable: Variable, names: Names) -> str:
     names.bind(variable.name, f"uint64_t({place})")
     text = f"alignas(16) unsigned char {place}[{variable.n_bytes}]; memset({place}, kPoison, sizeof {place});"
     if variable.space == "local":
-        text += f" c.depots[c.n_depots++] = Range{{uint64_t({place}), uint64_t({place}) + {variable.n_bytes}}};"
+        text += f" c.depots[c.n_depots++] = Range{{uint64_t({place}), uint64_t({place}) + {variable.n_bytes}, nullptr}};"
     return text
 
 
