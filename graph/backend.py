@@ -148,7 +148,8 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Borrowed:
-    """Parts that a device computes for another one in some steps, with matrices that stay in host memory."""
+    """Parts that a device computes in some steps only: for another one, with matrices that stay in host memory, or what it
+    computes in all others too, between those."""
 
     graphs: tuple[Graph, ...]  # in order of execution
     last_readers: tuple[int, ...]  # as for `PartsBackend`, among them

@@ -38,21 +38,24 @@ def split_graph(graph: Graph, cuts: Sequence[int], owners: Sequence[Hashable] | 
     A part begins with a `Hidden` for each value of earlier parts that it reads, and ends with all that later ones do
     (`Graph.results`); the values are the same objects in both (`sources`). `StoreKV` and `Attention` of a layer must stay
     together, and a part must hold more than a `Quantize`. Parts of the same owner share pages, so each has the KV layers of
-    all of them, counted anew from 0; without `owners` a part has its own.
+    all of them, counted anew from 0; without `owners` a part has its own. A part may be split again: what it reads of others
+    its parts read of them, too.
     """
     starts, ends = [0, *cuts], [*cuts, len(graph.ops)]
     assert all(start < end for start, end in zip(starts, ends, strict=True)), "an empty part"
-    parts = _unrounded([list(graph.ops[start:end]) for start, end in zip(starts, ends, strict=True)])
+    inside = [
+        [op for op in graph.ops[start:end] if not isinstance(op, Hidden)]
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    parts = _unrounded(inside)
     made_in = {id(value): number for number, ops in enumerate(parts) for op in ops for value in op.outputs}
     reads = [_from_before(ops, made_in, number) for number, ops in enumerate(parts)]
-    wanted = {id(value) for values in reads for value in values}
+    wanted = {id(value) for values in (*reads, graph.results) for value in values}
     owners = owners or range(len(parts))
     layers = {owner: _layers(parts, [i for i, each in enumerate(owners) if each == owner]) for owner in owners}
     graphs = []
     for number, (ops, values) in enumerate(zip(parts, reads, strict=True)):
         results = [value for op in ops for value in op.outputs if id(value) in wanted]
-        if number == len(parts) - 1:
-            results = [graph.logits]
         assert results, f"nothing reads part {number}"
         graphs.append(_part(graph, [*map(Hidden, values), *ops], results, layers[owners[number]]))
         graphs[-1].check()
@@ -131,7 +134,7 @@ def _unrounded(parts: list[list[Op]]) -> list[list[Op]]:
 
 def _from_before(ops: Sequence[Op], made_in: dict[int, int], number: int) -> list[Value]:
     """What these ops read of the parts before theirs, in the order of first reads."""
-    found = {id(value): value for op in ops for value in op.inputs if made_in[id(value)] < number}
+    found = {id(value): value for op in ops for value in op.inputs if made_in.get(id(value), -1) < number}
     return list(found.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -89,7 +90,7 @@ def stages_on(
             stages.append(
                 GPUStage(device, graph, config, share=share, number=number, last_reader=last, measure=measure)
             )
-        stages += _borrowed_stages(device, share, borrowed, config, len(graphs)) if borrowed else []
+        stages += _borrowed_stages(device, share, borrowed, config, graphs) if borrowed else []
         device.prepare(list(dict.fromkeys(kernel for stage in stages for kernel in stage.kernels())))
     except BaseException:
         share.close()
@@ -98,11 +99,16 @@ def stages_on(
 
 
 def _borrowed_stages(
-    device: Device, share: DeviceShare, borrowed: Borrowed, config: StageConfig, first: int
+    device: Device, share: DeviceShare, borrowed: Borrowed, config: StageConfig, own: Sequence[Graph]
 ) -> list[GPUStage]:
     """Their numbers are behind those of the others, as nothing of these is needed when they run."""
-    stream = WeightStream(device, borrowed.graphs, share.weights)
+    first, is_again = len(own), [any(graph is each for each in own) for graph in borrowed.graphs]
+    stream = WeightStream(
+        device, [g for g, flag in zip(borrowed.graphs, is_again, strict=True) if not flag], share.weights
+    )
     share.on_close(stream.close)
+    numbers = itertools.count()
+    lent = zip(borrowed.graphs, borrowed.last_readers, borrowed.kept, is_again, strict=True)
     return [
         GPUStage(
             device,
@@ -111,10 +117,11 @@ def _borrowed_stages(
             share=share,
             number=first + i,
             last_reader=first + last,
-            stream=stream.part(i),
+            stream=None if flag else stream.part(next(numbers)),
             kept=kept,
+            is_again=flag,
         )
-        for i, (graph, last, kept) in enumerate(zip(borrowed.graphs, borrowed.last_readers, borrowed.kept, strict=True))
+        for i, (graph, last, kept, flag) in enumerate(lent)
     ]
 
 

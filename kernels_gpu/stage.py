@@ -23,6 +23,7 @@ from pyinfer.kernels_gpu.device import Device
 from pyinfer.kernels_gpu.expand import make_copies
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch
 from pyinfer.kernels_gpu.lower import lower
+from pyinfer.kernels_gpu.matvec_tuned import TunedCuts
 from pyinfer.kernels_gpu.program import Program, ProgramShape
 from pyinfer.kernels_gpu.route_measure import RouteCache, measure_routes
 from pyinfer.kernels_gpu.sample import MAX_EDITS, MAX_LOGPROBS
@@ -99,6 +100,8 @@ class GPUStage:
             if config.max_tokens >= BOUNDED_ROWS and is_new:
                 weights = self._memory.share.weights
                 self._memory.lengths.update(lengths_of_gates(device, self._memory.groups, weights))
+            if measure:
+                TunedCuts(device.name).use(device.arch)
             if measure and is_new:
                 measure_routes(self._memory, token_buckets(config.max_tokens), RouteCache(device.name))
             shapes = [] if is_again else self._usual_shapes()

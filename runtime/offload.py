@@ -7,7 +7,7 @@ those whose logits are asked for. The experts of the first `n_cpu_experts` block
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,6 +46,7 @@ class Offload:
     has_embedding: bool = False
     n_cpu_experts: int = 0  # the experts of the first so many blocks are on the CPU
     op_offload: bool = False  # steps of many rows have the CPU's blocks multiplied on the first GPU
+    expert_offload: bool = False  # and their experts, and those of a GPU's blocks on that one
 
     @property
     def n_layers(self) -> int:
@@ -100,27 +101,47 @@ class OffloadPlan:
     def lines(self, n_pages: int) -> list[str]:
         """The plan as people read it, a line a stage."""
         lines = stage_lines(self.stages, n_pages, self.utilization)
-        return [*lines, self.borrowed.line] if self.borrowed else lines
+        return [*lines, *(loan.line for loan in self.borrowed.loans)] if self.borrowed else lines
 
 
-def wanted(layers: GPULayers, n_blocks: int, n_cpu_experts: int = 0, *, op_offload: bool = False) -> Offload:
+def wanted(
+    layers: GPULayers,
+    n_blocks: int,
+    n_cpu_experts: int = 0,
+    *,
+    op_offload: bool = False,
+    expert_offload: bool = False,
+) -> Offload:
     """What `-ngl` asks for; more layers than there are blocks mean all, as in llama.cpp."""
     is_all = not isinstance(layers, int) or layers > n_blocks
-    return Offload(
-        n_blocks if not isinstance(layers, int) else min(layers, n_blocks), is_all, is_all, n_cpu_experts, op_offload
-    )
+    n = n_blocks if not isinstance(layers, int) else min(layers, n_blocks)
+    return Offload(n, is_all, is_all, n_cpu_experts, op_offload, expert_offload)
 
 
 def candidates(
-    layers: GPULayers, n_blocks: int, n_cpu_experts: int = 0, *, op_offload: bool = False
+    layers: GPULayers,
+    n_blocks: int,
+    n_cpu_experts: int = 0,
+    *,
+    op_offload: bool = False,
+    expert_offload: bool = False,
 ) -> Iterator[Offload]:
     """What was asked for, then less and less, down to nothing."""
-    first = wanted(layers, n_blocks, n_cpu_experts, op_offload=op_offload)
+    first = wanted(layers, n_blocks, n_cpu_experts, op_offload=op_offload, expert_offload=expert_offload)
     most = n_blocks if first.has_head else first.n_blocks - 1
-    for offload in (first, *(replace(first, n_blocks=n, has_embedding=False) for n in range(most, 0, -1))):
-        yield offload
-        if op_offload and layers != "auto":
-            yield replace(offload, op_offload=False)  # so many layers were asked for
+    sizes = [first, *(replace(first, n_blocks=n, has_embedding=False) for n in range(most, 0, -1))]
+    less = [replace(offload, expert_offload=False) for offload in sizes]
+    if layers == "auto":
+        yield from sizes
+        if expert_offload:
+            yield from less
+    else:  # so many layers were asked for
+        for offload, without in zip(sizes, less, strict=True):
+            yield offload
+            if expert_offload:
+                yield without
+            if op_offload:
+                yield replace(without, op_offload=False)
     if first.n_layers:
         yield Offload(0)
 
@@ -173,12 +194,43 @@ def make_plan(
         else stage_plan(own, pieces[piece][2], piece_name(*pieces[piece][:2], n, away), config)
         for piece, own in numbered.items()
     ]
-    borrowed = None
-    if offload.op_offload and first > 0:
-        lender = next(i for i, stage in enumerate(stages) if stage.device is not None)
-        borrowed = borrow_plan(parts[0], stages[lender], block_names(range(first)), config)
-        stages[lender] = replace(stages[lender], buffer_bytes=borrowed.buffer_bytes)
+    away_parts = [number for number, (_, piece) in enumerate(spans) if piece is None]
+    block_of = {number: run.block for number, run in zip(away_parts, runs, strict=True)}
+    borrowed = _borrowed(parts, owners, block_of, first, stages, config, offload)
+    if borrowed:
+        stages = borrowed.with_buffers(stages)
     return OffloadPlan(offload, tuple(stages), utilization, borrowed=borrowed)
+
+
+def _borrowed(
+    parts: Sequence[Graph],
+    owners: Sequence[DeviceInfo | None],
+    block_of: Mapping[int, int],
+    first: int,
+    stages: Sequence[StagePlan],
+    config: StageConfig,
+    offload: Offload,
+) -> BorrowPlan | None:
+    """What GPUs compute for the CPU: `first` blocks that are there, and the experts of blocks, in parts of those numbers."""
+    lenders: dict[int, DeviceInfo] = {}  # by the number of the part
+    names: dict[int, list[str]] = {}  # by the number of the GPU
+    if offload.op_offload and first > 0:
+        lenders[0] = next(device for device in owners if device is not None)
+        what = "products and experts" if offload.expert_offload else "products"
+        names[lenders[0].index] = [f"{what} of {block_names(range(first))}"]
+    blocks: dict[int, list[int]] = {}
+    for number, block in block_of.items():
+        device = owners[number - 1]
+        assert device is not None
+        # of the last block only rows whose logits are asked for get there
+        if offload.expert_offload and parts[number].logits.rows == "tokens":
+            lenders[number] = device
+            blocks.setdefault(device.index, []).append(block)
+    for index, own in blocks.items():
+        names.setdefault(index, []).append(f"experts of {block_names(own)}")
+    if not lenders:
+        return None
+    return borrow_plan(parts, owners, lenders, names, stages, config, experts=offload.expert_offload)
 
 
 def _costs(graph: Graph, config: StageConfig, cuts: Sequence[int], runs: Sequence[ExpertRun]) -> list[int]:

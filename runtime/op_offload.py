@@ -21,14 +21,16 @@ from pyinfer.runtime.stage_chain import StageChain
 class OpOffloadStage:
     """See `graph.sampling.SamplingStage`."""
 
-    def __init__(self, usual: StageChain, many_rows: StageChain, min_rows: int) -> None:
-        """Two chains over the same pages, with the same last stage; `many_rows` runs steps of at least `min_rows` tokens."""
-        self.usual, self.many_rows, self.min_rows = usual, many_rows, min_rows
+    def __init__(self, usual: StageChain, many_rows: StageChain, min_rows: int, max_outputs: int) -> None:
+        """Two chains over the same pages, with the same last stage; `many_rows` runs steps of at least `min_rows` tokens and at
+        most `max_outputs` outputs: more go through the head in turns, and with rows that the GPU has kept they cannot."""
+        self.usual, self.many_rows, self.min_rows, self.max_outputs = usual, many_rows, min_rows, max_outputs
         self.max_edits, self.max_logprobs = usual.max_edits, usual.max_logprobs
         self.max_steps = usual.max_steps
 
     def _chain(self, batch: Batch) -> StageChain:
-        return self.many_rows if batch.n_tokens >= self.min_rows else self.usual
+        is_large = batch.n_tokens >= self.min_rows and len(batch.output_rows) <= self.max_outputs
+        return self.many_rows if is_large else self.usual
 
     def run(self, batch: Batch) -> F32Array:
         return self._chain(batch).run(batch)

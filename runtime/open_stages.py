@@ -23,6 +23,7 @@ from pyinfer.runtime.borrow_plan import BorrowPlan
 from pyinfer.runtime.offload import OffloadPlan
 from pyinfer.runtime.op_offload import OpOffloadStage
 from pyinfer.runtime.stage_chain import StageChain
+from pyinfer.runtime.stage_plan import OUTPUTS
 from pyinfer.runtime.tensor_stage import open_tensor_stage
 
 MIN_ROWS = 32  # of a step that another device computes products for, as in llama.cpp
@@ -44,8 +45,8 @@ def open_stages(
         own.setdefault(None if device is None else device.index, []).append(number)
     backends = {index: open_backend(host) if index is None else open_backend("gpu", index) for index in own}
     borrowed = plan.borrowed
-    if borrowed and not (
-        isinstance(backends[None], PartsBackend) and isinstance(backends[borrowed.device.index], LendingBackend)
+    if borrowed and not all(
+        isinstance(backends[index], PartsBackend if index is None else LendingBackend) for index in _borrowers(borrowed)
     ):
         borrowed = None
     opener = _Opener(graphs, borrowed, config, progress)
@@ -62,11 +63,22 @@ def open_stages(
     usual = StageChain(in_order, sources(graphs))
     if not borrowed:
         return usual
-    first = [opener.more[number] for number in range(len(borrowed.parts))]
-    lender = next(stage for stage, goes in zip(first, borrowed.goes, strict=True) if goes)
+    many_rows = [
+        opener.more[number] if same is None else opener.stages[same] for number, same in enumerate(borrowed.same)
+    ]
+    lender = next(
+        opener.more[n] for n, device in enumerate(borrowed.devices) if n in opener.more and device is not None
+    )
     if isinstance(lender, PinningStage):
-        lender.pin([memory for stage in first if isinstance(stage, HostStage) for memory in stage.result_memory])
-    return OpOffloadStage(usual, StageChain([*first, *in_order[1:]], sources(opener.many_rows)), min_rows)
+        lender.pin([memory for each in many_rows if isinstance(each, HostStage) for memory in each.result_memory])
+    chain, max_outputs = StageChain(many_rows, sources(borrowed.parts)), max(OUTPUTS, config.max_sequences)
+    return OpOffloadStage(usual, chain, borrowed.least_tokens(min_rows), max_outputs)
+
+
+def _borrowers(plan: BorrowPlan) -> list[int | None]:
+    """The devices with stages of their own in steps of many rows; None: the CPU."""
+    own = [device for device, same in zip(plan.devices, plan.same, strict=True) if same is None]
+    return list(dict.fromkeys(None if device is None else device.index for device in own))
 
 
 class _Opener:
@@ -74,17 +86,17 @@ class _Opener:
         self, graphs: Sequence[Graph], borrowed: BorrowPlan | None, config: StageConfig, progress: Progress | None
     ) -> None:
         self.stages: dict[int, Stage] = {}  # by the number of the part
-        self.more: dict[int, Stage] = {}  # of the borrowed plan's parts
+        self.more: dict[int, Stage] = {}  # of the borrowed plan's parts, those that are not the same
         self._graphs, self._borrowed, self._config, self._progress = graphs, borrowed, config, progress
-        self.many_rows = [*borrowed.parts, *graphs[1:]] if borrowed else []
+        self._read = sources(borrowed.parts) if borrowed else []
 
     def open(self, backend: Backend, index: int | None, numbers: Sequence[int]) -> None:
         """The parts of these numbers, which share what the backend lets them share."""
         own, borrowed, config = [self._graphs[number] for number in numbers], self._borrowed, self._config
         lasts = last_readers(self._graphs, numbers)
-        if borrowed and index in (None, borrowed.device.index):
-            more = [number for number, goes in enumerate(borrowed.goes) if goes == (index is not None)]
-            graphs, more_lasts = [borrowed.parts[number] for number in more], last_readers(self.many_rows, more)
+        if borrowed and index in _borrowers(borrowed):
+            more = [n for n, same in enumerate(borrowed.same) if same is None and self._index(n) == index]
+            graphs, more_lasts = [borrowed.parts[number] for number in more], last_readers(borrowed.parts, more)
             if isinstance(backend, LendingBackend):
                 lent = Borrowed(tuple(graphs), tuple(more_lasts), tuple(self._kept(number) for number in more))
                 stages: Sequence[Stage] = backend.open_lending_stages(own, lent, config, self._progress, lasts)
@@ -102,12 +114,20 @@ class _Opener:
         self.stages.update(zip(numbers, stages[: len(own)], strict=True))
 
     def _kept(self, number: int) -> tuple[Value, ...]:
-        """Results of a part that goes which only others that go read, or only the GPU's own part behind the last of them."""
+        """Results of a part that only parts of its GPU read: those that it has for steps of many rows, or the next one."""
         assert self._borrowed is not None
-        goes, read = self._borrowed.goes, sources(self.many_rows)
-        kept = []
-        for i, value in enumerate(self.many_rows[number].results):
-            readers = {reader for reader, places in enumerate(read) if (number, i) in places}
-            if readers == {len(goes)} or all(reader < len(goes) and goes[reader] for reader in readers):
+        same, kept = self._borrowed.same, []
+        for i, value in enumerate(self._borrowed.parts[number].results):
+            readers = [reader for reader, places in enumerate(self._read) if (number, i) in places]
+            if all(
+                self._index(reader) == self._index(number) and (same[reader] is None or reader == number + 1)
+                for reader in readers
+            ):
                 kept.append(value)
         return tuple(kept)
+
+    def _index(self, number: int) -> int | None:
+        """The device of a part of the borrowed plan."""
+        assert self._borrowed is not None
+        device = self._borrowed.devices[number]
+        return None if device is None else device.index

@@ -12,7 +12,7 @@ from pyinfer.graph.graph import Graph
 from pyinfer.graph.ops import ExpertMatMul
 from pyinfer.graph.passes import for_context, optimize
 from pyinfer.runtime.backends import gpus
-from pyinfer.runtime.borrow_plan import host_bytes
+from pyinfer.runtime.borrow_plan import HostBytes, host_bytes, least_tokens
 from pyinfer.runtime.kv_size import MAX_KV_MEMORY, plan_sizes
 from pyinfer.runtime.load_options import LoadOptions
 from pyinfer.runtime.memory import memory
@@ -56,10 +56,14 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
     devices = find_devices(options)
     layers = options.n_gpu_layers if devices else 0
     n_cpu_experts = cpu_experts(graph, options)
-    op_offload = options.op_offload and bool(layers) and options.max_num_batched_tokens >= options.op_offload_min_batch
-    asked, *less = candidates(layers, len(graph.kv_layers), n_cpu_experts, op_offload=op_offload)
+    most_tokens, min_batch = options.max_num_batched_tokens, options.op_offload_min_batch
+    op_offload = options.op_offload and bool(layers) and most_tokens >= min_batch
+    expert_offload = op_offload and _has_experts(graph) and most_tokens >= least_tokens([graph], min_batch)
+    asked, *less = candidates(
+        layers, len(graph.kv_layers), n_cpu_experts, op_offload=op_offload, expert_offload=expert_offload
+    )
     most = asked.n_blocks
-    needed = host_bytes(graph) if asked.op_offload else []
+    blocks = host_bytes(graph) if asked.op_offload else []
     if wants_tensor_split(options, devices) and not asked.has_embedding:
         raise ConfigError(
             f"gpu_split is 'tensor', which needs everything on GPUs, and n_gpu_layers is {layers}; use 'all' or a layer split",
@@ -67,7 +71,10 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
         )
     for candidate in (asked, *less):
         offload = candidate
-        if sum(needed[: len(needed) - offload.n_blocks]) > _HOST_SHARE * memory().available:
+        available = _HOST_SHARE * memory().available
+        if offload.expert_offload and host_need(blocks, offload) > available:
+            offload = replace(offload, expert_offload=False)
+        if offload.op_offload and host_need(blocks, offload) > available:
             offload = replace(offload, op_offload=False)
         config = sizes(offload, devices) if offload.n_blocks <= most else None
         if config is None:
@@ -76,7 +83,7 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
         built = for_context(graph, config.n_ctx)
         whole = optimize(built)
         plan = plan_for(built, config, devices, offload, options, whole)
-        is_asked = replace(offload, op_offload=asked.op_offload) == asked
+        is_asked = replace(offload, op_offload=asked.op_offload, expert_offload=asked.expert_offload) == asked
         if layers != "auto" and not is_asked and most == asked.n_blocks:
             _log.warning("there is no room for %s on the GPU; %s", _layers(asked), _instead(offload))
         try:
@@ -92,6 +99,9 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
             continue
         if n_cpu_experts and not offload.n_layers:
             _log.warning("cpu_moe and n_cpu_moe change nothing: nothing runs on a GPU, so all experts are on the CPU")
+        if asked.expert_offload and not offload.expert_offload and has_cpu_experts(offload, len(graph.kv_layers)):
+            where = "host memory" if candidate.expert_offload else "the GPU"
+            _log.warning("op_offload leaves out the experts on the CPU: %s lacks room for it", where)
         placed = Placed(stage, whole, config, plan)
         _report(placed, devices)
         return placed
@@ -102,10 +112,30 @@ def cpu_experts(graph: Graph, options: LoadOptions) -> int:
     """The experts of how many blocks, the first ones, are to stay on the CPU."""
     if not (options.cpu_moe or options.n_cpu_moe):
         return 0
-    if not any(isinstance(op, ExpertMatMul) for op in graph.ops):
+    if not _has_experts(graph):
         _log.warning("cpu_moe and n_cpu_moe change nothing: the model has no experts")
         return 0
     return len(graph.kv_layers) if options.cpu_moe else min(options.n_cpu_moe, len(graph.kv_layers))
+
+
+def has_cpu_experts(offload: Offload, n_blocks: int) -> bool:
+    """Whether experts of blocks other than the last are on the CPU, and something is on a GPU."""
+    return offload.n_layers > 0 and max(n_blocks - offload.n_blocks, min(offload.n_cpu_experts, n_blocks - 1)) > 0
+
+
+def host_need(blocks: Sequence[HostBytes], offload: Offload) -> int:
+    """Bytes of weights in host memory, repacked and as in the file, of these blocks of a model with experts or without."""
+    first, copies, total = len(blocks) - offload.n_blocks, 1 + offload.expert_offload, 0
+    for number, block in enumerate(blocks):
+        if number < first:
+            total += block.weights + (block.products if offload.op_offload else 0)
+        if number < max(first, offload.n_cpu_experts):
+            total += copies * block.experts
+    return total
+
+
+def _has_experts(graph: Graph) -> bool:
+    return any(isinstance(op, ExpertMatMul) for op in graph.ops)
 
 
 def wants_tensor_split(options: LoadOptions, devices: Sequence[DeviceInfo]) -> bool:

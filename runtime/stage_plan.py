@@ -14,7 +14,7 @@ from pyinfer.runtime.sizes import format_binary
 
 # CUDA context, cuBLAS workspace, CUDA graphs, loaded kernels, slices of matrices in float16, attention's partial sums
 _FIXED = 512 << 20
-_OUTPUTS = 256  # rows that go through the head at once, if there are not more sequences
+OUTPUTS = 256  # rows that go through the head at once, if there are not more sequences
 _ALIGNMENT = 1.02  # packed weights end at multiples of 16 and of 256 bytes
 
 
@@ -96,7 +96,7 @@ def copies_bytes(graph: Graph) -> int:
 
 def buffer_bytes(graph: Graph, config: StageConfig) -> int:
     """An upper bound for activations and what the libraries take. Few of a step's rows go through the head."""
-    rows = {"tokens": config.max_tokens, "outputs": min(config.max_tokens, max(_OUTPUTS, config.max_sequences))}
+    rows = {"tokens": config.max_tokens, "outputs": min(config.max_tokens, max(OUTPUTS, config.max_sequences))}
     last_read = {id(value): index for index, op in enumerate(graph.ops) for value in op.inputs}
     last_read.update((id(value), len(graph.ops)) for value in graph.results)
     alive: dict[int, int] = {}

@@ -211,12 +211,15 @@ def _engine_options(
     op_offload: Annotated[
         bool,
         typer.Option(
-            help="With some blocks on a GPU, have it multiply for those on the CPU in steps of many tokens.",
+            help="Have a GPU multiply for the blocks and experts on the CPU, too, in steps of many tokens.",
             rich_help_panel=_ENGINE_PANEL,
         ),
     ] = True,
     op_offload_min_batch: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many tokens those are.", rich_help_panel=_ENGINE_PANEL)
+        int,
+        typer.Option(
+            min=1, metavar="N", help="How many tokens those are; more for experts.", rich_help_panel=_ENGINE_PANEL
+        ),
     ] = 32,
     kv_cache_dtype: Annotated[
         str,

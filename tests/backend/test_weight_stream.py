@@ -1,9 +1,10 @@
-"""Blocks of the CPU whose products a GPU computes, with matrices that come through its memory part by part."""
+"""Blocks of the CPU whose products, experts too, a GPU computes, with matrices that come through its memory part by part."""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,21 @@ def graph_of(path: Path) -> Graph:
     return one_table(optimize(build_graph(GGUFFile.open(path))))
 
 
+@pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3", "qwen2moe"])
-def test_products_go_and_attention_stays(arch: str, tiny_model: TinyModel) -> None:
+def test_products_go_and_attention_stays(arch: str, experts: bool, tiny_model: TinyModel) -> None:
     graph = graph_of(tiny_model(arch, "Q4_0", shape=SHAPE))
-    parts, flags = borrow_products(graph)
+    parts, flags = borrow_products(graph, experts=experts)
     assert flags[0] is False and flags[-1] is True
     for part, goes in zip(parts, flags, strict=True):
         kinds = {type(op) for op in part.ops} - {Hidden}
+        n_experts = sum(isinstance(op, ExpertMatMul) for op in part.ops)
         if goes:
-            assert MatMul in kinds and not kinds & {Embed, ApplyRope, StoreKV, Attention, ExpertMatMul}
+            assert kinds & {MatMul, ExpertMatMul} and not kinds & {Embed, ApplyRope, StoreKV, Attention}
+            assert n_experts <= experts
         else:
-            assert MatMul not in kinds and part.kv_layers == graph.kv_layers
-    assert sum(flags) == (4 if arch != "qwen2moe" else 7)
+            assert MatMul not in kinds and part.kv_layers == graph.kv_layers and not (experts and n_experts)
+    assert sum(flags) == (4 if arch != "qwen2moe" else 10 if experts else 7)
     stages = [ReferenceBackend().open_stage(part, CONFIG) for part in parts]
     batch = make_batch([Piece(PROMPT[:20], PAGES)], 16, [3, 19])
     expected = ReferenceBackend().open_stage(graph, CONFIG).run(batch)
@@ -64,14 +68,14 @@ def test_products_go_and_attention_stays(arch: str, tiny_model: TinyModel) -> No
 
 def chain_on(device: Device, graph: Graph, *, streams: bool) -> StageChain:
     """The graph's products on this device, by matrices that are there or come, and the rest on the CPU."""
-    parts, flags = borrow_products(graph)
+    parts, flags = borrow_products(graph, experts=True)
     gpu, cpu = ([i for i, flag in enumerate(flags) if flag == goes] for goes in (True, False))
     graphs, lasts = [parts[i] for i in gpu], last_readers(parts, gpu)
     on_gpu: Sequence[PartStage]
     if streams:
         kept = [[graphs[n].results[i] for n, i in kept_of(parts, gpu) if n == number] for number in range(len(gpu))]
         borrowed = Borrowed(tuple(graphs), tuple(lasts), tuple(map(tuple, kept)))
-        resident, *on_gpu = stages_on(device, [graphs[-1]], CONFIG, borrowed=borrowed)
+        resident, *on_gpu = stages_on(device, [replace(graphs[-1])], CONFIG, borrowed=borrowed)
         resident.close()
     else:
         on_gpu = stages_on(device, graphs, CONFIG, None, lasts)
@@ -105,7 +109,7 @@ def part_of(graph: Graph) -> Graph:
     return split_graph(graph, [block_cuts(graph)[2]])[0]
 
 
-@pytest.mark.parametrize("arch, codec", [("llama", "Q4_0"), ("qwen2", "Q6_K"), ("gemma3", "F16")])
+@pytest.mark.parametrize("arch, codec", [("llama", "Q4_0"), ("qwen2", "Q6_K"), ("gemma3", "F16"), ("qwen2moe", "F16")])
 def test_matrices_that_come_compute_what_those_there_do(arch: str, codec: str, tiny_model: TinyModel) -> None:
     """Bit by bit, copied from where the file is mapped or through pinned pieces by a thread."""
     graph = part_of(graph_of(tiny_model(arch, codec, shape=SHAPE)))
@@ -115,7 +119,7 @@ def test_matrices_that_come_compute_what_those_there_do(arch: str, codec: str, t
         device.can_pin = pins
         chain = chain_on(device, graph, streams=streams)
         found.append(steps(chain))
-        n_parts = sum(borrow_products(graph)[1])
+        n_parts = sum(borrow_products(graph, experts=True)[1])
         assert device.launches.get("copy aside", 0) == (3 * n_parts if streams else 0)
         chain.close()
     for there, pinned, copied in zip(*found, strict=True):
@@ -126,14 +130,16 @@ def test_matrices_that_come_compute_what_those_there_do(arch: str, codec: str, t
     assert np.abs(found[0][0] - expected[0]).max() < 4e-2 * np.abs(expected[0]).max()
 
 
-@pytest.mark.parametrize("pins", [True, False])
-def test_on_a_gpu_that_works_late(pins: bool, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arch, pins", [("llama", True), ("llama", False), ("qwen2moe", True)])
+def test_on_a_gpu_that_works_late(
+    arch: str, pins: bool, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CuPy's device: copies on the second stream happen when they must, and not before what they would overwrite was read.
 
     Where memory can be pinned, the CPU's rows are copied late too.
     """
     monkeypatch.setattr(stage_module, "_WORTH_PINNING", 1)
-    graph = part_of(graph_of(tiny_model("llama", "Q4_K", shape=SHAPE)))
+    graph = part_of(graph_of(tiny_model(arch, "Q4_K", shape=SHAPE)))
     there = chain_on(EmulatedDevice(), graph, streams=False)
     expected = steps(there)
     there.close()
