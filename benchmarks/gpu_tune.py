@@ -1,11 +1,12 @@
-"""Look for better cuts of `gemv.cu` and `gemv_gated.cu` on a GPU, for the shapes of some models, and print them for
-`kernels_gpu/matvec_tuning.py`.
+"""Look for better cuts of `gemv.cu` and `gemv_gated.cu` on a GPU, for the shapes of some models. They are kept under
+`PYINFER_HOME/gpu`, where every model that opens on such a GPU finds them.
 
-    python benchmarks/gpu_tune.py [--shapes 8b 8b-q8_0 1b] [--tokens 1 2 4 8] [--seconds 300]
+    python benchmarks/gpu_tune.py [--shapes 8b 8b-q8_0 1b] [--tokens 1 8 4 2] [--seconds 330]
 
 From the default, everything that differs in one thing is measured and the best is taken, until nothing is better. A measurement
 runs a CUDA graph over copies of the matrices that together are several times the L2, after a warm-up; the shortest of a few
-counts. Shapes are taken in turns of one number of tokens, so that a limit of time leaves the important ones done.
+counts. Shapes are taken in turns of one number of tokens, one first, so that a limit of time leaves the important ones done;
+numbers of tokens that were left out take the next larger's cut, or the default.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pyinfer.kernels_gpu.device import Device  # noqa: E402
 from pyinfer.kernels_gpu.launch import Buffer, Launch  # noqa: E402
 from pyinfer.kernels_gpu.matvec import Product, build_matvec  # noqa: E402
 from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated  # noqa: E402
+from pyinfer.kernels_gpu.matvec_tuned import TunedCuts  # noqa: E402
 from pyinfer.kernels_gpu.matvec_tuning import (  # noqa: E402
     Problem,
     Tuning,
@@ -152,7 +154,8 @@ def tune(device: Device, shapes: Sequence[tuple[Matrices, int]], tokens: Sequenc
     memory = device.alloc(3 * COPIES_BYTES)
     device.upload(memory, np.random.default_rng(0).integers(0, 64, memory.n_bytes, dtype=np.uint8))
     best: dict[tuple[Matrices, int], dict[int, Tuning]] = {}
-    for n_tokens in sorted({1, *tokens}):
+    kept = TunedCuts(device.name)
+    for n_tokens in dict.fromkeys((1, *tokens)):
         for matrices, columns in shapes:
             if time.monotonic() - began > limit:
                 break
@@ -169,20 +172,21 @@ def tune(device: Device, shapes: Sequence[tuple[Matrices, int]], tokens: Sequenc
                 f" (before {1e6 * first:.1f} us, {rate / first:.0f} GB/s) {found[n_tokens]}",
                 flush=True,
             )
-    print(
-        "\n# for TUNED, and GATED_TUNED where two are alike; numbers of tokens that were left out take the next larger's"
-    )
-    for (matrices, columns), found in best.items():
-        kinds, n_rows = tuple(kind for kind, _ in matrices), sum(rows for _, rows in matrices)
-        filled = [found[min(n for n in found if n >= i)] for i in range(1, max(found) + 1)]
-        print(f"    ({device.arch}, {kinds!r}, {n_rows}, {columns}): {tuple(filled)!r},")
+            kept.put(bench.problem(1), filled(found), is_gated=bench.is_gated)
+            kept.save()
+    print(f"kept in {kept.path}")
+
+
+def filled(found: dict[int, Tuning]) -> list[Tuning]:
+    """For 1, 2, .. tokens."""
+    return [found[min(n for n in found if n >= i)] for i in range(1, max(found) + 1)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=["8b", "1b"], choices=list(SHAPES))
-    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--seconds", type=float, default=300, help="begin no new shape after this")
+    parser.add_argument("--tokens", nargs="*", type=int, default=[1, 8, 4, 2])
+    parser.add_argument("--seconds", type=float, default=330, help="begin no new shape after this")
     options = parser.parse_args()
     from pyinfer.kernels_gpu.cupy_device import CuPyDevice
 

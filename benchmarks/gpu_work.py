@@ -87,12 +87,12 @@ def _with(kernel: Kernel, **changes: int | str) -> Kernel:
 @declared("gemv")
 def _gemv(launch: Launch, facts: StepFacts) -> Work:
     d, args = _defines(launch), launch.args
-    columns = int(args[3])  # type: ignore[arg-type]
+    columns = d["COLUMNS"]
     lanes, split, rows, warps = d["LANES"], d["SPLIT"], d["ROWS"], d["WARPS"]
     block_rows = warps // split * (32 // lanes) * rows
     n_bytes, shares, widest = 0.0, [], 0.0
     for i in range(d["SEGMENTS"]):
-        kind, n = d[f"TYPE{i}"], int(args[8 + 5 * i])  # type: ignore[arg-type]
+        kind, n = d[f"TYPE{i}"], int(args[7 + 5 * i])  # type: ignore[arg-type]
         passes = ceil(n / block_rows) * warps
         rounds = ceil(ceil(columns / step_columns(kind)) / (lanes * split))
         alone = _with(launch.kernel, TYPE0=kind, TYPE1=kind, TYPE2=kind, SEGMENTS=1)
@@ -105,7 +105,7 @@ def _gemv(launch: Launch, facts: StepFacts) -> Work:
 @declared("gemv_gated")
 def _gemv_gated(launch: Launch, facts: StepFacts) -> Work:
     d, args = _defines(launch), launch.args
-    kind, columns, n = d["TYPE"], int(args[3]), int(args[6])  # type: ignore[arg-type]
+    kind, columns, n = d["TYPE"], d["COLUMNS"], int(args[5])  # type: ignore[arg-type]
     rounds = ceil(ceil(columns / step_columns(kind)) / d["LANES"])
     passes = 2 * n / (32 // d["LANES"] * d["ROWS"])
     a_step = step_columns(kind) * _bits(kind) / 8

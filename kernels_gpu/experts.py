@@ -115,7 +115,7 @@ def build_expert_matvec(
                     grid=(sum(blocks), min(_MAX_GRID, slots.n - first), 1),
                     block=(32 * cut.warps, 1, 1),
                     args=(
-                        x.data, x.scales, x.sums, columns, slots.experts, first, slots_of_row(x, columns, slots),
+                        x.data, x.scales, x.sums, slots.experts, first, slots_of_row(x, columns, slots),
                         *(field for matrix in matrices for field in matrix),
                     ),
                     overlap=True,
@@ -145,7 +145,7 @@ def build_gated_expert_matvec(
             grid=(n // GATED_BLOCK, slots.n, 1),
             block=(32 * cut.warps, 1, 1),
             args=(
-                x.data, x.scales, x.sums, columns, slots.experts, slots_of_row(x, columns, slots), gate.buffer, up.buffer, n,
+                x.data, x.scales, x.sums, slots.experts, slots_of_row(x, columns, slots), gate.buffer, up.buffer, n,
                 out.data, out.scales, out.sums,
             ),
             overlap=True,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pyinfer.kernels_gpu.launch import Buffer, Defines, Kernel, Launch
-from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, is_ragged, tuning_of
+from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, tuning_of
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
@@ -71,23 +71,22 @@ def _launch(x: Operand, products: Sequence[Product], problem: Problem, cut: Tuni
         grid=(sum(blocks), 1, 1),
         block=(32 * cut.warps, 1, 1),
         args=(
-            x.data, x.scales, x.sums, x.width, residual, *(value for matrix in matrices for value in matrix),
+            x.data, x.scales, x.sums, residual, *(value for matrix in matrices for value in matrix),
         ),
         overlap=True,
     )  # fmt: skip
 
 
 def gemv_kernel(problem: Problem, cut: Tuning) -> Kernel:
-    """The variant of the kernel; sizes are arguments, so that few variants serve a model."""
+    """The variant of the kernel; numbers of rows are arguments, so that few variants serve a model."""
     return Kernel("gemv.cu", "gemv", gemv_defines(problem, cut))
 
 
 def gemv_defines(problem: Problem, cut: Tuning) -> Defines:
     kinds = (*problem.kinds, *[problem.kinds[0]] * (MAX_MATRICES - len(problem.kinds)))
-    ragged = any(is_ragged(kind, problem.n_columns) for kind in kinds)
     return (
         *((f"TYPE{i}", kind) for i, kind in enumerate(kinds)),
         ("SEGMENTS", len(problem.kinds)), ("TOKENS", problem.n_tokens), ("ROWS", cut.rows), ("LANES", cut.lanes),
         ("SPLIT", cut.split), ("WARPS", cut.warps), ("DEPTH", cut.depth),
-        ("MIN_BLOCKS", cut.min_blocks), ("RAGGED", int(ragged)),
+        ("MIN_BLOCKS", cut.min_blocks), ("COLUMNS", problem.n_columns),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyinfer.graph.ops import Activation
 from pyinfer.kernels_gpu.launch import Defines, Kernel, Launch
-from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, gated_tuning_of, is_ragged
+from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, gated_tuning_of
 from pyinfer.kernels_gpu.operand import FORMS, Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
@@ -49,7 +49,7 @@ def build_gated_matvec(
             grid=(layout.n_rows // GATED_BLOCK, 1, 1),
             block=(32 * cut.warps, 1, 1),
             args=(
-                x.data, x.scales, x.sums, x.width, gate.buffer, up.buffer, layout.n_rows, out.data, out.scales, out.sums,
+                x.data, x.scales, x.sums, gate.buffer, up.buffer, layout.n_rows, out.data, out.scales, out.sums,
             ),
             overlap=True,
         )
@@ -62,5 +62,5 @@ def gated_defines(problem: Problem, cut: Tuning, activation: Activation, out: Op
     return (
         ("TYPE", kind), ("ACTIVATION", _ACTIVATIONS[activation]), ("OUT", FORMS.index(out.form)), ("TOKENS", problem.n_tokens),
         ("ROWS", cut.rows), ("LANES", cut.lanes), ("WARPS", cut.warps), ("DEPTH", cut.depth),
-        ("MIN_BLOCKS", cut.min_blocks), ("RAGGED", int(is_ragged(kind, problem.n_columns))),
+        ("MIN_BLOCKS", cut.min_blocks), ("COLUMNS", problem.n_columns),
     )  # fmt: skip

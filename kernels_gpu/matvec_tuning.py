@@ -1,4 +1,4 @@
-"""How `cuda/gemv.cu` cuts a product: defaults from the shape, and a table of what was measured to be better.
+"""How `cuda/gemv.cu` cuts a product: defaults from the shape, and tables of what was measured to be better (`matvec_tuned`).
 
 The order of additions in a row depends on `lanes` and `split`. They are functions of the matrix alone, so that a token's
 numbers are the same whatever number of others is decoded with it.
@@ -7,9 +7,7 @@ numbers are the same whatever number of others is decoded with it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
-from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
+from dataclasses import astuple, dataclass, replace
 
 MAX_TOKENS = 8
 STATIC_SHARED_BYTES = 48 << 10  # of a block
@@ -40,11 +38,6 @@ _MIN_BLOCKS = {
 def step_columns(kind: str) -> int:
     """Columns that a lane takes at a time: `kColumns` in weight_*.cuh."""
     return _STEP_COLUMNS.get(kind, 32)
-
-
-def is_ragged(kind: str, n_columns: int) -> bool:
-    """Whether rows of x end inside of what is read together: a step of floats, a block of int8 codes (`cuda/a8.cuh`)."""
-    return n_columns % (step_columns(kind) if kind in FLOAT_BYTES else 256) != 0
 
 
 def tile_bytes(kind: str) -> int:
@@ -93,14 +86,15 @@ class Tuning:
 # what `neighbours` tries
 _VALUES: dict[str, tuple[int, ...]] = {
     "rows": (1, 2, 4),
-    "min_blocks": (2, 3, 4, 5, 6, 8, 10),
-    "depth": (2, 3, 4, 6, 8),
-    "passes": (1, 2, 3, 4, 8),
-    "split": (1, 2, 4, 8),
+    "min_blocks": (2, 3, 4, 5, 6, 8),
+    "depth": (2, 3, 4, 6),
+    "passes": (1, 2, 4),
+    "split": (1, 2, 4),
     "lanes": (8, 16, 32),
     "warps": (4, 8),
 }
-# (compute capability * 10, kinds, rows, columns) -> for 1, 2, .. tokens; `benchmarks/gpu_tune.py` measures
+_FREE = ("min_blocks", "depth", "passes")  # of which defaults have other values too
+# (compute capability * 10, kinds, rows, columns) -> for 1, 2, .. tokens
 TUNED: dict[tuple[int, tuple[str, ...], int, int], tuple[Tuning, ...]] = {}
 # the same for `gemv_gated.cu`
 GATED_TUNED: dict[tuple[int, tuple[str, ...], int, int], tuple[Tuning, ...]] = {}
@@ -111,7 +105,8 @@ def tuning_of(problem: Problem, n_sms: int, arch: int) -> Tuning:
     measured = TUNED.get((arch, problem.kinds, problem.n_rows, problem.n_columns), ())
     if len(measured) >= problem.n_tokens:
         return measured[problem.n_tokens - 1]
-    return default_tuning(problem, n_sms, arch)
+    default = default_tuning(problem, n_sms, arch)
+    return replace(default, lanes=measured[0].lanes, split=measured[0].split) if measured else default
 
 
 def default_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
@@ -125,14 +120,25 @@ def default_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
 
 
 def neighbours(tuning: Tuning, problem: Problem, arch: int) -> Iterator[Tuning]:
-    """Those that differ in one thing and fit; more than one token's add in the same order."""
-    for name, values in _VALUES.items():
-        if problem.n_tokens > 1 and name in ("lanes", "split"):
-            continue
-        for value in values:
-            other = replace(tuning, **{name: value})
-            if other != tuning and other.warps % other.split == 0 and _fits(problem, other, arch):
-                yield other
+    """Those that fit and differ in one thing, or in rows and split so that there are as many warps; more than one token's
+    add in the same order."""
+    others = [replace(tuning, **{name: value}) for name, values in _VALUES.items() for value in values]
+    others += (
+        [replace(tuning, rows=2 * tuning.rows, split=2 * tuning.split)] if 2 * tuning.rows in _VALUES["rows"] else []
+    )
+    others += (
+        [replace(tuning, rows=tuning.rows // 2, split=tuning.split // 2)] if min(tuning.rows, tuning.split) > 1 else []
+    )
+    for other in dict.fromkeys(others):
+        in_order = problem.n_tokens == 1 or (other.lanes, other.split) == (tuning.lanes, tuning.split)
+        if other != tuning and in_order and is_usable(other, problem, arch):
+            yield other
+
+
+def is_usable(tuning: Tuning, problem: Problem, arch: int) -> bool:
+    """Whether the kernel can be compiled and launched like that."""
+    known = all(getattr(tuning, name) in values for name, values in _VALUES.items() if name not in _FREE)
+    return known and min(astuple(tuning)) > 0 and tuning.warps % tuning.split == 0 and _fits(problem, tuning, arch)
 
 
 def gated_tuning_of(problem: Problem, n_sms: int, arch: int) -> Tuning:
@@ -158,7 +164,7 @@ def gated_tuning(problem: Problem, n_sms: int, arch: int) -> Tuning:
     lanes = _lanes(problem)
     # more and smaller warps where there are few blocks; 32 pairs of rows are whole passes either way
     rows, warps = (4, 4) if problem.n_rows // 2 >= 3 * n_sms * 32 or lanes < 32 else (2, 8)
-    min_blocks = max(1, _MIN_BLOCKS[_ceiling(problem.n_tokens), 4 if problem.n_tokens > 2 else 2] * 4 // warps)
+    min_blocks = max(1, _MIN_BLOCKS[_ceiling(problem.n_tokens), rows] * 4 // warps)
     if arch < _ASYNC_COPIES:
         return Tuning(lanes, 1, rows, 1, 1, warps, _without_ring(rows, min_blocks))
     tuning = Tuning(lanes, 1, rows, 2, 1, warps, min_blocks)

@@ -1,7 +1,7 @@
 """The forms in which rows lie on the device.
 
 A `Value` of the graph that a matmul reads takes the form that suits the number of rows: "f32" is float32; "a8" int8 in blocks
-of 32 columns (`graph.activation`), the codes in the order of `cuda/a8.cuh`, blocks of 256; "h16" float16 with a power of two for each row,
+of 32 columns (`graph.activation`), the codes in the order of `cuda/a8.cuh`; "h16" float16 with a power of two for each row,
 value = data * scale. Rows follow one another without gaps.
 """
 

@@ -217,7 +217,8 @@ class GPUStage:
         shape = self._shape(batch)
         captured = self._programs.pop(shape) if shape in self._programs else self._capture(shape)
         self._programs[shape] = captured  # as the latest
-        self._memory.step.upload(batch, shape.n_tokens, shape.n_outputs, once=not self._is_alone)
+        n_outputs = bucket_of(len(batch.output_rows), output_buckets(shape.n_tokens))  # for parts without them, too
+        self._memory.step.upload(batch, shape.n_tokens, n_outputs, once=not self._is_alone)
         is_fed, self._is_fed = self._is_fed, False
         for value, rows in zip(self._memory.hidden_values, batch.hidden, strict=not is_fed):
             if len(rows):

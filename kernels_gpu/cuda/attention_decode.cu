@@ -2,6 +2,9 @@
 // blog post of October 2023), float32 throughout. A block takes one token, one kv head and one span of positions, for GROUP
 // query heads at once, so that keys and values are read once. Bound by reading them.
 //
+// A step is one CUDA graph: what steps before it stored and the step's own arrays are there before its first kernel begins. So
+// with FUSED only q, k and v of the token are waited for, when the first keys and values are on their way.
+//
 // kLanes lanes hold a vector of HEAD columns, eight each. A warp has kTile positions of keys and of values in flight: the
 // next ones are asked for as soon as these have been used, and the first ones before anything else. Each warp keeps its own
 // running maximum, sum and weighted values; warps are merged at the end, then splits in ascending order by whichever block of
@@ -31,7 +34,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
   const int kv_head = y / kPasses, n_heads = min(GROUP, PER_KV - y % kPasses * GROUP);
   const int q_head = kv_head * PER_KV + y % kPasses * GROUP;
   let_next_start();
-  wait_for_previous();
+#if !FUSED
+  wait_for_previous();  // for keys and values of this step's other tokens
+#endif
 #if MAX_TOKENS
   const Unit unit = find_unit(blockIdx.z, sequence_starts, n_sequences,
                               [](int count) { return count <= MAX_TOKENS ? count : 0; });
@@ -49,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
   const int n_used = max(1, ceil_div(n_tiles, tiles));
   if (split >= n_used) return;
   if (length == 0) {
+    if (FUSED) wait_for_previous();
     write_output(row, n_heads, [](int) { return 0.0f; }, out, scales, sums);
     return;
   }
@@ -89,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_decode(
 
   const float* q_row = q + (static_cast<long long>(row) * (N_KV * PER_KV) + q_head) * HEAD;
 #if FUSED
+  wait_for_previous();
   const float2* turns = angles + static_cast<long long>(row) * (N_DIMS / 2);
   // the newest position lies in the last split: only it reads what it stores here
   if (split == n_used - 1) {

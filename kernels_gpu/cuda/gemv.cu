@@ -14,7 +14,7 @@
 // is read is known only once the kernel before has ended.
 //
 // Defines: TYPE0..2 (a struct of weights.cuh), SEGMENTS, TOKENS, ROWS, LANES, SPLIT, WARPS (a block), DEPTH, MIN_BLOCKS (on a
-// multiprocessor: limits registers), RAGGED (gemv_step.cuh), EXPERTS (how many; optional).
+// multiprocessor: limits registers), COLUMNS, EXPERTS (how many; optional).
 #include "gemv_step.cuh"
 
 constexpr int kWarpRows = 32 / LANES * ROWS;
@@ -40,7 +40,7 @@ template <class T>
 struct Supply {
   typename T::Parts parts;
   uint8_t* ring;  // of the warp
-  int n, above, steps, first_step, last_step;  // of a row; of this lane
+  int n, above, first_step;  // of this lane
   int row, row_stride, step, slot;
 
   DEVICE uint8_t* tile(int slot, int r) const { return ring + (slot * ROWS + r) * 32 * T::kTileBytes; }
@@ -49,10 +49,10 @@ struct Supply {
     typename T::Tile unused;
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
-      T::visit(CopyTile(tile(slot, r), step < steps && row + r < n), unused, parts, above + row + r, step);
+      T::visit(CopyTile(tile(slot, r), Rounds<T, kStride>::inside(step) && row + r < n), unused, parts, above + row + r, step);
     cp_async_commit();
     if (++slot == DEPTH) slot = 0;
-    const bool ends = step == last_step;
+    const bool ends = step == first_step + (Rounds<T, kStride>::kCount - 1) * kStride;
     row += ends ? row_stride : 0;
     step = ends ? first_step : step + kStride;
   }
@@ -64,11 +64,10 @@ DEVICE void multiply(const Segment& s, int block, const Input& x, const float* r
   const int warp = threadIdx.x / 32, lane = lane_id();
   const int share = warp % SPLIT, group = warp / SPLIT;
   const int row_stride = s.n_blocks * kBlockRows, block_row = block * kBlockRows;
-  const int steps = ceil_div(x.columns, T::kColumns), rounds = ceil_div(steps, kStride);
   const int first_step = share * LANES + lane % LANES;
   const int lane_row = group * kWarpRows + lane / LANES * ROWS;
-  Supply<T> supply{typename T::Parts(s.w, s.total, x.columns), ring + warp * kRingBytes, s.n, s.above, steps, first_step,
-                   first_step + (rounds - 1) * kStride, block_row + lane_row, row_stride, first_step, 0};
+  Supply<T> supply{typename T::Parts(s.w, s.total, COLUMNS), ring + warp * kRingBytes, s.n, s.above, first_step,
+                   block_row + lane_row, row_stride, first_step, 0};
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) supply.ask();
   wait_for_previous();
@@ -93,8 +92,9 @@ DEVICE void multiply(const Segment& s, int block, const Input& x, const float* r
 #pragma unroll
       for (int r = 0; r < ROWS; r++) sums[t][r] = 0.f;
 
-    for (int round = 0; round < rounds; round++) {
-      const int step = min(first_step + round * kStride, steps - 1);  // a tile of zeros may meet any x
+#pragma unroll 1
+    for (int round = 0; round < Rounds<T, kStride>::kCount; round++) {
+      const int step = Rounds<T, kStride>::nearest(first_step + round * kStride);
       typename T::Tile tiles[ROWS];
       cp_async_wait<DEPTH - 1>();
 #pragma unroll
@@ -152,10 +152,10 @@ DEVICE void multiply_one(const Segment (&segments)[3], const Input& x, const flo
 }
 
 #ifndef EXPERTS
-// x is int8 [TOKENS, columns] with scales and sums, or float [TOKENS, columns]; a missing matrix has no rows. Each
+// x is int8 [TOKENS, COLUMNS] with scales and sums, or float [TOKENS, COLUMNS]; a missing matrix has no rows. Each
 // matrix is worked on by so many blocks, which take kBlockRows rows in turns.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-    gemv(const void* x, const float* x_scales, const float* x_sums, int columns, const float* residual,
+    gemv(const void* x, const float* x_scales, const float* x_sums, const float* residual,
          const void* w0, float* out0, const float* bias0, int n0, int blocks0,
          const void* w1, float* out1, const float* bias1, int n1, int blocks1,
          const void* w2, float* out2, const float* bias2, int n2, int blocks2) {
@@ -164,14 +164,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   let_next_start();
   const Segment segments[3] = {
       {w0, out0, bias0, n0, blocks0, 0, n0}, {w1, out1, bias1, n1, blocks1, 0, n1}, {w2, out2, bias2, n2, blocks2, 0, n2}};
-  multiply_one(segments, {x, x_scales, x_sums, columns}, residual, ring, partial);
+  multiply_one(segments, {x, x_scales, x_sums}, residual, ring, partial);
 }
 #else
 // Grid (blocks of all matrices, slots): slot i of the step is multiplied with the matrix of expert experts[i]. x has a row for
 // every x_slots of them (all of a token, or each one); `first` is the number of the grid's first slot. out [slots, n].
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-    gemv_experts(const void* x, const float* x_scales, const float* x_sums, int columns, const int* experts, int first,
-                 int x_slots, const void* w0, float* out0, int n0, int blocks0, const void* w1, float* out1, int n1,
+    gemv_experts(const void* x, const float* x_scales, const float* x_sums, const int* experts, int first, int x_slots,
+                 const void* w0, float* out0, int n0, int blocks0, const void* w1, float* out1, int n1,
                  int blocks1, const void* w2, float* out2, int n2, int blocks2) {
   __shared__ __align__(16) uint8_t ring[WARPS * kRingBytes];
   __shared__ float partial[2][WARPS][kOutputs];
@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   const int slot = first + blockIdx.y, expert = experts[slot];
   if (expert < 0) return;  // padding
   const long long to = slot;
-  const Input in = input_of<TYPE0>(x, x_scales, x_sums, columns, slot / x_slots);
+  const Input in = input_of<TYPE0>(x, x_scales, x_sums, slot / x_slots);
   const Segment segments[3] = {{w0, out0 + to * n0, nullptr, n0, blocks0, expert * n0, EXPERTS * n0},
                                {w1, out1 + to * n1, nullptr, n1, blocks1, expert * n1, EXPERTS * n1},
                                {w2, out2 + to * n2, nullptr, n2, blocks2, expert * n2, EXPERTS * n2}};

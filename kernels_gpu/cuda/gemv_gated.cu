@@ -6,7 +6,7 @@
 //
 // With EXPERTS the matrices of some experts lie one above the other, and `gemv_gated_experts` gives each slot of each row its own.
 //
-// Defines: TYPE (of both matrices), ACTIVATION, OUT (OUT_F32, OUT_A8), TOKENS, ROWS, LANES, WARPS, DEPTH, MIN_BLOCKS, RAGGED,
+// Defines: TYPE (of both matrices), ACTIVATION, OUT (OUT_F32, OUT_A8), TOKENS, ROWS, LANES, WARPS, DEPTH, MIN_BLOCKS, COLUMNS,
 // EXPERTS (how many; optional).
 #include "activation.cuh"
 #include "gemv_step.cuh"
@@ -16,13 +16,14 @@ constexpr int kPairs = ROWS / 2;  // of a lane
 constexpr int kWarpPairs = 32 / LANES * kPairs;
 constexpr int kPassPairs = WARPS * kWarpPairs;
 constexpr int kColumns = 32;  // of a block
+using Steps = Rounds<TYPE, LANES>;
 static_assert(ROWS % 2 == 0 && kColumns % kPassPairs == 0, "whole passes");
 
 // Asks for one round of tiles after the other, over all passes of a warp; those of `up` behind those of `gate`.
 struct Supply {
   TYPE::Parts gate, up;
   uint8_t* ring;  // of the warp
-  int steps, first_step, last_step, row, rows_end;
+  int first_step, row, rows_end;
   int above;  // rows of the memory above the matrix
   int step, slot;
 
@@ -30,7 +31,7 @@ struct Supply {
 
   DEVICE void ask() {
     TYPE::Tile unused;
-    const bool valid = step < steps && row < rows_end;
+    const bool valid = Steps::inside(step) && row < rows_end;
 #pragma unroll
     for (int r = 0; r < kPairs; r++) {
       TYPE::visit(CopyTile(tile(r), valid), unused, gate, above + row + r, step);
@@ -38,7 +39,7 @@ struct Supply {
     }
     cp_async_commit();
     if (++slot == DEPTH) slot = 0;
-    const bool ends = step == last_step;
+    const bool ends = step == first_step + (Steps::kCount - 1) * LANES;
     row += ends ? kPassPairs : 0;
     step = ends ? first_step : step + LANES;
   }
@@ -48,13 +49,12 @@ struct Supply {
 DEVICE void make_columns(const Input& in, const void* gate, const void* up, int n, int above, int total, int first_row,
                          void* out, float* out_scales, float* out_sums) {
   __shared__ __align__(16) uint8_t ring[WARPS * DEPTH * ROWS * 32 * TYPE::kTileBytes];
-  __shared__ float values[TOKENS][2][kColumns];  // gate, up
+  __shared__ float values[TOKENS][2][kColumns + 2];  // gate, up; what a warp stores lies in different banks
   const int warp = threadIdx.x / 32, lane = lane_id(), first_column = blockIdx.x * kColumns;
-  const int steps = ceil_div(in.columns, TYPE::kColumns), rounds = ceil_div(steps, LANES), first_step = lane % LANES;
+  const int first_step = lane % LANES;
   const int place = warp * kWarpPairs + lane / LANES * kPairs;  // of this lane's first pair in a pass
-  Supply supply{TYPE::Parts(gate, total, in.columns), TYPE::Parts(up, total, in.columns),
-                ring + warp * DEPTH * ROWS * 32 * TYPE::kTileBytes, steps, first_step, first_step + (rounds - 1) * LANES,
-                first_column + place, first_column + kColumns, above, first_step, 0};
+  Supply supply{TYPE::Parts(gate, total, COLUMNS), TYPE::Parts(up, total, COLUMNS),
+                ring + warp * DEPTH * ROWS * 32 * TYPE::kTileBytes, first_step, first_column + place, first_column + kColumns, above, first_step, 0};
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) supply.ask();
   wait_for_previous();
@@ -65,8 +65,9 @@ DEVICE void make_columns(const Input& in, const void* gate, const void* up, int 
     for (int t = 0; t < TOKENS; t++)
 #pragma unroll
       for (int r = 0; r < ROWS; r++) sums[t][r] = 0.f;
-    for (int round = 0; round < rounds; round++) {
-      const int step = min(first_step + round * LANES, steps - 1);  // a tile of zeros may meet any x
+#pragma unroll 1
+    for (int round = 0; round < Steps::kCount; round++) {
+      const int step = Steps::nearest(first_step + round * LANES);
       TYPE::Tile tiles[ROWS];
       cp_async_wait<DEPTH - 1>();
 #pragma unroll
@@ -99,24 +100,24 @@ DEVICE void make_columns(const Input& in, const void* gate, const void* up, int 
 }
 
 #ifndef EXPERTS
-// x as in gemv.cu; gate and up [n, columns], n a multiple of 32; out [TOKENS, n]. One block for each 32 columns of out.
+// x as in gemv.cu; gate and up [n, COLUMNS], n a multiple of 32; out [TOKENS, n]. One block for each 32 columns of out.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-    gemv_gated(const void* x, const float* x_scales, const float* x_sums, int columns, const void* gate, const void* up, int n,
-               void* out, float* out_scales, float* out_sums) {
+    gemv_gated(const void* x, const float* x_scales, const float* x_sums, const void* gate, const void* up, int n, void* out,
+               float* out_scales, float* out_sums) {
   let_next_start();
-  make_columns({x, x_scales, x_sums, columns}, gate, up, n, 0, n, 0, out, out_scales, out_sums);
+  make_columns({x, x_scales, x_sums}, gate, up, n, 0, n, 0, out, out_scales, out_sums);
 }
 #else
 // The same for slots, as in `gemv_experts`: out [slots, n]. Grid (blocks of 32 columns, slots).
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-    gemv_gated_experts(const void* x, const float* x_scales, const float* x_sums, int columns, const int* experts, int x_slots,
+    gemv_gated_experts(const void* x, const float* x_scales, const float* x_sums, const int* experts, int x_slots,
                        const void* gate, const void* up, int n, void* out, float* out_scales, float* out_sums) {
   static_assert(TOKENS == 1, "a row of x for each slot");
   let_next_start();
   wait_for_previous();
   const int slot = blockIdx.y, expert = experts[slot];
   if (expert < 0) return;  // padding
-  const Input in = input_of<TYPE>(x, x_scales, x_sums, columns, slot / x_slots);
+  const Input in = input_of<TYPE>(x, x_scales, x_sums, slot / x_slots);
   make_columns(in, gate, up, n, expert * n, EXPERTS * n, slot, out, out_scales, out_sums);
 }
 #endif

@@ -1,5 +1,5 @@
 // What products of few rows have in common: x, and one step of some rows of w times it, in registers. Defines: TOKENS, ROWS,
-// RAGGED (float types: columns are no multiple of a step; others: of 256).
+// COLUMNS (of x and w: as a constant it spares a tenth of all instructions, those that find the rows of x).
 #pragma once
 #include "a8.cuh"
 #include "fold.cuh"
@@ -9,16 +9,25 @@
 struct Input {
   const void* rows;
   const float *scales, *sums;
-  int columns;
   int first = 0;  // row of the memory, of int8
 };
 
 // Row `row` of x as it is for a type.
 template <class T>
-DEVICE Input input_of(const void* x, const float* scales, const float* sums, int columns, int row) {
-  if (T::kWords) return {x, scales, sums, columns, row};
-  return {static_cast<const float*>(x) + static_cast<long long>(row) * columns, scales, sums, columns, 0};
+DEVICE Input input_of(const void* x, const float* scales, const float* sums, int row) {
+  if (T::kWords) return {x, scales, sums, row};
+  return {static_cast<const float*>(x) + static_cast<long long>(row) * COLUMNS, scales, sums, 0};
 }
+
+// How a row is gone through by kStride lanes.
+template <class T, int kStride>
+struct Rounds {
+  static constexpr int kSteps = (COLUMNS + T::kColumns - 1) / T::kColumns, kCount = (kSteps + kStride - 1) / kStride;
+  static constexpr bool kWhole = kSteps % kStride == 0;  // no lane is ever behind the end
+  static DEVICE bool inside(int step) { return kWhole || step < kSteps; }
+  // A step that exists: a tile of zeros may meet any x.
+  static DEVICE int nearest(int step) { return kWhole ? step : min(step, kSteps - 1); }
+};
 
 // One step of one row of x.
 template <class T>
@@ -29,18 +38,20 @@ struct InputStep {
 
   DEVICE InputStep(const Input& x, int token, int step) {
     // with rows of whole blocks the place in a row is one for all tokens
-    const int row = (x.first + token) * x.columns, column = step * T::kColumns;
-    const uint32_t place = RAGGED ? a8_place(row + column) : a8_place(column);
-    const int8_t* codes = static_cast<const int8_t*>(x.rows) + (RAGGED ? 0 : row);
+    // with rows of whole blocks all rows' codes are a constant apart
+    constexpr bool kWhole = COLUMNS % 256 == 0;
+    const int row = token * COLUMNS, first = x.first * COLUMNS, column = step * T::kColumns;
+    const uint32_t place = kWhole ? first + a8_place(column) : a8_place(first + row + column);
 #pragma unroll
     for (int i = 0; i < T::kWords / 4; i++) {
-      const uint4 v = *reinterpret_cast<const uint4*>(codes + (place ^ (i ? kA8Half : 0)));
+      const int8_t* codes = static_cast<const int8_t*>(x.rows) + (place ^ (i ? kA8Half : 0));
+      const uint4 v = *reinterpret_cast<const uint4*>(codes + (kWhole ? row : 0));
 #pragma unroll
       for (int j = 0; j < 4; j++) q[4 * i + j] = word_of(v, j);
     }
-    const int unit = (row + column) / 32;
-    scale = x.scales[unit];
-    if constexpr (T::kHalves == 1 && T::kHasMinimum) sum = x.sums[unit];
+    const int unit = (first + column) / 32;
+    scale = (x.scales + unit)[row / 32];
+    if constexpr (T::kHalves == 1 && T::kHasMinimum) sum = (x.sums + unit)[row / 32];
     if constexpr (T::kHalves == 2 && T::kHasMinimum) {
       const int ones[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
       halves[0] = dot16(q, ones);
@@ -86,17 +97,18 @@ DEVICE void multiply_int8(const typename T::Tile* tiles, const Input& x, int ste
 
 template <class T>
 DEVICE void multiply_float(const typename T::Tile* tiles, const Input& x, int step, float (*sums)[ROWS]) {
+  constexpr bool kRagged = COLUMNS % T::kColumns != 0;
   float w[ROWS][T::kColumns];
 #pragma unroll
   for (int r = 0; r < ROWS; r++) T::decode(tiles[r], w[r]);
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
     const int first = step * T::kColumns;
-    const float* row = static_cast<const float*>(x.rows) + t * x.columns + first;
+    const float* row = static_cast<const float*>(x.rows) + t * COLUMNS + first;
     float in[T::kColumns];
 #pragma unroll
-    for (int c = 0; c < T::kColumns; c += RAGGED ? 1 : 4) {
-      if (RAGGED) in[c] = first + c < x.columns ? row[c] : 0.f;
+    for (int c = 0; c < T::kColumns; c += kRagged ? 1 : 4) {
+      if (kRagged) in[c] = first + c < COLUMNS ? row[c] : 0.f;
       else *reinterpret_cast<float4*>(in + c) = *reinterpret_cast<const float4*>(row + c);
     }
 #pragma unroll

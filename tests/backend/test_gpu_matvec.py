@@ -115,13 +115,15 @@ def check_numbers_of_rows(kind: str, tokens: Sequence[int]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    compile_at_once([Case((kind,), (70,), columns_of(kind)[1]) for kind in KINDS], (1, 3, 8))
-    compile_at_once([Case((kind,), (1,), columns) for kind in KINDS for columns in columns_of(kind)], (3,), [NARROW])
+    compile_at_once([Case((kind,), (70,), columns_of(kind)[1]) for kind in KINDS], (1, 8))
+    compile_at_once(
+        [Case((kind,), (1,), columns) for kind in KINDS for columns in columns_of(kind)[::2]], (3,), [NARROW]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_type(kind: str) -> None:
-    check_numbers_of_rows(kind, (1, 3))
+    check_numbers_of_rows(kind, (1,))
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "F16", pytest.param("others", marks=pytest.mark.large)])
@@ -133,7 +135,7 @@ def test_every_number_of_rows(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes(kind: str) -> None:
     """Rows and columns that fill no warp, no round, no block, and several passes."""
-    for columns in columns_of(kind):
+    for columns in columns_of(kind)[::2]:
         for rows in (1, 5, 37, 131):
             Case((kind,), (rows,), columns).run(3, NARROW, residual=rows > 5, bias=rows == 37)
 
