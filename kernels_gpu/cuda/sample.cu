@@ -30,7 +30,7 @@ DEVICE int draw(Tokens tokens, const Row& row, float largest, double number, Sha
     Weights ones = w;
     ones.is_count = true;
     kept = find(tokens, ones, kept, {static_cast<u64>(row.top_k - 1), -1.0, false}, s).cut;
-    if (row.top_k <= kList) tokens = list_of(tokens, kept, s);
+    if (!tokens.ids && row.top_k <= kList) collect(tokens, kept, 0, s);
   } else if (has_min_p) {
     w.bound = __fadd_rn(largest, static_cast<float>(row.temperature * log(row.min_p)));
   }
@@ -123,8 +123,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) row_logprobs(
   __syncthreads();
   const Weights ones = {largest, 1.0f, -infinity(), 1.0, 0.0, false, true};
   const int n = min(n_top, n_vocab);
-  const Found found = find(all, ones, {0, 0x7fffffff}, {static_cast<u64>(n - 1), -1.0, false}, s);
-  const Tokens top = list_of(all, found.cut, s);
+  Tokens some = all, top = all;
+  collect(top, find(some, ones, {0, 0x7fffffff}, {static_cast<u64>(n - 1), -1.0, false}, s).cut, 0, s);
   for (int i = threadIdx.x; i < n; i += kThreads) {
     int rank = 0;
     for (int j = 0; j < n; j++) rank += is_before(top.values[j], top.ids[j], top.values[i], top.ids[i]);

@@ -221,8 +221,24 @@ __device__ __noinline__ int find_id(const Tokens& tokens, const Weights& w, Cut 
   return chunk * kBins + find_bin(s, true, place);
 }
 
-// The token at which the running sum of weights passes the target, among those that `kept` keeps.
-__device__ __noinline__ Found find(const Tokens& tokens, const Weights& w, Cut kept, Target target, Shared& s) {
+// Put tokens that `kept` keeps, with keys from `least` on, into shared memory in place of the row, if they are at most kList.
+__device__ __noinline__ void collect(Tokens& tokens, Cut kept, uint32_t least, Shared& s) {
+  if (threadIdx.x == 0) s.n_list = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < tokens.n; i += kThreads) {
+    const float v = logit_at(tokens, i);
+    const uint32_t key = key_of(v);
+    if (key < least || !is_kept(kept, key, i)) continue;
+    const int at = atomicAdd(&s.n_list, 1);
+    if (at < kList) s.values[at] = v, s.ids[at] = i;
+  }
+  __syncthreads();
+  if (s.n_list <= kList) tokens = {s.values, s.ids, nullptr, s.n_list};
+}
+
+// The token at which the running sum of weights passes the target, among those that `kept` keeps. What comes before it in the
+// order of logits takes the place of `tokens` as soon as it is known to be few.
+__device__ __noinline__ Found find(Tokens& tokens, const Weights& w, Cut kept, Target target, Shared& s) {
   uint32_t prefix = 0;
   u64 place = 0, total = 0;
   const int shifts[4] = {32, 21, 10, 0};
@@ -243,21 +259,7 @@ __device__ __noinline__ Found find(const Tokens& tokens, const Weights& w, Cut k
       place = place_of(target, total);
     }
     prefix = prefix << bits | static_cast<uint32_t>(find_bin(s, false, place));
+    if (pass < 2 && !tokens.ids) collect(tokens, kept, prefix << shift, s);
   }
   return {{prefix, find_id(tokens, w, kept, false, prefix, nullptr, place, nullptr, s)}, total};
-}
-
-// Put what `kept` keeps, at most kList tokens, into shared memory.
-DEVICE Tokens list_of(const Tokens& tokens, Cut kept, Shared& s) {
-  if (threadIdx.x == 0) s.n_list = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < tokens.n; i += kThreads) {
-    const float v = logit_at(tokens, i);
-    if (!is_kept(kept, key_of(v), i)) continue;
-    const int at = atomicAdd(&s.n_list, 1);
-    s.values[at] = v;
-    s.ids[at] = i;
-  }
-  __syncthreads();
-  return {s.values, s.ids, nullptr, s.n_list};
 }
