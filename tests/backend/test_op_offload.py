@@ -12,6 +12,7 @@ import pytest
 from batches import Piece, make_batch, one_table
 from cuda_emulator.build import has_compiler
 from cuda_emulator.device import EmulatedDevice
+from fake_cuda import FakeCUDA, fake_cuda
 from tiny_models import TinyShape
 
 from pyinfer import LLM, SamplingParams
@@ -25,6 +26,7 @@ from pyinfer.graph.sampling import RowSampling
 from pyinfer.kernels_cpu.stage import CPUStage
 from pyinfer.kernels_gpu.backend import stages_on
 from pyinfer.kernels_gpu.stage import GPUStage
+from pyinfer.kernels_gpu.step_buffer import StepBuffer
 from pyinfer.quant.gguf import GGUFFile
 from pyinfer.runtime import backends, open_stages, placement
 from pyinfer.runtime import offload as offload_module
@@ -50,7 +52,7 @@ class EmulatedGPU:
     name = "gpu"
 
     def __init__(self) -> None:
-        self.device = EmulatedDevice()
+        self.device: Any = EmulatedDevice()
 
     def open_stage(self, graph: Graph, config: StageConfig, progress: Progress | None = None) -> Stage:
         return GPUStage(self.device, graph, config, progress)
@@ -282,24 +284,54 @@ def test_experts_of_steps_of_many_tokens_go_to_the_gpu(
 
 @pytest.mark.parametrize("arch, codec", [("qwen3moe", "Q4_0"), ("qwen2moe", "Q8_0")])
 def test_experts_that_come_compute_what_those_there_do(
-    arch: str, codec: str, tiny_model: TinyModel, gpu: EmulatedGPU
+    arch: str, codec: str, tiny_model: TinyModel, gpu: EmulatedGPU, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts on the CPU, against all on the GPU: two prompts in steps with padding, the last block's among them."""
     graph = graph_of(tiny_model(arch, codec, shape=TinyShape(n_layers=4)))
     there, comes = opened(graph, Offload(4, True, True)), opened(graph, MIXTURES["all attention on the GPU"])
+    n_uploads, upload = [0], StepBuffer._upload_tables
+
+    def counted(*args: Any) -> None:
+        n_uploads[0] += 1
+        upload(*args)
+
+    monkeypatch.setattr(StepBuffer, "_upload_tables", counted)
     for batch in (
         make_batch([Piece(PROMPT[:36], PAGES)], 16, []),
         make_batch([Piece(PROMPT[36:50], PAGES, 36), Piece(PROMPT[:19], [7, 2])], 16, []),
         make_batch([Piece(PROMPT[50:76], PAGES, 50), Piece(PROMPT[19:32], [7, 2], 19)], 16, [25, 38]),
     ):
-        before = dict(gpu.device.launches)
+        before, n_uploads[0] = dict(gpu.device.launches), 0
         found = comes.run(batch).copy()
+        assert n_uploads == [1], "a step's arrays go to the GPU once for all of its parts"
         tiles = [gpu.device.launches[name] - before.get(name, 0) for name in ("expert_mma", "copy aside")]
         assert tiles == [6, 6], "gate and up, and down, of three blocks"
         right = there.run(batch)
         assert found.shape == right.shape and (not len(right) or close_to(found, right, 5e-3))
     comes.close()
     there.close()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_on_a_gpu_that_works_late(eager: bool, tiny_model: TinyModel, gpu: EmulatedGPU) -> None:
+    """CuPy's device: copies happen when they must, or as soon as they may."""
+    graph = graph_of(tiny_model("qwen2moe", "Q4_0", shape=TinyShape(n_layers=4)))
+    batches = [
+        make_batch([Piece(PROMPT[:36], PAGES)], 16, []),
+        make_batch([Piece(PROMPT[36:70], PAGES, 36)], 16, [3, 33]),
+    ]
+    stage = opened(graph, MIXTURES["a block on the CPU"])
+    expected = [stage.run(batch).copy() for batch in batches]
+    stage.close()
+    fake = FakeCUDA()
+    fake.is_aside_eager = eager
+    with fake_cuda(fake) as module:
+        gpu.device = module.CuPyDevice(0)
+        stage = opened(graph, MIXTURES["a block on the CPU"])
+        for batch, right in zip(batches, expected, strict=True):
+            np.testing.assert_array_equal(stage.run(batch), right)
+        stage.close()
+        assert not fake.registered and not fake.allocated
 
 
 def test_each_gpu_computes_the_experts_of_its_blocks(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
