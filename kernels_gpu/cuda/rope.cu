@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) rope_store(
     const float* q, const float* q_weight, float* q_out, int n_q, const float* k, const float* k_weight, const float* v,
     int n_kv, float eps, const float2* angles, const int* slots, void* k_pages, __half* k_scales, void* v_pages,
     __half* v_scales) {
-  __shared__ float heads[WARPS][HEAD];
+  __shared__ __align__(8) float heads[WARPS][HEAD];
   const int warp = threadIdx.x >> 5, row = blockIdx.y;
   int head = blockIdx.x * WARPS + warp;
   let_next_start();

@@ -14,8 +14,8 @@ DEVICE void copy_head(const float* x, float* out) {
   __syncwarp();
 }
 
-// x: HEAD floats; weight: HEAD, with kNorm; angles: (cos, sin) [N_DIMS/2] of the head's token. A lane works on pairs lane,
-// lane + 32, ... and on as many of the columns that do not rotate; all loads come first.
+// x: HEAD floats, 8-byte aligned as `out` is; weight: HEAD, with kNorm; angles: (cos, sin) [N_DIMS/2] of the head's token. A lane
+// works on pairs lane, lane + 32, ... and on as many of the columns that do not rotate; all loads come first.
 template <bool kNorm>
 DEVICE void rotate_head(const float* x, const float* weight, float eps, const float2* angles, float* out) {
   constexpr int kHalf = N_DIMS / 2, kPairs = (kHalf + 31) / 32, kRest = (HEAD - N_DIMS + 31) / 32;
@@ -28,8 +28,13 @@ DEVICE void rotate_head(const float* x, const float* weight, float eps, const fl
   for (int i = 0; i < kPairs; i++) {
     const int pair = lane_id() + 32 * i;
     const bool there = pair < kHalf;
-    u[i] = there ? x[first_of(pair)] : 0.0f;
-    v[i] = there ? x[second_of(pair)] : 0.0f;
+    if (PAIRING == PAIRING_INTERLEAVED) {
+      const float2 both = there ? reinterpret_cast<const float2*>(x)[pair] : make_float2(0.0f, 0.0f);
+      u[i] = both.x, v[i] = both.y;
+    } else {
+      u[i] = there ? x[first_of(pair)] : 0.0f;
+      v[i] = there ? x[second_of(pair)] : 0.0f;
+    }
     turns[i] = there ? angles[pair] : make_float2(0.0f, 0.0f);
   }
 #pragma unroll
@@ -55,10 +60,10 @@ DEVICE void rotate_head(const float* x, const float* weight, float eps, const fl
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
     const int pair = lane_id() + 32 * i;
-    if (pair < kHalf) {
-      out[first_of(pair)] = u[i] * turns[i].x - v[i] * turns[i].y;
-      out[second_of(pair)] = u[i] * turns[i].y + v[i] * turns[i].x;
-    }
+    if (pair >= kHalf) continue;
+    const float2 turned = make_float2(u[i] * turns[i].x - v[i] * turns[i].y, u[i] * turns[i].y + v[i] * turns[i].x);
+    if (PAIRING == PAIRING_INTERLEAVED) reinterpret_cast<float2*>(out)[pair] = turned;
+    else out[first_of(pair)] = turned.x, out[second_of(pair)] = turned.y;
   }
 #pragma unroll
   for (int i = 0; i < kRest; i++) {

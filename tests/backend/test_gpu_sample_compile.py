@@ -13,7 +13,7 @@ pytestmark = pytest.mark.backend
 FEW_SPILLS = 64  # bytes, as ptxas may put by outside of loops
 THREADS = {
     "sample.cu": {"sample_rows": 1024, "row_logprobs": 1024},
-    "sample_steps.cu": {"draw_numbers": 128, "advance_step": 128},
+    "sample_steps.cu": {"draw_numbers": 128, "advance_step": 128, "name_tokens": 128},
 }
 
 
