@@ -1,8 +1,11 @@
-"""The emulator of PTX against facts: what the ISA, CUTLASS's layouts and NumPy say of single instructions, and what it must refuse."""
+"""The emulator of PTX against facts: what the ISA, CUTLASS's layouts and NumPy say of instructions, and what it must refuse."""
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from pyinfer.kernels_gpu.nvrtc import load_nvrtc
 
 pytestmark = [pytest.mark.backend, pytest.mark.skipif(not has_compiler, reason="there is no g++")]
 
+HERE = Path(__file__).parent
 HEAD = ".version 8.8\n.target sm_{arch}\n.address_size 64\n"
 # %rd1: what is read, 64 bytes a lane; %rd2: what is written, 64 bytes a lane; %r1: the lane
 KERNEL = """
@@ -78,13 +82,14 @@ def _store(n: int, first: int = 30) -> str:
     return "".join(f"  st.global.u32 [%rd2+{4 * i}], %r{first + i};\n" for i in range(n))
 
 
-# ---- tensor cores: CUTLASS's layouts (mma_traits_sm75.hpp, mma_traits_sm80.hpp), lanes as (4, 8), strides into a matrix whose
-# first index runs fastest
+# ---- tensor cores: CUTLASS's layouts (mma_traits_sm75.hpp, mma_traits_sm80.hpp), strides into a matrix whose first index runs
+# fastest; lanes are (4, 8)
 Layout = tuple[tuple[int, int], tuple[tuple[int, int], ...]]  # strides of the lane; sizes and strides of the values
+C16X8: Layout = ((32, 1), ((2, 16), (2, 8)))
 MMA: dict[str, tuple[int, int, int, Layout, Layout, Layout]] = {
-    "m16n8k16.f16": (16, 8, 16, ((32, 1), ((2, 16), (2, 8), (2, 128))), ((16, 1), ((2, 8), (2, 64))), ((32, 1), ((2, 16), (2, 8)))),
-    "m16n8k8.f16": (16, 8, 8, ((32, 1), ((2, 16), (2, 8))), ((16, 1), ((2, 8),)), ((32, 1), ((2, 16), (2, 8)))),
-    "m16n8k32.s8": (16, 8, 32, ((64, 1), ((4, 16), (2, 8), (2, 256))), ((32, 1), ((4, 8), (2, 128))), ((32, 1), ((2, 16), (2, 8)))),
+    "m16n8k16.f16": (16, 8, 16, ((32, 1), ((2, 16), (2, 8), (2, 128))), ((16, 1), ((2, 8), (2, 64))), C16X8),
+    "m16n8k8.f16": (16, 8, 8, C16X8, ((16, 1), ((2, 8),)), C16X8),
+    "m16n8k32.s8": (16, 8, 32, ((64, 1), ((4, 16), (2, 8), (2, 256))), ((32, 1), ((4, 8), (2, 128))), C16X8),
     "m8n8k16.s8": (8, 8, 16, ((32, 1), ((4, 8),)), ((32, 1), ((4, 8),)), ((16, 1), ((2, 8),))),
 }  # fmt: skip
 MMA["m16n8k16.bf16"] = MMA["m16n8k16.f16"]
@@ -104,6 +109,9 @@ def _indices(layout: Layout) -> npt.NDArray[np.int64]:
 def test_mma_is_a_product(run: Run, name: str) -> None:
     m, n, k, a_layout, b_layout, c_layout = MMA[name]
     shape, kind = name.split(".")
+    a: npt.NDArray[Any]
+    b: npt.NDArray[Any]
+    c: npt.NDArray[Any]
     rng = np.random.default_rng(1)
     if kind == "s8":
         a, b = (rng.integers(-128, 128, size).astype(np.int8) for size in ((m, k), (n, k)))
@@ -111,7 +119,10 @@ def test_mma_is_a_product(run: Run, name: str) -> None:
     else:
         a, b = (rng.normal(size=size).astype(np.float32) for size in ((m, k), (n, k)))
         c, sums = rng.normal(size=(m, n)).astype(np.float32), "f32"
-        a, b = ((x.view(np.uint32) & 0xFFFF0000).view(np.float32) if kind == "bf16" else x.astype(np.float16) for x in (a, b))
+        a, b = (
+            (x.view(np.uint32) & 0xFFFF0000).view(np.float32) if kind == "bf16" else x.astype(np.float16)
+            for x in (a, b)
+        )
 
     def words(matrix: npt.NDArray[Any], layout: Layout) -> npt.NDArray[np.uint32]:
         values = matrix.T.ravel()[_indices(layout)]
@@ -126,7 +137,10 @@ def test_mma_is_a_product(run: Run, name: str) -> None:
         lists.append("{" + ",".join(f"%r{at + i}" for i in range(count)) + "}")
         at += count
     result = "{" + ",".join(f"%r{30 + i}" for i in range(counts[2])) + "}"
-    body = _load(sum(counts)) + f"  mma.sync.aligned.{shape}.row.col.{sums}.{kind}.{kind}.{sums} {result}, {', '.join(lists)};\n"
+    body = (
+        _load(sum(counts))
+        + f"  mma.sync.aligned.{shape}.row.col.{sums}.{kind}.{kind}.{sums} {result}, {', '.join(lists)};\n"
+    )
     got = run(body + _store(counts[2]), np.concatenate(parts, 1))[:, : counts[2]]
     product = np.empty(m * n, c.dtype)
     product[_indices(c_layout)] = np.ascontiguousarray(got).view(c.dtype)
@@ -157,7 +171,9 @@ def test_ldmatrix(run: Run) -> None:
 
 def test_shuffles_and_votes(run: Run) -> None:
     x = np.arange(100, 132, dtype=np.uint32).reshape(32, 1)
-    body = _load(1) + """
+    body = (
+        _load(1)
+        + """
   shfl.sync.bfly.b32 %r30|%p1, %r10, 5, 31, -1;
   shfl.sync.up.b32 %r31|%p2, %r10, 3, 0, -1;
   shfl.sync.down.b32 %r32|%p3, %r10, 2, 0x181f, -1;
@@ -168,6 +184,7 @@ def test_shuffles_and_votes(run: Run) -> None:
   vote.sync.ballot.b32 %r35, %p4, -1;
   redux.sync.add.s32 %r36, %r10, -1;
 """
+    )
     got, lane = run(body + _store(7), x)[:, :7], np.arange(32)
     assert (got[:, 0] == 100 + (lane ^ 5)).all()
     assert (got[:, 1] == 100 + np.where(lane >= 3, lane - 3, lane)).all()
@@ -204,7 +221,9 @@ def test_conversions(run: Run) -> None:
     rng = np.random.default_rng(2)
     x = (rng.normal(size=(32, 1)) * 10.0 ** rng.uniform(-9, 11, (32, 1))).astype(np.float32)
     x[:8, 0] = 2.5, -2.5, 65520.0, 3e9, -3e9, np.nan, 5.9604645e-08 / 2, 0.49999997
-    body = _load(1) + """
+    body = (
+        _load(1)
+        + """
   mov.b32 %f1, %r10;
   cvt.rn.f16.f32 %rs1, %f1;
   cvt.u32.u16 %r30, %rs1;
@@ -220,6 +239,7 @@ def test_conversions(run: Run) -> None:
   cvt.s32.s16 %r37, %rs2;
   cvt.rzi.u32.f32 %r38, %f1;
 """
+    )
     got = run(body + _store(9), x)
     with np.errstate(over="ignore"):
         half = x[:, 0].astype(np.float16)
@@ -240,7 +260,9 @@ def test_conversions(run: Run) -> None:
 def test_bits_and_integers(run: Run) -> None:
     words = np.random.default_rng(3).integers(0, 1 << 32, (32, 3), np.uint32)
     words[0], words[1] = (0x80000000, 0xFFFFFFFF, 40), (0, 1, 0)
-    body = _load(3) + """
+    body = (
+        _load(3)
+        + """
   lop3.b32 %r30, %r10, %r11, %r12, 0x6a;
   prmt.b32 %r31, %r10, %r11, 0x9d60;
   bfe.s32 %r32, %r10, 5, 9;
@@ -257,6 +279,7 @@ def test_bits_and_integers(run: Run) -> None:
   brev.b32 %r5, %r10;
   st.global.v4.u32 [%rd2+48], {%r2, %r3, %r4, %r5};
 """
+    )
     got = run(body + _store(10), words)
 
     def signed(v: int, n: int = 32) -> int:
@@ -274,7 +297,9 @@ def test_bits_and_integers(run: Run) -> None:
         assert got[lane, 5] == ((b << 32 | a) << (c & 31) >> 32) % 2**32
         assert got[lane, 6] == (a << c) % 2**32 if c < 32 else got[lane, 6] == 0
         assert got[lane, 7] == (signed(a) >> min(c, 31)) % 2**32
-        assert got[lane, 8] == (sum(signed(x, 8) * y for x, y in zip(sources[:4], sources[4:], strict=True)) + c) % 2**32
+        assert (
+            got[lane, 8] == (sum(signed(x, 8) * y for x, y in zip(sources[:4], sources[4:], strict=True)) + c) % 2**32
+        )
         assert got[lane, 9] == (a * b + c) % 2**32
         assert int(got[lane, 12]) | int(got[lane, 13]) << 32 == signed(a) * signed(b) % 2**64
         assert got[lane, 14] == (32 - a.bit_length() if a else 0xFFFFFFFF)
@@ -284,7 +309,9 @@ def test_bits_and_integers(run: Run) -> None:
 def test_float_arithmetic(run: Run) -> None:
     words = np.random.default_rng(4).normal(size=(32, 2)).astype(np.float32)
     words[0], words[1], words[2] = (np.nan, 1), (-0.0, 0.0), (1e-39, 1)
-    body = _load(2) + """
+    body = (
+        _load(2)
+        + """
   mov.b32 %f1, %r10;
   mov.b32 %f2, %r11;
   max.f32 %f3, %f1, %f2;
@@ -297,7 +324,9 @@ def test_float_arithmetic(run: Run) -> None:
   setp.gt.f32 %p2, %f1, %f2;
   selp.u32 %r36, 1, 0, %p1;
   selp.u32 %r37, 1, 0, %p2;
-""" + "".join(f"  mov.b32 %r{27 + i}, %f{i};\n" for i in range(3, 9))
+"""
+        + "".join(f"  mov.b32 %r{27 + i}, %f{i};\n" for i in range(3, 9))
+    )
     got = run(body + _store(8), words)
     a, b = words.T
     values = got.view(np.float32)
@@ -330,7 +359,7 @@ def test_arithmetic_of_pairs_of_halves(run: Run) -> None:
         ("  add.u128 %r2, %r1, %r1;", "line 20: an unknown type"),
         ("  add.wrong.f32 %f1, %f1, %f1;", r"line 20: an unknown modifier \.wrong"),
         ("  mov.u32 %r2, %clock;", "line 20: an unknown operand '%clock'"),
-        ("  mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r2,%r3}, {%r4,%r5,%r6,%r7}, {%r8,%r9}, {%r2,%r3};", "unknown mma"),
+        ("  mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {%r2,%r3}, {%r4,%r5}, {%r8}, {%r2,%r3};", "unknown mma"),
     ],
 )  # fmt: skip
 def test_what_is_unknown_is_an_error(run: Run, body: str, message: str) -> None:
@@ -343,7 +372,7 @@ MISUSE = [
     ("  st.global.u32 [%rd2+64], %r1;\n  st.global.u32 [%rd2+1024], %r1;", "at byte 2048 of a buffer of 2048 bytes"),
     ("  mov.u32 %r2, tile;\n  st.shared.u32 [%r2+2048], %r1;", "shared address .* out of the bounds"),
     ("  mov.u64 %rd5, 64;\n  ld.global.u32 %r2, [%rd5];", "near no buffer"),
-    ("  setp.lt.u32 %p1, %r1, 5;\n  @%p1 bar.warp.sync -1;\n  @%p1 ret;\n  bar.warp.sync 0xff;", "lanes came with different masks"),
+    ("  setp.lt.u32 %p1, %r1, 5;\n  @%p1 bar.warp.sync -1;\n  @%p1 ret;\n  bar.warp.sync 0xff;", "lanes came with different"),
     ("  setp.lt.u32 %p1, %r1, 5;\n  @%p1 bra A;\n  bar.sync 0;\n  bra B;\nA:\n  bar.sync 0;\nB:", "different barriers, of lines"),
     ("  mov.u32 %r3, 0;\n  div.s32 %r2, %r1, %r3;", "division by zero"),
 ]  # fmt: skip
@@ -369,24 +398,47 @@ def test_an_overlapping_kernel_waits_before_it_touches_what_others_write(tmp_pat
     a, b, d = (device.array(np.zeros((32, 16), np.uint32)) for _ in range(3))
 
     def launch(name: str, source: Any, target: Any, overlap: bool = True) -> None:
-        device.launch(Launch(Kernel(str(tmp_path / f"{name}.ptx"), "test"), (1, 1, 1), (32, 1, 1), (source, target), overlap=overlap))
+        kernel = Kernel(str(tmp_path / f"{name}.ptx"), "test")
+        device.launch(Launch(kernel, (1, 1, 1), (32, 1, 1), (source, target), overlap=overlap))
 
     launch("late", a, b)
     launch("early", a, d)  # nobody writes what it reads
-    with pytest.raises(EmulatorError, match="a read of what an earlier kernel writes before griddepcontrol.wait"):
+    with pytest.raises(EmulatorError, match=r"a read of what an earlier kernel writes before griddepcontrol\.wait"):
         launch("early", b, d)
     launch("early", b, d, overlap=False)
-    with pytest.raises(EmulatorError, match="a write to global memory before griddepcontrol.wait"):
+    with pytest.raises(EmulatorError, match=r"a write to global memory before griddepcontrol\.wait"):
         launch("writes", a, b)
     with pytest.raises(EmulatorError, match="no thread has waited"):
         launch("never", a, b)
     device.close()
 
 
-# ---- what NVRTC makes of our sources
-@pytest.fixture(scope="module", autouse=True)
-def with_nvrtc(request: pytest.FixtureRequest) -> None:
+# ---- what NVRTC makes of our sources: the tests of the kernels on it
+SOME = (
+    "test_gpu_matmul.py::test_every_type[Q4_K]",
+    "test_gpu_attention.py::test_decode_with_rope_and_store[norms]",
+    "test_gpu_attention.py::test_prompt[continued]",
+)
+
+
+def _pytest(arch: int, *arguments: str) -> str:
     try:
         load_nvrtc()
     except BackendError as error:
         pytest.skip(str(error))
+    command = [sys.executable, "-m", "pytest", "--ptx", str(arch), "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_some_kernels() -> None:
+    assert f"{len(SOME)} passed" in _pytest(90, "-n0", *SOME)
+
+
+@pytest.mark.large
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("arch", [90, 80, 75])
+def test_all_kernels(arch: int) -> None:
+    files = sorted(path.name for path in HERE.glob("test_gpu_*.py") if "compile" not in path.name)
+    assert " passed" in _pytest(arch, "-n", str(os.cpu_count()), "--timeout", "3600", *files, "test_mma_fragments.py")

@@ -31,7 +31,7 @@ def _float(op: Operation, kind: str, n: int) -> str:
     mode = op.take("rn", "rz", "rm", "rp")
     ftz, sat = op.flag("ftz"), op.flag("sat")
     if op.base in ("div", "sqrt"):
-        mode = mode or op.take("approx", "full") and "rn"
+        mode = mode or (op.take("approx", "full") and "rn")
     op.finish(n + 1)
     operands = [op.get(i, kind) for i in range(1, n + 1)]
     if ftz:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from cuda_emulator.build import FLAGS, NICE, EmulatorError, host_flags, runtime
+
 from ptx_emulator.parse import Module, parse
 from ptx_emulator.translate import translate
 from pyinfer.kernels_gpu.kernel_cache import Unit, unit_of, unit_text

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cuda_emulator import device as base
 from cuda_emulator.build import EmulatorError, runtime
 from cuda_emulator.device import EmulatedDevice, check_limits
+
 from ptx_emulator.build import ARCHS, PTXKernel, compile_all, compiled, place_of
 from pyinfer.kernels_gpu.cuda_launch import as_word, kind_of
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch, Step
@@ -89,7 +90,13 @@ class PTXDevice(EmulatedDevice):
             known = sorted((at, at + n, marks.ctypes.data) for at, (n, marks) in _BUFFERS.items())
             ranges, overlaps = np.array(known, np.uint64).reshape(-1, 3), launch.overlap and self.arch >= 90
             kernel.begin(
-                ranges.ctypes.data, len(ranges), launch.shared_bytes, ctypes.addressof(grid), n_threads, overlaps, self._mark
+                ranges.ctypes.data,
+                len(ranges),
+                launch.shared_bytes,
+                ctypes.addressof(grid),
+                n_threads,
+                overlaps,
+                self._mark,
             )
             text = runtime().emulator_launch(
                 kernel.call, kernel.poison, ctypes.cast(pointers, ctypes.c_void_p), ctypes.cast(grid, ctypes.c_void_p),

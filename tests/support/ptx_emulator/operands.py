@@ -13,7 +13,12 @@ C_TYPES = {
     "f16x2": "uint32_t", "bf16x2": "uint32_t", "b64": "uint64_t", "u64": "uint64_t", "s64": "int64_t", "f64": "double",
 }  # fmt: skip
 _REGISTER_TYPES = C_TYPES | {"s8": "uint8_t", "s16": "uint16_t", "s32": "uint32_t", "s64": "uint64_t"}
-_INDICES = {"tid": "emulator_thread", "ctaid": "emulator_block", "ntid": "emulator_block_size", "nctaid": "emulator_grid_size"}
+_INDICES = {
+    "tid": "emulator_thread",
+    "ctaid": "emulator_block",
+    "ntid": "emulator_block_size",
+    "nctaid": "emulator_grid_size",
+}
 _SPECIAL = {f"{name}.{axis}": f"{value}.{axis}" for name, value in _INDICES.items() for axis in "xyz"} | {
     "laneid": "c.lane",
     "warpid": "uint32_t(c.thread / 32)",

@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 
 WIDTHS = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4,
           "f16x2": 4, "bf16": 2, "bf16x2": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8}  # fmt: skip
-_LINE_DIRECTIVES = (".loc", ".file", ".version", ".target", ".address_size", ".maxntid", ".minnctapersm", ".reqntid", ".pragma")
+_LINE_DIRECTIVES = (
+    ".loc",
+    ".file",
+    ".version",
+    ".target",
+    ".address_size",
+    ".maxntid",
+    ".minnctapersm",
+    ".reqntid",
+    ".pragma",
+)
 _VARIABLE = re.compile(
     r"(?:\.(?P<link>extern|visible|weak)\s+)?\.(?P<space>global|const|shared|local|param)\s+(?:\.align\s+(?P<align>\d+)\s+)?"
     r"(?:\.(?P<ptr>ptr)[\s\w.]*?\s+)?\.(?P<type>\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*(?:\.align\s+\d+\s+)?)?(?P<name>[\w$]+)\s*"
@@ -23,7 +33,9 @@ _HEADER = re.compile(
     r"(?:\.(?:visible|weak|extern)\s+)?\.(?P<kind>entry|func)\s*(?:\((?P<result>[^)]*)\))?\s*(?P<name>[\w$]+)\s*\((?P<params>[^)]*)\)",
     re.DOTALL,
 )
-_INSTRUCTION = re.compile(r"(?:@(?P<negated>!?)(?P<guard>[%\w$]+)\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>.*)", re.DOTALL)
+_INSTRUCTION = re.compile(
+    r"(?:@(?P<negated>!?)(?P<guard>[%\w$]+)\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>.*)", re.DOTALL
+)
 
 
 class PTXError(AssertionError):

@@ -28,9 +28,11 @@ def translate(module: Module, entry: str) -> str:
         values = ", ".join(str(byte) for byte in variable.value or bytes(variable.n_bytes))
         parts.append(f"alignas(16) static unsigned char {place}[] = {{{values}}};")
         module_names[variable.name] = f"uint64_t({place})"
-    ranges = ", ".join(f"{{uint64_t({module_names[v.name][9:-1]}), {v.n_bytes}}}" for v in constants)
-    parts.append(f"static const struct {{ uint64_t at, n_bytes; }} module_ranges[] = {{{ranges}{', ' if ranges else ''}{{0, 0}}}};")
-    parts += [f"static void f_{_safe(f.name)}(Context&, unsigned char* const*, unsigned char* const*);" for f in functions]
+    listed = "".join(f"{{uint64_t({module_names[v.name][9:-1]}), {v.n_bytes}}}, " for v in constants)
+    parts.append(f"static const struct {{ uint64_t at, n_bytes; }} module_ranges[] = {{{listed}{{0, 0}}}};")
+    parts += [
+        f"static void f_{_safe(f.name)}(Context&, unsigned char* const*, unsigned char* const*);" for f in functions
+    ]
     parts += [_function(module, function, module_names, shared.of_function) for function in functions]
     parts.append(_entry(module.functions[entry], shared.n_bytes))
     return "\n".join(parts)
@@ -88,7 +90,9 @@ def _entry(function: Function, n_static: int) -> str:
     )
 
 
-def _function(module: Module, function: Function, module_names: dict[str, str], shared: dict[tuple[str, str], str]) -> str:
+def _function(
+    module: Module, function: Function, module_names: dict[str, str], shared: dict[tuple[str, str], str]
+) -> str:
     names = Names(module_names)
     for i, parameter in enumerate(function.params):
         names.bind(parameter.name, f"uint64_t(params[{i}])")
@@ -108,14 +112,18 @@ def _function(module: Module, function: Function, module_names: dict[str, str], 
             lines.append(f"{warp.label(statement.name)}:;")
         elif isinstance(statement, Variable):
             if statement.space == "shared":
-                names.bind(statement.name, shared[function.name, statement.name] if (function.name, statement.name) in shared else "0")
+                names.bind(statement.name, shared.get((function.name, statement.name), "0"))
             else:
                 arrays.append(_array(statement, names))
         else:
             lines.append(_instruction(module, function, statement, names))
-    registers = [f"{kind} {name} = {_POISON.get(kind, f'({kind})0xdeadbeefdeadbeefull')};" for name, kind in names.registers.items()]
-    head = f"static void f_{_safe(function.name)}(Context& c, unsigned char* const* params, unsigned char* const* results) {{"
-    return "\n".join([head, "const int depots_before = c.n_depots;", *registers, *arrays, *lines, "end:", "c.n_depots = depots_before;", "}"])
+    registers = [
+        f"{kind} {name} = {_POISON.get(kind, f'({kind})0xdeadbeefdeadbeefull')};"
+        for name, kind in names.registers.items()
+    ]
+    arguments = "Context& c, unsigned char* const* params, unsigned char* const* results"
+    head = [f"static void f_{_safe(function.name)}({arguments}) {{", "const int depots_before = c.n_depots;"]
+    return "\n".join([*head, *registers, *arrays, *lines, "end:", "c.n_depots = depots_before;", "}"])
 
 
 def _array(variable: Variable, names: Names) -> str:
@@ -123,7 +131,9 @@ def _array(variable: Variable, names: Names) -> str:
     names.bind(variable.name, f"uint64_t({place})")
     text = f"alignas(16) unsigned char {place}[{variable.n_bytes}]; memset({place}, kPoison, sizeof {place});"
     if variable.space == "local":
-        text += f" c.depots[c.n_depots++] = Range{{uint64_t({place}), uint64_t({place}) + {variable.n_bytes}, nullptr}};"
+        text += (
+            f" c.depots[c.n_depots++] = Range{{uint64_t({place}), uint64_t({place}) + {variable.n_bytes}, nullptr}};"
+        )
     return text
 
 

@@ -73,7 +73,14 @@ def _reduce(op: Operation) -> str:
     op.finish(3)
     if not sync or action is None:
         raise op.error("an unknown reduction")
-    new = {"add": "add(a, b)", "min": "lesser(a, b)", "max": "larger(a, b)", "and": "a & b", "or": "a | b", "xor": "a ^ b"}
+    new = {
+        "add": "add(a, b)",
+        "min": "lesser(a, b)",
+        "max": "larger(a, b)",
+        "and": "a & b",
+        "or": "a | b",
+        "xor": "a ^ b",
+    }
     function = f"[](auto a, auto b) {{ return decltype(a)({new[action]}); }}"
     return op.put(0, f"redux(c, {op.line}, {what}, {op.get(1, kind)}, {op.get(2, 'b32')}, {function})")
 
