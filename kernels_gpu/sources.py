@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cuda"
-_INCLUDE = re.compile(r'^[ \t]*#include "([\w.]+)"[^\n]*\n', re.MULTILINE)
+_DIRECTIVE = re.compile(r'[ \t]*#[ \t]*(?:include "(?P<file>[\w.]+)"|(?P<branch>if|ifdef|ifndef|elif|else|endif)\b)')
 
 
 @lru_cache(maxsize=256)
@@ -21,18 +21,20 @@ def with_includes(name: str) -> str:
 
 def _expanded(file: str) -> str:
     label = Path(file).name
-
-    def replace(match: re.Match[str]) -> str:
-        included = match.group(1)
-        if not (SOURCES / included).is_file():
-            return match.group(0)
-        guard = f"PYINFER_{re.sub('[^A-Z0-9]', '_', included.upper())}"
-        inner = f"#ifndef {guard}\n#define {guard}\n{_expanded(included)}\n#endif\n"
-        return f'{inner}#line {_line_after(match)} "{label}"\n'
-
+    parts, open_branches = [f'#line 1 "{label}"\n'], list[bool]()  # whether files were put into an open #if so far
     text = (SOURCES / file).read_text("utf-8").replace("#pragma once\n", "\n")
-    return f'#line 1 "{label}"\n' + _INCLUDE.sub(replace, text)
-
-
-def _line_after(match: re.Match[str]) -> int:
-    return match.string.count("\n", 0, match.end()) + 1
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        found = _DIRECTIVE.match(line)
+        included, branch = (found["file"], found["branch"]) if found else (None, None)
+        # the preprocessor does not see a #line in a branch that it leaves out
+        is_moved = branch in ("elif", "else", "endif") and open_branches[-1]
+        if included and (SOURCES / included).is_file():
+            guard = f"PYINFER_{re.sub('[^A-Z0-9]', '_', included.upper())}"
+            line = f"#ifndef {guard}\n#define {guard}\n{_expanded(included)}\n#endif\n"
+            open_branches, is_moved = [True] * len(open_branches), True
+        if branch in ("if", "ifdef", "ifndef"):
+            open_branches.append(False)
+        if branch == "endif":
+            open_branches.pop()
+        parts += [line, f'#line {number + 1} "{label}"\n'] if is_moved else [line]
+    return "".join(parts)
