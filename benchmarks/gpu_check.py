@@ -6,14 +6,16 @@ Sections, each in a process of its own with a limit of time, so that a crash of 
 
 kernels   the tests of tests/backend/test_gpu_*.py on the card instead of the emulator, inputs of a new seed, every buffer
           poisoned before use and guarded at its end. With --sanitize also under compute-sanitizer's memcheck and racecheck.
-models    --models: 32 greedy tokens on the GPU, on the CPU, and with half the layers on each; where they part, the gap
-          between the two logits that were nearly equal
+models    logits of real shapes with random weights against the CPU's; --models: 32 greedy tokens on the GPU, on the CPU, and
+          with half the layers on each; where they part, the gap between the two logits that were nearly equal
 speed     Llama-3.1-8B and Llama-3.2-1B with random weights: prompts, decoding alone, at depth, and of many sequences
 offload   half the layers on the GPU
 soak      64 streams for a minute: no error, books balanced, memory as before
 
-Results are written as they come: FOLDER/gpu_check.jsonl, one object a line, and FOLDER/gpu_check.txt, the tables.
-Needs CuPy, the test extra, and 12 GB of disk for the speed section. A warm-up of half a second comes before any clock.
+Results are written as they come: FOLDER/gpu_check.jsonl, one object a line, and FOLDER/gpu_check.txt, the tables; what
+compute-sanitizer says is in FOLDER/memcheck.txt and FOLDER/racecheck.txt. --limits kernels=200,speed=300 gives other limits of
+time, --match an expression for pytest's -k, for the kernels. Needs CuPy, the test extra, and 15 GB of disk for the models of the
+speed section. A warm-up of half a second comes before any clock.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,9 +39,11 @@ from gpu_report import Report  # noqa: E402
 from gpu_speed import check_offload, check_speed  # noqa: E402
 
 from pyinfer.errors import BackendError  # noqa: E402
+from pyinfer.kernels_gpu.nvrtc import load_nvrtc  # noqa: E402
 from pyinfer.kernels_gpu.requirements import usable_gpus  # noqa: E402
 
 LIMITS = {"kernels": 420, "memcheck": 560, "racecheck": 560, "models": 240, "speed": 420, "offload": 200, "soak": 120}
+NEEDED = ("numba", "llvmlite", "msgspec", "tokenizers", "jinja2", "pytest", "pytest_timeout")
 
 
 def check_kernels(report: Report, options: argparse.Namespace) -> None:
@@ -48,6 +53,7 @@ def check_kernels(report: Report, options: argparse.Namespace) -> None:
     began = time.monotonic()
     command = [sys.executable, __file__, "--section", "kernels", "--out", options.out, "--seed", str(options.seed)]
     command += ["--label", options.label or "kernels", *(["--first"] if options.first else [])]
+    command += ["--match", options.match]
     files = [path for path in sorted((ROOT / "tests" / "backend").glob("test_gpu_*.py")) if "compile" not in path.stem]
     running = {path.name: subprocess.Popen([*command, "--file", str(path)]) for path in files}
     codes = {name: process.wait() for name, process in running.items()}
@@ -70,8 +76,9 @@ def _run_tests(report: Report, options: argparse.Namespace) -> int:
             if report.when == "call" or report.failed:
                 counts[report.outcome] = counts.get(report.outcome, 0) + 1
 
-    flags = ["-q", "-x" if options.first else "-ra", "--timeout=300", "-p", "no:cacheprovider"]
+    flags = ["-q", "-x" if options.first else "-ra", "--timeout=300", "-p", "no:cacheprovider", "-k", options.match]
     code = int(pytest.main([options.file, *flags], plugins=[Count()]))
+    code = 0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else code
     report.add("kernels", f"{options.label}: {Path(options.file).name}", exit=code, **counts)
     return code
 
@@ -86,7 +93,7 @@ SECTIONS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
 
 
 def main() -> int:
-    """0 if every section ended by itself."""
+    """0 if every section ended well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gpu_check", help="folder for the results")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
@@ -98,6 +105,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 20))
     parser.add_argument("--tiny", action="store_true", help="toy models: is the script itself right")
     parser.add_argument("--first", action="store_true", help="kernels: stop at the first failure")
+    parser.add_argument("--match", default="", help="kernels: tests of these names, as pytest's -k")
+    parser.add_argument("--limits", default="", help="seconds of sections: kernels=200,memcheck=150")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     parser.add_argument("--label", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
@@ -106,11 +115,19 @@ def main() -> int:
     if options.section:
         SECTIONS[options.section](report, options)
         return 0
+    Path(options.scratch).mkdir(parents=True, exist_ok=True)
     try:
-        usable_gpus()
+        for gpu in usable_gpus():
+            report.add(
+                "gpu_check", gpu.name, arch=gpu.arch, free_gib=gpu.free / 2**30, nvrtc=load_nvrtc().dotted_version
+            )
     except BackendError as error:
         print(error, file=sys.stderr)
         return 1
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        report.add("gpu_check", "not installed, sections that need them will fail", packages=" ".join(missing))
+    for pair in filter(None, options.limits.split(",")):
+        LIMITS[pair.partition("=")[0]] = int(pair.partition("=")[2])
     failed = 0
     for section in options.only.split(","):
         failed += _in_process(report, section, section, [], options)
@@ -129,23 +146,24 @@ def _in_process(report: Report, section: str, label: str, before: list[str], opt
         "--repetitions": str(options.repetitions),
         "--soak-seconds": str(options.soak_seconds),
         "--seed": str(options.seed),
+        "--match": options.match,
     }
     flags = [flag for flag, is_set in (("--tiny", options.tiny), ("--first", options.first)) if is_set]
     pairs = [word for pair in values.items() for word in pair]
     command = [*before, sys.executable, __file__, *pairs, *flags, "--models", *options.models]
+    log = (Path(options.out) / f"{label}.txt").open("w") if before else None
+    began = time.monotonic()
     try:
-        process = subprocess.Popen(command, start_new_session=True)
+        process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log and subprocess.STDOUT)
         code = process.wait(LIMITS[label])
         ended = f"exit code {code}" if code else ""
     except subprocess.TimeoutExpired:
-        os.killpg(
-            process.pid, signal.SIGKILL
-        )  # with the processes that it started, which would disturb the next section
+        # with the processes that it started, which would disturb the next section
+        os.killpg(process.pid, signal.SIGKILL)
         ended = f"did not end within {LIMITS[label]} s"
     except FileNotFoundError as error:
         ended = str(error)
-    if ended:
-        report.add(section, label, ended=ended)
+    report.add(section, label, ended=ended or "well", seconds=time.monotonic() - began)
     return int(bool(ended))
 
 

@@ -10,11 +10,48 @@ from typing import Any
 
 from gpu_report import Report
 
+SYNTHETIC = (("llama-3.2-1b", "Q4_K_M"), ("llama-3.2-1b", "Q8_0"), ("llama-3.1-8b", "Q4_K_M"))
+
 
 def check_models(report: Report, options: argparse.Namespace) -> None:
+    for name, mix in SYNTHETIC if not options.tiny else (("tiny", "Q4_K_M"),):
+        _compare_logits(report, options, name, mix)
     for path in options.models:
         for layers in ("all", "half"):
             _compare(report, Path(path), layers)
+
+
+def _compare_logits(report: Report, options: argparse.Namespace, name: str, mix: str) -> None:
+    """A prompt, then one token more: all logits, by kernels for many rows and by those for one."""
+    import numpy as np
+    from batches import Piece, make_batch
+    from synthetic_model import write_synthetic
+
+    from pyinfer.graph.backend import StageConfig
+    from pyinfer.quant.gguf import GGUFFile
+    from pyinfer.runtime.load_options import LoadOptions
+    from pyinfer.runtime.models.registry import build_graph
+    from pyinfer.runtime.placement import place
+    from pyinfer.runtime.threads import default_threads
+
+    path = write_synthetic(Path(options.scratch) / f"{name}-{mix}.gguf", name, mix)
+    n = 16 if options.tiny else 100
+    config = StageConfig(n_pages=8, max_tokens=128, max_sequences=1, n_ctx=128, n_threads=default_threads())
+    found = []
+    with GGUFFile.open(path) as file:
+        graph = build_graph(file)
+        ids = np.random.default_rng(options.seed).integers(0, graph.n_vocab, n + 1).tolist()
+        pages = list(range(config.n_pages))
+        for layers in (0, "all"):
+            placed = place(graph, LoadOptions(n_gpu_layers=layers), lambda offload, devices: config, None)
+            try:
+                prompt = placed.stage.run(make_batch([Piece(ids[:n], pages, 0)], 16)).copy()
+                found.append((prompt, placed.stage.run(make_batch([Piece(ids[n:], pages, n)], 16)).copy()))
+            finally:
+                placed.stage.close()
+    for what, host, device in zip((f"{n} tokens", "one token more"), *found, strict=True):
+        error = float(np.abs(host - device).max() / np.abs(host).max())
+        report.add("models", f"{path.stem}: {what}", kl_mean=float(_kl(host, device).mean()), error=error)
 
 
 def _compare(report: Report, path: Path, layers: str) -> None:
@@ -24,12 +61,12 @@ def _compare(report: Report, path: Path, layers: str) -> None:
 
     greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
     prompts = ["The capital of France is", "def fibonacci(n):", "Once upon a time"]
-    with LLM(path, n_ctx=1024, max_num_seqs=8) as cpu:
+    with LLM(path, n_ctx=512, max_num_seqs=8) as cpu:
         n_blocks = len(cpu.model.graph.kv_layers)
         expected = cpu.generate(prompts, greedy, use_tqdm=False)
         ids = [[*each.prompt_token_ids, *each.outputs[0].token_ids] for each in expected]
         host = cpu.logits(ids)
-    with LLM(path, n_ctx=1024, max_num_seqs=8, n_gpu_layers="all" if layers == "all" else n_blocks // 2) as gpu:
+    with LLM(path, n_ctx=512, max_num_seqs=8, n_gpu_layers="all" if layers == "all" else n_blocks // 2) as gpu:
         found = gpu.generate(prompts, greedy, use_tqdm=False)
         device = gpu.logits(ids)
     kl = [_kl(a, b) for a, b in zip(host, device, strict=True)]
