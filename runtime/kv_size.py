@@ -22,7 +22,7 @@ def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, availab
         available = memory().available if available is None else available
         kv_memory = min(MAX_KV_MEMORY, max(0, available - weight_bytes) // 2)
     n_pages = kv_memory // page_bytes
-    layout = PageLayout(graph.kv_groups, options.block_size, options.max_num_batched_tokens)
+    layout = PageLayout(graph.kv_groups, options.block_size, options.step_tokens)
     held = layout.longest(n_pages)
     if held < 1:
         raise ConfigError(
@@ -47,7 +47,7 @@ def plan_sizes(graph: Graph, weight_bytes: int, options: LoadOptions, *, availab
         n_pages=n_pages,
         block_size=options.block_size,
         kv_dtype=options.kv_cache_dtype,
-        max_tokens=options.max_num_batched_tokens,
+        max_tokens=options.step_tokens,
         max_sequences=options.max_num_seqs,
         n_ctx=n_ctx,
         n_threads=options.n_threads or default_threads(),

@@ -38,7 +38,7 @@ class LLM:
 
     Calls from several threads wait for each other; within a call all prompts run together. `options` are those of
     `pyinfer.runtime.loader.LoadOptions`: n_ctx=0, n_gpu_layers=0, n_threads=None, max_num_seqs=256,
-    max_num_batched_tokens=512, block_size=16, kv_cache_dtype="f16", kv_cache_memory=None, seed=0, ...
+    max_num_batched_tokens=None, block_size=16, kv_cache_dtype="f16", kv_cache_memory=None, seed=0, ...
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:

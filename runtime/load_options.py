@@ -13,6 +13,8 @@ from pyinfer.runtime.offload import GPU_EXPAND, GPU_SPLIT, GPUExpand, GPULayers,
 from pyinfer.runtime.policy import POLICIES
 from pyinfer.runtime.preemption_cost import PREEMPTION_MODES
 
+STEP_TOKENS = 512  # of a step where nothing else is asked for
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
@@ -31,7 +33,7 @@ class LoadOptions:
     op_offload_min_batch: int = 32  # how many those are
     n_threads: int | None = None  # None: physical cores this process may use
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None  # of a step; None: 512, and 2048 with everything on large GPUs
     block_size: int = 16
     kv_cache_dtype: str = "f16"
     kv_cache_memory: int | None = None  # bytes; None: min(4 GiB, half of what is free after the weights)
@@ -58,8 +60,9 @@ class LoadOptions:
             "max_num_seqs", "max_num_batched_tokens", "block_size", "num_scheduler_steps", "op_offload_min_batch",
         )  # fmt: skip
         for name, low in (("n_ctx", 0), ("n_cpu_moe", 0), *((name, 1) for name in at_least_1)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {low}", param=name)
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name} is {value}; it must be at least {low}", param=name)
         if self.block_size > 64:
             raise ConfigError(f"block_size is {self.block_size}; it must be at most 64", param="block_size")
         if self.n_threads is not None and self.n_threads < 1:
@@ -82,6 +85,11 @@ class LoadOptions:
             raise ConfigError("repack_cache must be a number of bytes, or 0 for none", param="repack_cache")
         if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
             raise ConfigError("kv_cache_memory must be a positive number of bytes", param="kv_cache_memory")
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of a step."""
+        return self.max_num_batched_tokens or STEP_TOKENS
 
 
 def load_options(options: Mapping[str, Any]) -> LoadOptions:

@@ -22,6 +22,7 @@ from pyinfer.runtime.page_layout import PageLayout
 
 _log = logging.getLogger(__name__)
 _HOST_SHARE = 0.7  # of what is free on the host, for weights that are there twice
+_LARGE_GPU, _LARGE_STEP = 16_000_000_000, 2048  # bytes of memory, tokens; vLLM's default for such a GPU
 _LEAST_CONTEXT = 8192  # tokens that must fit before weights take the rest of a GPU, if the model has so many
 
 
@@ -56,7 +57,7 @@ def place(graph: Graph, options: LoadOptions, sizes: Sizes, progress: Progress |
     devices = find_devices(options)
     layers = options.n_gpu_layers if devices else 0
     n_cpu_experts = cpu_experts(graph, options)
-    most_tokens, min_batch = options.max_num_batched_tokens, options.op_offload_min_batch
+    most_tokens, min_batch = options.step_tokens, options.op_offload_min_batch
     op_offload = options.op_offload and bool(layers) and most_tokens >= min_batch
     expert_offload = op_offload and _has_experts(graph) and most_tokens >= least_tokens([graph], min_batch)
     asked, *less = candidates(
@@ -184,9 +185,10 @@ def size_pool(
     """
     if not offload.n_layers:
         return plan_sizes(graph, file_bytes, options)
+    options = with_step_tokens(options, offload, devices)
     page_bytes = kv_page_bytes(graph, options.block_size, options.kv_cache_dtype)
     n_ctx = options.n_ctx or min(graph.n_ctx_train, _LEAST_CONTEXT)
-    layout = PageLayout(graph.kv_groups, options.block_size, options.max_num_batched_tokens)
+    layout = PageLayout(graph.kv_groups, options.block_size, options.step_tokens)
     least = options.kv_cache_memory // page_bytes if options.kv_cache_memory else layout.most_pages(n_ctx)
     config = plan_sizes(graph, 0, replace(options, n_ctx=0, kv_cache_memory=max(1, least) * page_bytes))
     share = options.gpu_memory_utilization
@@ -203,6 +205,17 @@ def size_pool(
         n_pages = min(n_pages, _host_pages(plan))
     config = plan_sizes(graph, 0, replace(options, kv_cache_memory=max(1, n_pages * page_bytes)))
     return replace(config, gpu_expand=expand)
+
+
+def with_step_tokens(options: LoadOptions, offload: Offload, devices: Sequence[DeviceInfo]) -> LoadOptions:
+    """With larger steps, unless a size is asked for, where everything is on large GPUs: prompts run faster in them.
+
+    On small ones a step of so many tokens would keep those that decode waiting.
+    """
+    is_all = offload.has_embedding and not offload.n_cpu_experts
+    if options.max_num_batched_tokens is None and is_all and min(device.total for device in devices) >= _LARGE_GPU:
+        return replace(options, max_num_batched_tokens=_LARGE_STEP)
+    return options
 
 
 def _host_pages(plan: OffloadPlan) -> int:

@@ -119,7 +119,7 @@ def _run(
     from pyinfer.runtime.model_info import model_info
     from pyinfer.runtime.models.registry import build_graph
     from pyinfer.runtime.offload import keeps_copies, make_plan
-    from pyinfer.runtime.placement import place
+    from pyinfer.runtime.placement import place, with_step_tokens
     from pyinfer.runtime.threads import default_threads
 
     graph = build_graph(file)
@@ -129,16 +129,17 @@ def _run(
         n_pages=max(pages_needed(test, engine.block_size, len(graph.kv_groups)) for test in tests),
         block_size=engine.block_size,
         kv_dtype=engine.kv_cache_dtype,
-        max_tokens=engine.max_num_batched_tokens,
+        max_tokens=options.step_tokens,
         max_sequences=max(test.n_parallel for test in tests),
         n_ctx=max(test.n_ctx for test in tests),
         n_threads=n_threads,
     )
 
     def sizes(offload: Offload, devices: Sequence[DeviceInfo]) -> StageConfig | None:
-        share = engine.gpu_memory_utilization
-        expand = keeps_copies(graph, config, devices, offload, share, options.gpu_expand)
-        sized = dataclasses.replace(config, gpu_expand=expand)
+        share, max_tokens = engine.gpu_memory_utilization, with_step_tokens(options, offload, devices).step_tokens
+        sized = dataclasses.replace(config, max_tokens=max_tokens)
+        expand = keeps_copies(graph, sized, devices, offload, share, options.gpu_expand)
+        sized = dataclasses.replace(sized, gpu_expand=expand)
         plan = make_plan(graph, sized, devices, offload, share)
         if plan.max_pages() < sized.n_pages:
             return None
@@ -153,14 +154,16 @@ def _run(
             stage,
             n_vocab=graph.n_vocab,
             block_size=engine.block_size,
-            max_tokens=engine.max_num_batched_tokens,
+            max_tokens=placed.config.max_tokens,
             n_groups=len(graph.kv_groups),
             seed=engine.seed,
         )
         line.clear()
         for text in placed.lines:
             print(text, file=sys.stderr)
-        shown = dataclasses.replace(engine, n_gpu_layers=placed.n_gpu_layers)
+        shown = dataclasses.replace(
+            engine, n_gpu_layers=placed.n_gpu_layers, max_num_batched_tokens=placed.config.max_tokens
+        )
         printer = printer_kind(model_info(file), shown, n_threads)
         watched = sys.stderr.isatty()
         for test in tests:

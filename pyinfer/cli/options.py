@@ -69,7 +69,7 @@ class EngineOptions:
     kv_cache_dtype: str = "f16"
     kv_cache_memory: int | None = None  # bytes; None: chosen from the free memory
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     block_size: int = 16
     seed: int = 0
     enable_prefix_caching: bool = True
@@ -245,8 +245,15 @@ def _engine_options(
         typer.Option(min=1, metavar="N", help="Sequences that run at the same time.", rich_help_panel=_ENGINE_PANEL),
     ] = 256,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens in one step of the engine.", rich_help_panel=_ENGINE_PANEL)
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens in one step of the engine.",
+            show_default="512; 2048 with everything on large GPUs",
+            rich_help_panel=_ENGINE_PANEL,
+        ),
+    ] = None,
     block_size: Annotated[
         int,
         typer.Option(

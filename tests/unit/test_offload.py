@@ -258,6 +258,26 @@ def test_the_pool_takes_what_the_gpus_have_when_all_is_there(path: Path, fake: C
     assert sized is not None and sized.n_pages == 40
 
 
+@pytest.mark.parametrize(
+    ("offload", "total", "asked", "expected"),
+    [
+        (Offload(N, True, True), 24 * GIB, None, 2048),
+        (Offload(N, True, True), 24 * GIB, 300, 300),
+        (Offload(N, True, True), 8 * GIB, None, 512),
+        (Offload(N, True), 24 * GIB, None, 512),
+        (Offload(N, True, True, n_cpu_experts=1), 24 * GIB, None, 512),
+    ],
+)
+def test_large_gpus_take_larger_steps(
+    path: Path, offload: Offload, total: int, asked: int | None, expected: int
+) -> None:
+    graph = build_graph(GGUFFile.open(path))
+    cards = [replace(with_room(GIB), free=size, total=size) for size in (80 * GIB, total)]
+    options = LoadOptions(n_gpu_layers="all", max_num_batched_tokens=asked)
+    sized = placement.size_pool(graph, 0, options, offload, cards)
+    assert sized is not None and sized.max_tokens == expected
+
+
 def test_float16_copies_are_planned_for(path: Path) -> None:
     graph = build_graph(GGUFFile.open(path))
     everything = Offload(N, True, True)
