@@ -86,7 +86,8 @@ def tiled_products(products: Sequence[Product], slots: Slots, gpu: GPU) -> list[
 def expert_tiling(kind: str, slots: Slots, widths: tuple[int, ...], columns: int, gpu: GPU) -> Tiling:
     """Tiles for the slots that an expert has on average; a block does all columns of its tile."""
     busy = min(slots.n, slots.n_experts)
-    cut = tilings(kind, max(8, -(-slots.n // busy)), tuple(n * busy for n in widths), columns, gpu)[0]
+    options = tilings(kind, max(8, -(-slots.n // busy)), tuple(n * busy for n in widths), columns, gpu)
+    cut = next(option for option in options if option.fragments < 4)  # for which gathering rows leaves no registers
     return replace(cut, units_per_block=-(-columns // cut.chunk_columns))
 
 

@@ -5,17 +5,17 @@ load wins. A block's stay is bounded by the slowest of
 - memory: a chunk's bytes at the multiprocessor's share of the read bandwidth (H200: 4.65 TB/s / 132 / 1.7 GHz = 21 bytes),
 - the tensor cores: `mma.sync` reaches about 2,500 FLOP a cycle on sm_90 (60 % of what wgmma could), 2,048 on sm_80,
 - the L2: weights and rows of x at about 40 bytes a cycle, which is why high tiles are wanted,
-- shared memory: 128 bytes a cycle; every warp reads all of x, so 32 weight rows a warp halve that,
-- decoding: about four instructions a weight, once for all rows of a tile, 128 lanes a cycle.
-For Llama-3.1-8B in Q4_K_M (8.0e9 weights, 4.6 GB) that bounds a step of 8 to 32 rows by memory (1.0 ms) and decoding (1.1 ms), of
-64 by the tensor cores (1.9 ms) and of 128 by them alone (3.7 ms), 34,000 tokens/s before attention and everything else.
+- shared memory: 128 bytes a cycle; every warp reads all of x, so 64 weight rows a warp take a quarter of what 16 would,
+- instructions: four a cycle, of which decoding takes three to five a weight (once for all rows of a tile) and products the rest.
+Bounds that are near each other get in each other's way, which is why their fourth powers are added. What the kernel's machine
+code takes was counted (`benchmarks/gpu_limits.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, sqrt
 
 from pyinfer.kernels_gpu.launch import Defines
 from pyinfer.kernels_gpu.weights_layout import layout_of
@@ -33,7 +33,9 @@ MMA_KINDS = (*FLOAT_KINDS, *_UNIT_PARTS)
 _FLOPS_A_CYCLE = {75: 512, 80: 2048, 86: 1024, 89: 1024, 90: 2500}  # of a multiprocessor, float32 sums
 _L2_BYTES, _MEMORY_BYTES = 40.0, 21.0  # a cycle and multiprocessor
 _SHARED_BYTES = 128.0
-_CYCLES_A_WEIGHT = 4 / 128  # decoding
+# instructions' cycles of a weight: decoding, and what a warp's share of it takes that is divided by its fragments
+_CYCLES_A_WEIGHT, _CYCLES_A_FRAGMENT = 0.026, 0.012
+_MORE_CYCLES = {"Q2_K": 0.008, "Q3_K": 0.010, "Q5_0": 0.006, "Q5_1": 0.006, "Q5_K": 0.006, "Q6_K": 0.008}
 _STATIC_SHARED = 528  # bytes that the kernels declare at most, beside the rings: `expert_mma` a number a row
 _START_CYCLES, _SPLIT_CYCLES = 3000, 2000  # filling the ring; meeting in the workspace
 
@@ -119,9 +121,9 @@ def tilings(kind: str, m: int, widths: tuple[int, ...], columns: int, gpu: GPU) 
     found: dict[Tiling, float] = {}
     units = chunk_units(kind, columns)
     for rows in _tile_rows(m, gpu):
-        for warps, fragments in ((8, 2), (8, 1), (4, 2), (4, 1)):
+        for warps, fragments in ((8, 2), (8, 1), (4, 2), (4, 1), (4, 4)):
             cut = _staged(kind, rows, warps, fragments, units, gpu)
-            if cut is None:
+            if cut is None or (fragments == 4 and not _has_registers(rows, gpu)):
                 continue
             whole = ceil(columns / cut.chunk_columns)
             n_units, slots = cut.n_units(m, widths, columns), gpu.n_sms * cut.blocks
@@ -142,15 +144,17 @@ def model_cycles(cut: Tiling, kind: str, m: int, widths: tuple[int, ...], column
         w_bytes / ceil(m / cut.rows) / _MEMORY_BYTES,
         (w_bytes + x_bytes) / _L2_BYTES,
         2 * products / _FLOPS_A_CYCLE.get(gpu.arch, 2048),
-        weights * _CYCLES_A_WEIGHT + products / 8192,
-        (2 * w_bytes + x_bytes + products / (8 * cut.fragments)) / _SHARED_BYTES,
+        weights * (_CYCLES_A_WEIGHT + _MORE_CYCLES.get(kind, 0.0) + _CYCLES_A_FRAGMENT / cut.fragments)
+        + products * (1 + 1 / cut.fragments) / 8192,
+        (4 * w_bytes + x_bytes + products / (8 * cut.fragments)) / _SHARED_BYTES,
     )
     n_blocks = cut.n_blocks(m, widths, columns)
     blocks_a_sm = ceil(n_blocks / gpu.n_sms)
     splits = cut.units_per_block % ceil(columns / cut.chunk_columns) != 0
     # what waits is hidden by other warps, or by other sums of the same warp
     hiding = min(blocks_a_sm, cut.blocks) * cut.warps * min(2.0, max(1.0, cut.fragments * cut.rows / 64))
-    work = cut.units_per_block * blocks_a_sm * max(bounds) * (1 + 4 / hiding)
+    together = sqrt(sqrt(sum(bound**4 for bound in bounds)))
+    work = cut.units_per_block * blocks_a_sm * together * (1 + 4 / hiding)
     meeting = _SPLIT_CYCLES + 3 * cut.tile * cut.rows * 4 / _L2_BYTES if splits else 0
     return _START_CYCLES + work + meeting
 
@@ -159,6 +163,11 @@ def _tile_rows(m: int, gpu: GPU) -> list[int]:
     """Rows of a tile: of few sizes, so that few variants are compiled, those that fit m."""
     sizes = [size for size in _TILE_ROWS if size <= 64 or gpu.shared_bytes > 100 << 10]
     return [size for size in sizes if m > size // 2 and (size >= 64 or m <= 2 * size)] or [sizes[0]]
+
+
+def _has_registers(rows: int, gpu: GPU) -> bool:
+    """For 64 weight rows a warp: fewer rows of x are not worth it, more do not fit, and ptxas fits 64 on sm_90 only."""
+    return gpu.arch >= {32: 80, 64: 90}.get(rows, 1000)
 
 
 def _staged(kind: str, rows: int, warps: int, fragments: int, units: int, gpu: GPU) -> Tiling | None:

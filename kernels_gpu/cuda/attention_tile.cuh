@@ -77,8 +77,11 @@ DEVICE void load_tile(uint16_t* target, const void* pool, const __half* scales, 
       const __half2 value = __floats2half2_rn(static_cast<int8_t>(pair), static_cast<int8_t>(pair >> 8));
       halves[w] = bits_as<uint32_t>(__hmul2(value, d));
     }
+    const uint4 low = make_uint4(halves[0], halves[1], halves[2], halves[3]);
+    const uint4 high = make_uint4(halves[4], halves[5], halves[6], halves[7]);
     uint4* wide = reinterpret_cast<uint4*>(place);
-    wide[0] = make_uint4(halves[0], halves[1], halves[2], halves[3]);
-    wide[1] = make_uint4(halves[4], halves[5], halves[6], halves[7]);
+    const int part = threadIdx.x >> 2 & 1;  // lanes four apart would meet in the same banks
+    wide[part] = part ? high : low;
+    wide[part ^ 1] = part ? low : high;
   }
 }

@@ -159,6 +159,7 @@ CUTS: dict[str, dict[str, int]] = {
     "one stage of x a chunk": {"x_columns": 256, "w_stages": 3, "x_stages": 3},
     "tall tile": {"rows": 64},
     "the largest tile": {"rows": 128, "fragments": 2, "warps": 8, "x_stages": 4},
+    "64 weight rows a warp": {"rows": 32, "fragments": 4, "warps": 4, "x_stages": 4},
 }
 
 
