@@ -79,6 +79,14 @@ class FusedRope:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryRope:
+    """Rope of a prompt's queries, which the prompt kernel does as it reads them; keys are rotated when they are stored."""
+
+    rope: Rope
+    angles: Buffer
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionScratch:
     """Memory that all layers share. `tickets` must be zero before its first use, and is zero after each."""
 
@@ -121,6 +129,11 @@ def can_fuse_rope(shape: AttentionShape, step: StepShape) -> bool:
     return step.kind == "decode" and shape.group <= _DECODE_GROUP
 
 
+def can_turn_queries(rope: Rope, shape: AttentionShape, step: StepShape, pages: LayerPages, device: Device) -> bool:
+    """Whether `QueryRope` may be given: no other kernel reads these queries."""
+    return rope.n_dims % 4 == 0 and _uses_prefill(shape, step, pages, device) and step.kind == "prompt"
+
+
 def direct_form(form: Form, shape: AttentionShape, step: StepShape, pages: LayerPages, device: Device) -> Form:
     """The form in which the kernels themselves can write; if it is not `form`, float32 is written and then rounded."""
     if form == "h16":  # what is a mean of float16 values needs no factor that only the whole row can tell
@@ -156,14 +169,16 @@ def scratch_sizes(
 
 def build_attention(
     out: Operand, q: Buffer, shape: AttentionShape, step: StepShape, fields: StepFields, pages: LayerPages, device: Device,
-    scratch: AttentionScratch, fused: FusedRope | None = None,
+    scratch: AttentionScratch, fused: FusedRope | None = None, turns: QueryRope | None = None,
 ) -> list[Launch]:  # fmt: skip
     """out = softmax(scale * q K^T) V of every token over the pages of its sequence; padding rows are zeros.
 
-    q is float32 [n_tokens, width], rotated unless `fused` does that; keys and values of the step are in the pages then too.
+    q is float32 [n_tokens, width], rotated unless `fused` or `turns` does that; without `fused` the step's keys and values are
+    in the pages already.
     Where `direct_form` is "h16" all scales are 1, and `out` need not have any.
     """
     assert fused is None or can_fuse_rope(shape, step)
+    assert turns is None or can_turn_queries(turns.rope, shape, step, pages, device)
     direct = direct_form(out.form, shape, step, pages, device)
     target = out
     if direct != out.form:
@@ -171,7 +186,7 @@ def build_attention(
         target = Operand("f32", out.width, scratch.rows)
     launches = []
     if _uses_prefill(shape, step, pages, device):
-        launches.append(_prefill(target, q, shape, step, fields, pages, device, scratch))
+        launches.append(_prefill(target, q, shape, step, fields, pages, device, scratch, turns))
     if _uses_decode(shape, step, pages, device):
         launches.append(_decode(target, q, shape, step, fields, pages, device, scratch, fused))
     return launches if target is out else [*launches, *build_quantize(out, target.data, step.n_tokens)]
@@ -314,7 +329,7 @@ def _plan_prefill(shape: AttentionShape, step: StepShape, pages: LayerPages, dev
 
 def _prefill(
     out: Operand, q: Buffer, shape: AttentionShape, step: StepShape, fields: StepFields, pages: LayerPages, device: Device,
-    scratch: AttentionScratch,
+    scratch: AttentionScratch, turns: QueryRope | None,
 ) -> Launch:  # fmt: skip
     plan = _plan_prefill(shape, step, pages, device)
     tiles = plan.tiles
@@ -323,15 +338,16 @@ def _prefill(
         ("ROW_TILES", tiles.row_tiles), ("COLUMNS", tiles.columns), ("STAGES", tiles.stages), ("SPLITS", plan.splits),
         ("QUERY_PARTS", _query_parts(shape, pages)),
         ("MIN_TOKENS", FEW_TOKENS + 1 if step.kind == "mixed" else 1), ("OUT", FORMS.index(out.form)),
+        *(pairing_defines(turns.rope, False) if turns else ()),
     )  # fmt: skip
     return Launch(
         Kernel("attention_prefill.cu", "attention_prefill", defines),
         grid=(*plan.grid, plan.splits),
         block=(32 * tiles.warps, 1, 1),
         args=(
-            q, shape.scale * math.log2(math.e), *kv_args(pages), fields.positions, fields.sequence_starts,
-            step.n_sequences, fields.page_tables, fields.table_stride, step.n_tokens, scratch.partial, scratch.tickets,
-            out.data, out.scales,
+            q, turns.angles if turns else None, shape.scale * math.log2(math.e), *kv_args(pages), fields.positions,
+            fields.sequence_starts, step.n_sequences, fields.page_tables, fields.table_stride, step.n_tokens,
+            scratch.partial, scratch.tickets, out.data, out.scales,
         ),
         shared_bytes=tiles.shared_bytes,
         overlap=True,

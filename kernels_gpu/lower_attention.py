@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pyinfer.graph.ops import ApplyRope, Attention, StoreKV
 from pyinfer.graph.rope import Rope
 from pyinfer.kernels_gpu.attention import (
     AttentionScratch,
     AttentionShape,
     FusedRope,
+    QueryRope,
     StepShape,
     build_attention,
     can_fuse_rope,
+    can_turn_queries,
     direct_form,
     scratch_sizes,
 )
@@ -71,6 +75,11 @@ class AttentionRules(ProgramBuilder):
         if can_fuse_rope(shape, self._step):
             self._attend(op, shape, q, FusedRope(k, v, group.rope, angles, norms))
             return
+        if norms is None and can_turn_queries(group.rope, shape, self._step, pages, self.memory.device):
+            keys = replace(heads, n_heads=0)
+            self.steps += build_rope_store(q, q, k, v, keys, group.rope, angles, fields, pages, n)
+            self._attend(op, shape, q, None, QueryRope(group.rope, angles))
+            return
         self.steps += build_rope_store(q, q, k, v, heads, group.rope, angles, fields, pages, n, norms)
         self._attend(op, shape, q, None)
 
@@ -78,7 +87,9 @@ class AttentionRules(ProgramBuilder):
         window, heads = self.graph.kv_layers[op.layer].window, self._heads(op.layer, op.n_heads)
         return AttentionShape(heads, op.scale, window, self.memory.config.n_ctx, exact_queries=key_bias)
 
-    def _attend(self, op: Attention, shape: AttentionShape, q: Buffer, fused: FusedRope | None) -> None:
+    def _attend(
+        self, op: Attention, shape: AttentionShape, q: Buffer, fused: FusedRope | None, turns: QueryRope | None = None
+    ) -> None:
         device, pages, form = self.memory.device, self.memory.pages.layer(op.layer), self._form(op.out)
         direct = direct_form(form, shape, self._step, pages, device)  # a mean of float16 values needs no scales
         out = self.values.write(op.out, form, self._rows(op.out), scaled=direct != "h16")
@@ -87,7 +98,7 @@ class AttentionRules(ProgramBuilder):
         rows = self.values.scratch(sizes.rows) if sizes.rows else None
         scratch = AttentionScratch(partial, self.memory.counters(sizes.tickets), rows)
         fields = self.memory.layer_fields(op.layer)
-        self.steps += build_attention(out, q, shape, self._step, fields, pages, device, scratch, fused)
+        self.steps += build_attention(out, q, shape, self._step, fields, pages, device, scratch, fused, turns)
         for slab in (partial, rows):
             if slab is not None:
                 self.values.release(slab)

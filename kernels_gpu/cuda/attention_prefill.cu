@@ -9,7 +9,7 @@
 // Defines: HEAD (a multiple of 16), N_KV, PER_KV (query heads of a kv head), GROUP, TOKENS, BLOCK, K_TYPE, V_TYPE (not f32),
 // WINDOW (0: none), WARPS, ROW_TILES (of 16 rows, for each warp), COLUMNS (positions at once, a multiple of 16), STAGES (of
 // shared memory: 2 loads ahead), MIN_TOKENS (a sequence with fewer in the step is the decode kernel's), SPLITS, QUERY_PARTS,
-// OUT (f32, h16).
+// OUT (f32, h16), N_DIMS and PAIRING (rotate.cuh) where queries come as they were projected.
 // With SPLITS > 1 blocks share a tile's positions, for few tokens behind many; the last to end merges them in order.
 #include "attention_tile.cuh"
 #include "sequences.cuh"
@@ -24,17 +24,22 @@ constexpr bool kWideK = K_TYPE == KV_BF16, kWideV = V_TYPE == KV_BF16;
 constexpr bool kKeepQuery = ROW_TILES * QUERY_PARTS == 1 && HEAD <= 128;  // in registers
 constexpr int kRecord = kRows * (HEAD + 2);  // floats that a split leaves: weighted values, maxima, sums
 constexpr int kMinBlocks = 4;                // of COLUMNS positions; less is not split
+#ifdef N_DIMS
+constexpr int kTurns = N_DIMS / 2;  // of a token
+#else
+constexpr int kTurns = 0;
+#endif
 constexpr float kNothing = -3.0e38f;  // a score below all others
 constexpr float kSlack = 8.0f;        // weights may come to 2^this: float16 holds them, and float32 their sums
 static_assert(TOKENS * GROUP <= kRows && COLUMNS % 16 == 0 && HEAD % 16 == 0, "sizes");
 
-// q: float32 rows, already rotated; scale_log2: the scale of scores times log2(e). Grid (tiles, N_KV * passes, SPLITS), tiles
+// q: float32 rows, with N_DIMS rotated here by angles [n_tokens][N_DIMS / 2], else already rotated; scale_log2: the scale of scores times log2(e). Grid (tiles, N_KV * passes, SPLITS), tiles
 // >= n_tokens / TOKENS + n_sequences. partial: [tiles][N_KV * passes][SPLITS][kRecord]; tickets: [tiles][N_KV *
 // passes], zero before and after; both only with SPLITS > 1. sequence_starts [n_sequences + 1]: sequences that are not there are empty; tokens from
 // the last start on are padding and get zeros. Dynamic shared memory: queries, then STAGES times
 // (keys, values), each row of kStride halves.
 extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
-    const float* q, float scale_log2, const void* k_pages, const __half* k_scales, const void* v_pages,
+    const float* q, const float2* angles, float scale_log2, const void* k_pages, const __half* k_scales, const void* v_pages,
     const __half* v_scales, const int* positions, const int* sequence_starts, int n_sequences, const int* page_tables,
     int table_stride, int n_tokens, float* partial, int* tickets, void* out, float* scales) {
   DYNAMIC_SHARED(uint16_t, shared);
@@ -78,8 +83,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
     const int r = i / (HEAD / 2), column = i % (HEAD / 2) * 2, token = r / GROUP;
     float2 v = make_float2(0.0f, 0.0f);
     if (token < n_mine && r % GROUP < n_heads)
-      v = *reinterpret_cast<const float2*>(q + static_cast<long long>(first_token + token) * kWidth + first_column +
-                                           r % GROUP * HEAD + column);
+      v = query_pair(q + static_cast<long long>(first_token + token) * kWidth + first_column + r % GROUP * HEAD, column,
+                     angles + static_cast<long long>(first_token + token) * kTurns);
     const float a = v.x * scale_log2, b = v.y * scale_log2;
     const uint32_t packed = pack<kWideK>(a, b);
     *reinterpret_cast<uint32_t*>(queries + r * kStride + column) = packed;

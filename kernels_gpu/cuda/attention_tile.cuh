@@ -2,6 +2,9 @@
 // Defines: those of kv.cuh, WARPS, COLUMNS (positions of a tile).
 #pragma once
 #include "kv.cuh"
+#ifdef N_DIMS
+#include "rotate.cuh"
+#endif
 
 constexpr int kThreads = 32 * WARPS;
 constexpr int kStride = HEAD + 8;  // halves of a row in shared memory: ldmatrix then meets no bank twice
@@ -25,6 +28,27 @@ template <bool kWide>
 DEVICE void multiply(float d[4], const uint32_t a[4], const uint32_t b[2]) {
   if (kWide) mma_bf16(d, a, b);
   else mma_f16(d, a, b);
+}
+
+// Columns `column`, even, and the next of a head; with N_DIMS rotated by the (cos, sin) of its token.
+DEVICE float2 query_pair(const float* head, int column, const float2* angles) {
+  const float2 v = *reinterpret_cast<const float2*>(head + column);
+#ifdef N_DIMS
+  constexpr int kHalf = N_DIMS / 2;
+  static_assert(kHalf % 2 == 0, "both columns are of one half");
+  if (column >= N_DIMS) return v;
+  if (PAIRING == PAIRING_INTERLEAVED) {
+    const float2 turn = angles[column / 2];
+    return make_float2(v.x * turn.x - v.y * turn.y, v.x * turn.y + v.y * turn.x);
+  }
+  const bool is_first = column < kHalf;
+  const float2 other = *reinterpret_cast<const float2*>(head + (is_first ? column + kHalf : column - kHalf));
+  const float4 turns = *reinterpret_cast<const float4*>(angles + column % kHalf);
+  if (is_first) return make_float2(v.x * turns.x - other.x * turns.y, v.y * turns.z - other.y * turns.w);
+  return make_float2(other.x * turns.y + v.x * turns.x, other.y * turns.w + v.y * turns.z);
+#else
+  return v;
+#endif
 }
 
 // Pages of a tile, whose first position is a multiple of COLUMNS; as many as there are positions where pages may begin anywhere.

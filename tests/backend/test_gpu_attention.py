@@ -24,6 +24,7 @@ from pyinfer.kernels_gpu.attention import (
     AttentionScratch,
     AttentionShape,
     FusedRope,
+    QueryRope,
     StepKind,
     StepShape,
     build_attention,
@@ -62,6 +63,7 @@ class Case:
     padding: int = 0
     magnitude: float = 1.0  # of queries and keys
     fused: Rope | None = None
+    turned: Rope | None = None  # of queries alone
     with_norms: bool = False
     exact_queries: bool = False
 
@@ -106,8 +108,15 @@ def run(device: EmulatedDevice, case: Case, seed: int = 0) -> None:
             old = rng.normal(0, magnitude, (end - first, case.n_kv_heads, case.head_dim)).astype(np.float32)
             pool.write(step.slots_of(sequence, first, end), old)
     pages = layer_pages(device, keys, values)
-    expected_q, fused = q, None
+    expected_q, fused, turns = q, None, None
     fields = step.fields(device)
+    if case.turned is not None:
+        angles = device.empty(step.n_tokens, case.turned.n_dims)
+        frequencies = device.array(rope_frequencies(case.turned))
+        for launch in build_rope_angles(angles, case.turned, frequencies, fields, step.n_tokens):
+            device.launch(launch)
+        turns = QueryRope(case.turned, angles)
+        expected_q = apply_rope(q, case.head_dim, case.turned, step.positions)
     if case.fused is not None:
         weights = [rng.normal(1, 0.3, case.head_dim).astype(np.float32) for _ in range(2)]
         angles = device.empty(step.n_tokens, case.fused.n_dims)
@@ -136,7 +145,8 @@ def run(device: EmulatedDevice, case: Case, seed: int = 0) -> None:
         out = operand_at(case.form, step.n_tokens, case.shape.width, memory)
         if turn and direct_form(case.form, case.shape, size, pages, device) == "h16":
             out = replace(out, scales=None)
-        for launch in build_attention(out, device.array(q), case.shape, size, fields, pages, device, scratch, fused):
+        queries = device.array(q)
+        for launch in build_attention(out, queries, case.shape, size, fields, pages, device, scratch, fused, turns):
             device.launch(launch)
         check(device, out, expected, case)
     if need.tickets:
@@ -241,6 +251,20 @@ PROMPTS = {
     "wide tiles": Case([Span(150, 60), Span(0, 30)], n_kv_heads=4, n_heads=16, window=40),
     "wide tiles of many warps": Case([Span(20, 200), Span(0, 60)], n_kv_heads=4, n_heads=16, padding=20),
 }
+
+
+TURNED = {
+    "half": Case([Span(0, 70), Span(30, 9)], turned=Rope(64, "half", 1e4), padding=3),
+    "interleaved": Case([Span(10, 40)], turned=Rope(64, "interleaved", 5e5)),
+    "some columns": Case([Span(10, 40)], n_heads=6, turned=Rope(32, "half", 1e4), exact_queries=True),
+    "some columns, interleaved": Case([Span(10, 40)], head_dim=128, turned=Rope(64, "interleaved", 1e4), form="h16"),
+    "wide tiles": Case([Span(20, 200)], n_kv_heads=4, n_heads=16, turned=Rope(64, "half", 1e4)),
+}
+
+
+@pytest.mark.parametrize("case", TURNED.values(), ids=TURNED.keys())
+def test_prompt_that_turns_queries(device: EmulatedDevice, case: Case) -> None:
+    run(device, replace(case, kind="prompt"))
 
 
 @pytest.mark.parametrize("case", PROMPTS.values(), ids=PROMPTS.keys())
