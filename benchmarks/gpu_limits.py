@@ -1,6 +1,7 @@
-"""A lower bound of a decode step's time on a GPU that is not here, kernel by kernel. A model, not a measurement.
+"""A lower bound of a step's time on a GPU that is not here, kernel by kernel. A model, not a measurement.
 
     python benchmarks/gpu_limits.py [--model llama-3.1-8b] [--mix Q4_K_M] [--sequences 1] [--depth 0] [--nvdisasm FILE] [--goals]
+    python benchmarks/gpu_limits.py --prompt 2048 [--copies]
 
 The graph is lowered for the card as it would be there, its kernels compiled by NVRTC and disassembled. The time of a kernel is
 the largest of: its bytes at the read bandwidth that was measured on one H200, or at what the requests in flight allow
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,13 +31,17 @@ import numpy as np  # noqa: E402
 from gpu_sass import PIPES, Code, code_of, find_disassembler  # noqa: E402
 from gpu_shapes import RecordingDevice  # noqa: E402
 from gpu_work import StepFacts, Work, work_of  # noqa: E402
+from gpu_work_many import gemm_seconds  # noqa: E402
 from synthetic_model import MIXES, SHAPES, write_synthetic  # noqa: E402
 
 from pyinfer.graph.backend import StageConfig  # noqa: E402
 from pyinfer.graph.graph import Graph  # noqa: E402
 from pyinfer.graph.passes import optimize  # noqa: E402
+from pyinfer.graph.split import expandable_weights  # noqa: E402
+from pyinfer.kernels_gpu.bounds import Lengths  # noqa: E402
+from pyinfer.kernels_gpu.fusion import GatedGroup  # noqa: E402
 from pyinfer.kernels_gpu.kernel_cache import unit_of  # noqa: E402
-from pyinfer.kernels_gpu.launch import Launch, Step  # noqa: E402
+from pyinfer.kernels_gpu.launch import Gemm, Launch, Step  # noqa: E402
 from pyinfer.kernels_gpu.lower import lower  # noqa: E402
 from pyinfer.kernels_gpu.program import ProgramShape  # noqa: E402
 from pyinfer.kernels_gpu.stage_memory import StageMemory  # noqa: E402
@@ -64,6 +70,8 @@ _SHOWN = ("TYPE", "TYPE0", "LANES", "SPLIT", "ROWS", "WARPS", "DEPTH", "UNROLL")
 GOALS = (
     ("llama-3.1-8b", "Q4_K_M", 1, 0, 600), ("llama-3.1-8b", "Q4_K_M", 1, 4096, 550), ("llama-3.1-8b", "Q4_K_M", 1, 16384, 450),
     ("llama-3.1-8b", "Q4_K_M", 8, 128, 3500), ("llama-3.1-8b", "Q8_0", 1, 0, 420), ("llama-3.2-1b", "Q4_K_M", 1, 0, 2000),
+    ("llama-3.1-8b", "Q4_K_M", 32, 128, 9000), ("llama-3.1-8b", "Q4_K_M", 64, 128, 13000),
+    ("llama-3.1-8b", "Q4_K_M", 128, 128, 20000),
 )  # fmt: skip
 
 
@@ -107,14 +115,20 @@ def graph_of(model: str, mix: str) -> Graph:
     return optimize(build_graph(file))
 
 
-def steps_of(graph: Graph, card: Card, shape: ProgramShape, n_ctx: int) -> tuple[Step, ...]:
-    """The launches of a step."""
+def steps_of(graph: Graph, card: Card, shape: ProgramShape, n_ctx: int, *, copies: bool = False) -> tuple[Step, ...]:
+    """The launches of a step, with float16 copies of the matrices or without. Rows of weights are taken to be short."""
     pages = 2 + shape.n_sequences * -(-n_ctx // 16)
     config = StageConfig(
         n_pages=pages, max_tokens=max(shape.n_tokens, 512), max_sequences=shape.n_sequences, n_ctx=n_ctx
     )
     device = RecordingDevice(card.arch, card.n_sms)
-    return lower(StageMemory(device, graph, config), shape).steps
+    memory = StageMemory(device, graph, config)
+    if copies:
+        for tensor in expandable_weights(graph):
+            memory.copies[memory.weights[tensor].buffer.ptr] = device.alloc(2 * tensor.n_elements)
+    gates = [group.matmul for group in memory.groups if isinstance(group, GatedGroup)]
+    memory.lengths.update({memory.weights[w].buffer.ptr: Lengths(1.1, 1.0) for op in gates for w in op.weights})
+    return lower(memory, shape).steps
 
 
 def estimate(launch: Launch, work: Work, own: Code, codes: Sequence[Code], card: Card) -> Estimate:
@@ -138,6 +152,7 @@ def estimate(launch: Launch, work: Work, own: Code, codes: Sequence[Code], card:
     for share, code in zip(work.shares, codes, strict=True):
         for name in PIPES:
             total[name] += code.rest[name] * share.rest + code.loop[name] * share.turns
+            total[name] += code.around[name] * (share.around or share.rest)
     pipe, cycles = max(total.items(), key=lambda item: item[1])
     compute = cycles * max(busiest, 1 / card.n_sms) / 4 / card.clock
     fixed = card.drain + (card.exposed if launch.overlap else card.exposed + 1.3e-6)
@@ -182,6 +197,13 @@ def report(steps: Sequence[Step], found: Sequence[Estimate], n_tokens: int, goal
         cut = " ".join(f"{name}={value}" for name, value in unit[1] if name in _SHOWN)
         print(f"{one.name:17}" + "".join(f"{cell:>11}" for cell in cells) + f"  {cut}")
     seconds, fixed = sum(one.seconds for one in found), sum(one.fixed for one in found)
+    gemms = Counter(step for step in steps if isinstance(step, Gemm))
+    sizes: Counter[tuple[int, int, int, float]] = Counter()
+    for gemm, count in gemms.items():
+        sizes[gemm.m, gemm.n, gemm.k, gemm_seconds(gemm, Card.n_sms, Card.bandwidth)] += count
+    for (m, n, k, each), count in sizes.items():
+        print(f"{'cuBLAS':17}{count:11}{'':>55}{1e6 * each:11.2f}  {m} x {n} x {k}")
+        seconds += count * each
     print(
         f"{len(found)} kernels, {sum(one.work.n_bytes for one in found) / 1e9:.2f} GB: at least {1e6 * seconds:.0f} us, "
         f"{1e6 * fixed:.0f} of them between kernels; at most {n_tokens / seconds:.0f} tokens/s by this model, which no card has "
@@ -195,7 +217,9 @@ def main() -> None:
     parser.add_argument("--mix", default="Q4_K_M", choices=MIXES)
     parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--depth", type=int, default=0)
-    parser.add_argument("--goals", action="store_true", help="each line of issue 5 for up to 8 sequences")
+    parser.add_argument("--prompt", type=int, default=0, help="tokens of a prompt's step, instead of decoding")
+    parser.add_argument("--copies", action="store_true", help="float16 copies of the matrices are kept")
+    parser.add_argument("--goals", action="store_true", help="each line of issue 5 that decodes")
     parser.add_argument("--exposed", type=float, default=1e6 * Card.exposed, help="microseconds between kernels")
     parser.add_argument("--nvdisasm", help="the file; else the one on PATH")
     options = parser.parse_args()
@@ -203,6 +227,15 @@ def main() -> None:
     rows: Sequence[tuple[str, str, int, int, float | None]] = GOALS
     if not options.goals:
         rows = [(options.model, options.mix, options.sequences, options.depth, None)]
+    if options.prompt:
+        n, depth = options.prompt, options.depth
+        print(
+            f"\n{options.model} {options.mix}, a prompt's step of {n} tokens at depth {depth}: a model, not a measurement"
+        )
+        shape = ProgramShape("prompt", n, 1, 1)
+        steps = steps_of(graph_of(options.model, options.mix), card, shape, n + depth, copies=options.copies)
+        report(steps, estimates(steps, StepFacts(n, depth, 1), card, disassembler), n, None)
+        return
     for model, mix, n, depth, goal in rows:
         print(f"\n{model} {mix}, {n} sequences at depth {depth}: a model, not a measurement")
         steps = steps_of(

@@ -2,8 +2,8 @@
 
 Cycles are those of one scheduler (a quarter of a multiprocessor) for one warp instruction, from the throughput table of the CUDA
 C++ programming guide ("Arithmetic Instructions", compute capability 9.0): one instruction is issued a cycle; the pipe of integers
-and the one of integer products and dp4a take two cycles each, conversions that are not I2FP eight. Loads and stores of
-memory count 128 bytes a cycle of the whole multiprocessor: 16 bytes a lane are four turns of all its schedulers.
+and the one of integer products and dp4a take two cycles each, conversions that are not I2FP eight, shuffles four. Loads and
+stores of memory count 128 bytes a cycle of the whole multiprocessor: 16 bytes a lane are four turns of all its schedulers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ALU = ("LOP3", "SHF", "ISETP", "SEL", "IADD3", "VIADD", "VIADDMNMX", "VIMNMX", 
 _IMAD, _FMA = ("IMAD", "IDP"), ("FFMA", "FMUL", "FADD", "HADD2", "HMUL2", "HFMA2", "FSWZADD")
 _SLOW = ("MUFU", "I2F", "F2I", "F2F", "FRND", "SHFL", "S2R", "DADD", "DMUL", "DFMA")
 _MEMORY = ("LDS", "LDG", "LDGSTS", "STS", "STG", "LDSM", "LD", "ST")
-_MMA = {"HMMA": 16, "IMMA": 8}  # cycles of 16 x 8 x 16 float16, 16 x 8 x 32 int8: half of what wgmma does
+_MMA = {"HMMA": 7, "IMMA": 7}  # cycles of 16 x 8 x 16 float16, 16 x 8 x 32 int8: wgmma would take four for as much
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<op>[\w.]+)(?P<rest>.*?);")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 
@@ -37,13 +37,14 @@ Cycles = Counter[str]  # by pipe
 
 @dataclass(frozen=True)
 class Code:
-    """One kernel: what a turn of its largest innermost loop costs, and all the rest once.
+    """One kernel: what a turn of its largest innermost loop costs, one of the loops around it, and all the rest once.
 
     What stands behind the last exit are paths that are hardly ever taken, as of divisions by denormal numbers.
     """
 
     resources: Resources
     loop: Cycles
+    around: Cycles
     rest: Cycles
     instructions: Counter[str]  # of the loop, by name
 
@@ -69,11 +70,24 @@ def code_of(kernel: Kernel, arch: int, disassembler: str, wide_conflict: int = 1
     instructions, loops = _parse(_function(text, kernel.name))
     inner = [(a, b) for a, b in loops if not any((a, b) != o and a <= o[0] and o[1] <= b for o in loops)]
     first, last = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    products = [i for i, (op, _) in enumerate(instructions) if op.startswith("HMMA")]
+    if products:  # behind the last one of the loop is what a tile's end takes, loops of its own included
+        counts = {loop: sum(loop[0] <= i <= loop[1] for i in products) for loop in loops}
+        first, last = max(loops, key=lambda loop: (counts[loop], loop[0] - loop[1]), default=(first, last))
+        last = max((i for i in products if first <= i <= last), default=last)
     exits = [i for i, (op, always) in enumerate(instructions) if op == "EXIT" and always and i > last]
     ops = [op for op, _ in instructions]
-    loop, rest = ops[first : last + 1], ops[:first] + ops[last + 1 : min(exits, default=len(ops))]
-    names = Counter(op.split(".")[0] for op in loop)
-    return Code(resources, _cycles(loop, wide_conflict), _cycles(rest, wide_conflict), names)
+    end = min(exits, default=len(ops))
+    start, stop = max(
+        ((a, b) for a, b in loops if a <= first and last <= b),
+        key=lambda loop: loop[1] - loop[0],
+        default=(first, last),
+    )
+    stop = min(stop, end - 1)
+    parts = ops[first : last + 1], ops[start:first] + ops[last + 1 : stop + 1], ops[:start] + ops[stop + 1 : end]
+    names = Counter(op.split(".")[0] for op in parts[0])
+    loop, around, rest = (_cycles(part, wide_conflict) for part in parts)
+    return Code(resources, loop, around, rest, names)
 
 
 def _function(text: str, name: str) -> list[str]:
@@ -108,7 +122,7 @@ def _cycles(ops: Sequence[str], wide_conflict: int) -> Cycles:
         elif name in _FMA:
             total["fma"] += 1
         elif name in _SLOW:
-            total["slow"] += 8
+            total["slow"] += 4 if name == "SHFL" else 8
         elif name in _MMA:
             total["mma"] += _MMA[name]
         elif name in _MEMORY:

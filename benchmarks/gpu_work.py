@@ -33,6 +33,7 @@ class Share:
     kernel: Kernel
     turns: float  # of the loop, over all warps
     rest: float  # how often what is outside of it is run, over all warps
+    around: float = 0.0  # the same of what is inside of loops around it; 0: as often as the rest
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def _gemv(launch: Launch, facts: StepFacts) -> Work:
         passes = ceil(n / block_rows) * warps
         rounds = ceil(ceil(columns / step_columns(kind)) / (lanes * split))
         alone = _with(launch.kernel, TYPE0=kind, TYPE1=kind, TYPE2=kind, SEGMENTS=1)
-        shares.append(Share(alone, float(passes * rounds), float(passes)))
+        blocks = int(args[8 + 5 * i])  # type: ignore[arg-type]
+        shares.append(Share(alone, float(passes * rounds), float(blocks * warps), float(passes)))
         n_bytes += n * columns * _bits(kind) / 8
         widest = max(widest, 32 * rows * d["DEPTH"] * step_columns(kind) * _bits(kind) / 8)
     return Work(n_bytes, tuple(shares), widest, d["DEPTH"] > 1)
@@ -109,7 +111,7 @@ def _gemv_gated(launch: Launch, facts: StepFacts) -> Work:
     rounds = ceil(ceil(columns / step_columns(kind)) / d["LANES"])
     passes = 2 * n / (32 // d["LANES"] * d["ROWS"])
     a_step = step_columns(kind) * _bits(kind) / 8
-    share = Share(launch.kernel, passes * rounds, passes)
+    share = Share(launch.kernel, passes * rounds, float(n_warps(launch)), passes)
     in_flight = 32 * d["ROWS"] * d["DEPTH"] * a_step
     return Work(
         2 * n * columns * _bits(kind) / 8,

@@ -37,8 +37,8 @@ from pyinfer.kernels_gpu.fusion import AttentionGroup, CombineNormGroup, GatedGr
 from pyinfer.kernels_gpu.launch import Buffer, Reduce
 from pyinfer.kernels_gpu.lower_attention import AttentionRules
 from pyinfer.kernels_gpu.lower_experts import ExpertRules
-from pyinfer.kernels_gpu.matvec import Product
-from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated
+from pyinfer.kernels_gpu.matvec import Product, RowNorm, takes_norm
+from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated, gated_takes_norm
 from pyinfer.kernels_gpu.operand import Operand
 from pyinfer.kernels_gpu.products import build_products, goes_to_cublas, operand_form
 from pyinfer.kernels_gpu.program import Program, ProgramShape
@@ -71,6 +71,7 @@ class _Lowering(AttentionRules, ExpertRules):
     def __init__(self, memory: StageMemory, shape: ProgramShape) -> None:
         super().__init__(memory, shape)
         self._lengths: dict[int, Lengths] = {}  # id of a norm's result -> of its rows
+        self._norms: dict[int, RowNorm] = {}  # id of a norm's result -> what the product does that reads it
         self._rules: dict[type[Any], Callable[[Any], None]] = {
             Embed: self._embed,
             Hidden: self._hidden,
@@ -130,10 +131,26 @@ class _Lowering(AttentionRules, ExpertRules):
     def _rms_norm(self, op: RMSNorm) -> None:
         x, n = self.values[op.x].data, self._rows(op.out)
         weight = self._vector(op.weight)
-        if op.weight.size == op.x.width:
+        if self._goes_into_product(op):
+            self.values.share(op.out, op.x)
+            self._norms[id(op.out)] = RowNorm(weight, op.eps)
+        elif op.weight.size == op.x.width:
             self.steps += build_rms_norm(self._write_normed(op), x, weight, op.eps, n)
         else:
             self.steps += build_head_norm(self._write(op.out), x, weight, op.weight.size, op.eps, n)
+
+    def _goes_into_product(self, op: RMSNorm) -> bool:
+        """Whether the product that reads a norm of one row can compute it on its way."""
+        readers, device = self.memory.readers(op.out), self.memory.device
+        if self._rows(op.out) != 1 or op.weight.size != op.x.width or self._form(op.out) != "a8" or len(readers) != 1:
+            return False
+        (reader,) = readers
+        if not isinstance(reader, MatMul):
+            return False
+        weights = [self.memory.weights[weight] for weight in reader.weights]
+        both = [group for group in self.memory.groups if isinstance(group, GatedGroup) and group.matmul is reader]
+        fits = not both or gated_takes_norm(weights[0], device.n_sms, device.arch)
+        return fits and takes_norm(weights, device.n_sms, device.arch)
 
     def _norm_group(self, group: NormGroup) -> None:
         x, residual = self.values[group.x].data, self.values[group.residual].data
@@ -172,11 +189,11 @@ class _Lowering(AttentionRules, ExpertRules):
         self, op: MatMul, outs: Sequence[Buffer], residual: Buffer | None = None, *, halves: bool = False
     ) -> None:
         """Float types read x in several forms, so each form's matrices go by themselves."""
-        x, n = self.values[op.x], self._rows(op.outs[0])
+        x, n, norm = self.values[op.x], self._rows(op.outs[0]), self._norms.get(id(op.x))
         forms = [operand_form(weight, n) for weight in op.weights]
         for form in dict.fromkeys(forms):
             operand, scratch = x, None
-            if x.form != form:
+            if x.form != form and norm is None:
                 operand, scratch = self.values.operand_scratch(form, n, x.width)
                 self.steps += build_quantize(operand, x.data, n)
             products = [
@@ -184,7 +201,9 @@ class _Lowering(AttentionRules, ExpertRules):
                 for weight, out, bias, own in zip(op.weights, outs, op.biases, forms, strict=True)
                 if own == form
             ]
-            self.steps += build_products(operand, products, n, residual, self.memory, self.values, halves=halves)
+            self.steps += build_products(
+                operand, products, n, residual, self.memory, self.values, halves=halves, norm=norm
+            )
             if scratch is not None:
                 self.values.release(scratch)
 
@@ -205,12 +224,16 @@ class _Lowering(AttentionRules, ExpertRules):
             dict(zip(map(id, group.matmul.outs), group.matmul.weights, strict=True)),
         )
         gate, up = self.memory.weights[weights[id(op.gate)]], self.memory.weights[weights[id(op.up)]]
-        is_few = n <= DECODE_ROWS and x.form == operand_form(group.matmul.weights[0], n) and self._form(op.out) != "h16"
+        norm = self._norms.get(id(group.matmul.x))
+        form = "a8" if norm else x.form
+        is_few = n <= DECODE_ROWS and form == operand_form(group.matmul.weights[0], n) and self._form(op.out) != "h16"
         if not is_few or not can_fuse_gated(gate, up):
             self._gated_many(group.matmul, op)
             return
         out, device = self._write_operand(op.out), self.memory.device
-        self.steps += build_gated_matvec(out, x, gate, up, op.activation, n, n_sms=device.n_sms, arch=device.arch)
+        self.steps += build_gated_matvec(
+            out, x, gate, up, op.activation, n, n_sms=device.n_sms, arch=device.arch, norm=norm
+        )
 
     def _gated_many(self, matmul: MatMul, op: GatedActivation) -> None:
         """Between both products lies float16 where it is known to hold all of it (`bounds`)."""

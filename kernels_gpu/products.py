@@ -15,7 +15,7 @@ from pyinfer.kernels_gpu.matmul import (
     scratch_bytes,
 )
 from pyinfer.kernels_gpu.matmul_route import Problem, Route
-from pyinfer.kernels_gpu.matvec import Product, build_matvec
+from pyinfer.kernels_gpu.matvec import Product, RowNorm, build_matvec
 from pyinfer.kernels_gpu.operand import Form, Operand
 from pyinfer.kernels_gpu.stage_memory import StageMemory
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES
@@ -42,13 +42,14 @@ def build_products(
     plan: ValuePlan,
     *,
     halves: bool = False,
+    norm: RowNorm | None = None,
 ) -> list[Step]:
     """Each product's out = x @ weight.T + bias (+ residual), all of which read x in the form that it has. `halves`: outs are
-    float16, where `goes_to_cublas`."""
+    float16, where `goes_to_cublas`. `norm`: of a single row, see `build_matvec`."""
     if x.form == "h16":
         return _many_rows(x, products, n_rows, residual, memory, plan, halves=halves)
     if n_rows <= DECODE_ROWS:
-        return _few_rows(x, products, n_rows, residual, memory)
+        return _few_rows(x, products, n_rows, residual, memory, norm)
     by_cublas = [product for product in products if product.weight.layout.kind == "F32"]
     others = [product for product in products if product.weight.layout.kind != "F32"]
     steps = _many_rows(x, by_cublas, n_rows, residual, memory, plan)
@@ -56,8 +57,9 @@ def build_products(
 
 
 def _few_rows(
-    x: Operand, products: Sequence[Product], n_rows: int, residual: Buffer | None, memory: StageMemory
-) -> list[Step]:
+    x: Operand, products: Sequence[Product], n_rows: int, residual: Buffer | None, memory: StageMemory,
+    norm: RowNorm | None = None,
+) -> list[Step]:  # fmt: skip
     """Rows eight at a time: all there are in decode; any number for 16-bit floats whose rows the tensor cores cannot take."""
     steps: list[Step] = []
     for first in range(0, n_rows, DECODE_ROWS):
@@ -68,7 +70,8 @@ def _few_rows(
             part = Operand("f32", x.width, x.data.at(4 * first * x.width))
             outs = [Product(p.weight, p.out.at(4 * first * p.weight.layout.n_rows), p.bias) for p in products]
             rest = residual and residual.at(4 * first * products[0].weight.layout.n_rows)
-        steps += build_matvec(part, outs, some, n_sms=memory.device.n_sms, arch=memory.device.arch, residual=rest)
+        gpu = memory.device
+        steps += build_matvec(part, outs, some, n_sms=gpu.n_sms, arch=gpu.arch, residual=rest, norm=norm)
     return steps
 
 

@@ -14,8 +14,9 @@
 // is read is known only once the kernel before has ended.
 //
 // Defines: TYPE0..2 (a struct of weights.cuh), SEGMENTS, TOKENS, ROWS, LANES, SPLIT, WARPS (a block), DEPTH, MIN_BLOCKS (on a
-// multiprocessor: limits registers), COLUMNS, EXPERTS (how many; optional).
-#include "gemv_step.cuh"
+// multiprocessor: limits registers), COLUMNS, EXPERTS (how many; optional), NORM (gemv_source.cuh;
+// optional).
+#include "gemv_source.cuh"
 
 constexpr int kWarpRows = 32 / LANES * ROWS;
 constexpr int kBlockRows = WARPS / SPLIT * kWarpRows;
@@ -59,7 +60,7 @@ struct Supply {
 };
 
 template <class T>
-DEVICE void multiply(const Segment& s, int block, const Input& x, const float* residual, uint8_t* ring,
+DEVICE void multiply(const Segment& s, int block, const Source& source, const float* residual, uint8_t* ring,
                      float (*partial)[WARPS][kOutputs]) {
   const int warp = threadIdx.x / 32, lane = lane_id();
   const int share = warp % SPLIT, group = warp / SPLIT;
@@ -70,7 +71,7 @@ DEVICE void multiply(const Segment& s, int block, const Input& x, const float* r
                    block_row + lane_row, row_stride, first_step, 0};
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) supply.ask();
-  wait_for_previous();
+  const Input x = wait_for_rows(source);
 
   int buffer = 0;
   for (int first_row = block_row; first_row < s.n; first_row += row_stride) {
@@ -127,7 +128,7 @@ template <class A>
 constexpr bool kSame<A, A> = true;
 
 // The matrix that this block works on, and with the type of it.
-DEVICE void multiply_one(const Segment (&segments)[3], const Input& x, const float* residual, uint8_t* ring,
+DEVICE void multiply_one(const Segment (&segments)[3], const Source& x, const float* residual, uint8_t* ring,
                          float (*partial)[WARPS][kOutputs]) {
   Segment s = segments[0];
   int block = blockIdx.x, which = 0;
@@ -158,13 +159,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
     gemv(const void* x, const float* x_scales, const float* x_sums, const float* residual,
          const void* w0, float* out0, const float* bias0, int n0, int blocks0,
          const void* w1, float* out1, const float* bias1, int n1, int blocks1,
-         const void* w2, float* out2, const float* bias2, int n2, int blocks2) {
+         const void* w2, float* out2, const float* bias2, int n2, int blocks2,
+         const float* norm_weight, float norm_eps) {
   __shared__ __align__(16) uint8_t ring[WARPS * kRingBytes];
   __shared__ float partial[2][WARPS][kOutputs];
   let_next_start();
   const Segment segments[3] = {
       {w0, out0, bias0, n0, blocks0, 0, n0}, {w1, out1, bias1, n1, blocks1, 0, n1}, {w2, out2, bias2, n2, blocks2, 0, n2}};
-  multiply_one(segments, {x, x_scales, x_sums}, residual, ring, partial);
+  multiply_one(segments, source_of(x, x_scales, x_sums, norm_weight, norm_eps), residual, ring, partial);
 }
 #else
 // Grid (blocks of all matrices, slots): slot i of the step is multiplied with the matrix of expert experts[i]. x has a row for
@@ -185,6 +187,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   const Segment segments[3] = {{w0, out0 + to * n0, nullptr, n0, blocks0, expert * n0, EXPERTS * n0},
                                {w1, out1 + to * n1, nullptr, n1, blocks1, expert * n1, EXPERTS * n1},
                                {w2, out2 + to * n2, nullptr, n2, blocks2, expert * n2, EXPERTS * n2}};
-  multiply_one(segments, in, nullptr, ring, partial);
+  multiply_one(segments, {in}, nullptr, ring, partial);
 }
 #endif

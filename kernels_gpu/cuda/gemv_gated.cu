@@ -7,9 +7,9 @@
 // With EXPERTS the matrices of some experts lie one above the other, and `gemv_gated_experts` gives each slot of each row its own.
 //
 // Defines: TYPE (of both matrices), ACTIVATION, OUT (OUT_F32, OUT_A8), TOKENS, ROWS, LANES, WARPS, DEPTH, MIN_BLOCKS, COLUMNS,
-// EXPERTS (how many; optional).
+// EXPERTS (how many; optional), NORM (gemv_source.cuh; optional).
 #include "activation.cuh"
-#include "gemv_step.cuh"
+#include "gemv_source.cuh"
 #include "row_output.cuh"
 
 constexpr int kPairs = ROWS / 2;  // of a lane
@@ -46,7 +46,7 @@ struct Supply {
 };
 
 // Rows first_row.. of out [., n], a block's 32 columns; gate and up are n rows of `total` in memory, behind those `above`.
-DEVICE void make_columns(const Input& in, const void* gate, const void* up, int n, int above, int total, int first_row,
+DEVICE void make_columns(const Source& source, const void* gate, const void* up, int n, int above, int total, int first_row,
                          void* out, float* out_scales, float* out_sums) {
   __shared__ __align__(16) uint8_t ring[WARPS * DEPTH * ROWS * 32 * TYPE::kTileBytes];
   __shared__ float values[TOKENS][2][kColumns + 2];  // gate, up; what a warp stores lies in different banks
@@ -57,7 +57,7 @@ DEVICE void make_columns(const Input& in, const void* gate, const void* up, int 
                 ring + warp * DEPTH * ROWS * 32 * TYPE::kTileBytes, first_step, first_column + place, first_column + kColumns, above, first_step, 0};
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) supply.ask();
-  wait_for_previous();
+  const Input in = wait_for_rows(source);
 
   for (int column = 0; column < kColumns; column += kPassPairs) {
     float sums[TOKENS][ROWS];
@@ -103,9 +103,10 @@ DEVICE void make_columns(const Input& in, const void* gate, const void* up, int 
 // x as in gemv.cu; gate and up [n, COLUMNS], n a multiple of 32; out [TOKENS, n]. One block for each 32 columns of out.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
     gemv_gated(const void* x, const float* x_scales, const float* x_sums, const void* gate, const void* up, int n, void* out,
-               float* out_scales, float* out_sums) {
+               float* out_scales, float* out_sums, const float* norm_weight, float norm_eps) {
   let_next_start();
-  make_columns({x, x_scales, x_sums}, gate, up, n, 0, n, 0, out, out_scales, out_sums);
+  const Source source = source_of(x, x_scales, x_sums, norm_weight, norm_eps);
+  make_columns(source, gate, up, n, 0, n, 0, out, out_scales, out_sums);
 }
 #else
 // The same for slots, as in `gemv_experts`: out [slots, n]. Grid (blocks of 32 columns, slots).
@@ -118,6 +119,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
   const int slot = blockIdx.y, expert = experts[slot];
   if (expert < 0) return;  // padding
   const Input in = input_of<TYPE>(x, x_scales, x_sums, slot / x_slots);
-  make_columns(in, gate, up, n, expert * n, EXPERTS * n, slot, out, out_scales, out_sums);
+  make_columns({in}, gate, up, n, expert * n, EXPERTS * n, slot, out, out_scales, out_sums);
 }
 #endif

@@ -31,6 +31,12 @@ DEVICE float block_sum(float v, float* scratch) {
 
 DEVICE float largest(float4 v) { return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))); }
 
+DEVICE float squares_of(float4 v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
+
+DEVICE float4 scaled(float4 v, float factor, float4 w) {
+  return make_float4(v.x * factor * w.x, v.y * factor * w.y, v.z * factor * w.z, v.w * factor * w.w);
+}
+
 struct A8Block {
   float inverse, scale;
 };

@@ -29,12 +29,6 @@ DEVICE float4 load_chunk(const __half* row, int chunk) {
 template <class T>
 DEVICE const T* row_of(const T* x, int row) { return x + static_cast<long long>(row) * WIDTH; }
 
-DEVICE float squares(float4 v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
-
-DEVICE float4 scaled(float4 v, float factor, float4 w) {
-  return make_float4(v.x * factor * w.x, v.y * factor * w.y, v.z * factor * w.z, v.w * factor * w.w);
-}
-
 DEVICE float4 plus(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
 // Normalize a row held in registers; weights are in registers too, loaded before the row was there.
@@ -42,7 +36,7 @@ template <int kPer>
 DEVICE void normalize(float4 (&v)[kPer], const float4 (&w)[kPer], float eps, float* scratch) {
   float sum = 0.0f;
 #pragma unroll
-  for (int p = 0; p < kPer; p++) sum += squares(v[p]);
+  for (int p = 0; p < kPer; p++) sum += squares_of(v[p]);
   const float factor = 1.0f / sqrtf(block_sum<THREADS>(sum, scratch) / WIDTH + eps);
 #pragma unroll
   for (int p = 0; p < kPer; p++) v[p] = scaled(v[p], factor, w[p]);

@@ -15,8 +15,8 @@ from pyinfer.graph.activation import quantize_activation
 from pyinfer.graph.ops import Activation
 from pyinfer.graph.reference import activate
 from pyinfer.kernels_gpu.launch import Launch
-from pyinfer.kernels_gpu.matvec import Product, build_matvec
-from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated
+from pyinfer.kernels_gpu.matvec import Product, RowNorm, build_matvec, takes_norm
+from pyinfer.kernels_gpu.matvec_gated import build_gated_matvec, can_fuse_gated, gated_takes_norm
 from pyinfer.kernels_gpu.matvec_tuning import (
     STATIC_SHARED_BYTES,
     Problem,
@@ -25,7 +25,7 @@ from pyinfer.kernels_gpu.matvec_tuning import (
     gated_tuning,
 )
 from pyinfer.kernels_gpu.operand import Form, Operand, operand_at, operand_bytes
-from pyinfer.kernels_gpu.rows import build_gated
+from pyinfer.kernels_gpu.rows import build_gated, build_rms_norm
 from pyinfer.kernels_gpu.weights_layout import FLOAT_BYTES, KINDS
 from pyinfer.quant.codecs import codec_by_name
 
@@ -90,6 +90,42 @@ def test_the_bits_of_separate_kernels(
     else:
         result = contents(device, together, n)[0]
     assert np.linalg.norm(result - expected) <= 2e-3 * np.linalg.norm(expected)
+    device.close()
+
+
+@pytest.mark.parametrize(
+    "kind, columns", [("Q4_K", 256), ("Q6_K", 4096), ("Q8_0", 576), ("Q5_0", 1184), ("Q4_K", 2304)]
+)
+def test_the_bits_of_a_norm_before(kind: str, columns: int) -> None:
+    """Every block normalizes the row as the kernel does that writes it for many rows."""
+    rng = rng_of(kind, columns)
+    device = EmulatedDevice()
+    values = rows_of_x(1, columns, rng)
+    x, weight = (
+        Operand("f32", columns, device.array(values)),
+        device.array(rng.standard_normal(columns).astype(np.float32)),
+    )
+    normed = operand_at("a8", 1, columns, device.empty(operand_bytes("a8", 1, columns), dtype=np.uint8))
+    for step in build_rms_norm(normed, x.data, weight, 1e-5, 1):
+        device.launch(step)
+    gate, up = (upload(device, kind, random_blocks(kind, ROWS, columns, rng), columns) for _ in range(2))
+    norm = RowNorm(weight, 1e-5)
+    assert takes_norm([gate, up], 4, 90) and gated_takes_norm(gate, 4, 90) and not takes_norm([gate], 4, 75)
+
+    outs = [device.empty(1, ROWS) for _ in range(4)]
+    (apart,) = build_matvec(normed, [Product(gate, outs[0]), Product(up, outs[1])], 1, n_sms=4, arch=90)
+    (together,) = build_matvec(x, [Product(gate, outs[2]), Product(up, outs[3])], 1, n_sms=4, arch=90, norm=norm)
+    for launch in (apart, together):
+        device.launch(launch)
+    results = [device.values(out, np.float32, ROWS) for out in outs]
+    np.testing.assert_array_equal(results[:2], results[2:])
+
+    pairs = poisoned(device, "a8", 1), poisoned(device, "a8", 1)
+    for out, rows, own in zip(pairs, (normed, x), (None, norm), strict=True):
+        for launch in build_gated_matvec(out, rows, gate, up, "silu", 1, n_sms=4, arch=90, norm=own):
+            device.launch(launch)
+    for ours, separate in zip(contents(device, pairs[1], 1), contents(device, pairs[0], 1), strict=True):
+        np.testing.assert_array_equal(ours, separate)
     device.close()
 
 
