@@ -34,7 +34,7 @@ class RowNorm:
 
 def can_fuse_norm(problem: Problem, cut: Tuning) -> bool:
     """Whether the row fits beside a ring of tiles, without which registers would not do."""
-    row_bytes = 2 * problem.n_columns  # codes, scales and sums, with something to spare
+    row_bytes = problem.n_columns * 5 // 4 + 1024  # codes, scales and sums, with something to spare
     fits = problem.n_columns <= _NORM_COLUMNS and cut.shared_bytes(problem) + row_bytes <= STATIC_SHARED_BYTES
     return problem.n_tokens == 1 and cut.depth > 1 and fits and not any(kind in FLOAT_BYTES for kind in problem.kinds)
 
