@@ -21,6 +21,12 @@ _GUARD, _POISON = 0xA5, 0xFF  # 0xFF in every byte is a NaN
 _GUARD_BYTES = 256
 
 
+class Captured(list[Step]):
+    """What was captured, as the emulator has it, and its graph."""
+
+    graph: Any = None
+
+
 class CheckedDevice(CuPyDevice):
     """With the methods that tests call, and without a choice of architecture: it is the card's.
 
@@ -60,20 +66,19 @@ class CheckedDevice(CuPyDevice):
         else:
             super().launch(step)
 
-    def capture(self, steps: Sequence[Step]) -> tuple[list[Step], Any]:
-        before = dict(self.launches)
-        graph = None if self._all_reduce else super().capture(steps)
-        self.launches = before
-        return list(steps), graph
+    def capture(self, steps: Sequence[Step]) -> Captured:
+        captured = Captured(steps)
+        if not self._all_reduce:
+            captured.graph = super().capture(steps)
+        return captured
 
-    def run(self, executable: tuple[list[Step], Any]) -> None:
-        steps, graph = executable
-        if graph is None:
-            for step in steps:
+    def run(self, executable: Captured) -> None:
+        if executable.graph is None or "launch" in vars(self):  # a test looks at every step
+            for step in executable:
                 self.launch(step)
         else:
-            self._count(steps)
-            super().run(graph)
+            self._count(executable)
+            super().run(executable.graph)
 
     def _count(self, steps: Sequence[Step]) -> None:
         for step in steps:

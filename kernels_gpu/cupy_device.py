@@ -267,11 +267,11 @@ class CuPyDevice:
 
     def capture(self, steps: Sequence[Step]) -> Any:
         self.prepare([step.kernel for step in steps if isinstance(step, Launch)])
-        # once outside of the capture: cuBLAS loads kernels, and NCCL connects GPUs, when they are first used for a size
-        for step in steps:
-            if isinstance(step, Gemm) or (isinstance(step, Reduce) and step.n not in self._reduced):
-                self.launch(step)
         with self._here:
+            # once outside of the capture: cuBLAS loads kernels, and NCCL connects GPUs, when they are first used for a size
+            for step in steps:
+                if isinstance(step, Gemm) or (isinstance(step, Reduce) and step.n not in self._reduced):
+                    self._launch(step)
             self._stream.begin_capture()
             try:
                 for step in steps:
