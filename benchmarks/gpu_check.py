@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from pyinfer.kernels_gpu.nvrtc import load_nvrtc  # noqa: E402
 from pyinfer.kernels_gpu.requirements import usable_gpus  # noqa: E402
 
 LIMITS = {"kernels": 420, "memcheck": 560, "racecheck": 560, "models": 240, "speed": 420, "offload": 200, "soak": 120}
+WITHOUT_GPU = re.compile("compile|races|limits")  # files of tests that are about the emulator, or the compiler
 NEEDED = ("numba", "llvmlite", "msgspec", "tokenizers", "jinja2", "pytest", "pytest_timeout")
 
 
@@ -54,7 +56,9 @@ def check_kernels(report: Report, options: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "--section", "kernels", "--out", options.out, "--seed", str(options.seed)]
     command += ["--label", options.label or "kernels", *(["--first"] if options.first else [])]
     command += ["--match", options.match]
-    files = [path for path in sorted((ROOT / "tests" / "backend").glob("test_gpu_*.py")) if "compile" not in path.stem]
+    files = [
+        path for path in sorted((ROOT / "tests" / "backend").glob("test_gpu_*.py")) if not WITHOUT_GPU.search(path.stem)
+    ]
     running = {path.name: subprocess.Popen([*command, "--file", str(path)]) for path in files}
     codes = {name: process.wait() for name, process in running.items()}
     failed = [name for name, code in codes.items() if code]
