@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyinfer.kernels_gpu.launch import Buffer, Defines, Kernel, Launch
 from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, STATIC_SHARED_BYTES, Problem, Tuning, tuning_of
@@ -39,6 +39,12 @@ def can_fuse_norm(problem: Problem, cut: Tuning) -> bool:
     return problem.n_tokens == 1 and cut.depth > 1 and fits and not any(kind in FLOAT_BYTES for kind in problem.kinds)
 
 
+def normed_cut(cut: Tuning, n_columns: int) -> Tuning:
+    """The same with registers for a row and the norm's weights, four of each a lane and turn of the block."""
+    turns = -(-n_columns // (128 * cut.warps))
+    return replace(cut, min_blocks=min(cut.min_blocks, 65536 // (32 * cut.warps * (56 + 8 * turns))))
+
+
 def takes_norm(weights: Sequence[DeviceWeight], n_sms: int, arch: int) -> bool:
     """Whether `build_matvec` takes a norm for one row with these matrices."""
     products = [Product(weight, weight.buffer) for weight in weights]
@@ -69,6 +75,7 @@ def build_matvec(
         part = products[first : first + MAX_MATRICES]
         problem = problem_of(part, n_rows)
         cut = tuning or tuning_of(problem, n_sms, arch)
+        cut = normed_cut(cut, problem.n_columns) if norm else cut
         launches.append(_launch(x, part, problem, cut, residual, norm))
     return launches
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyinfer.graph.ops import Activation
 from pyinfer.kernels_gpu.launch import Defines, Kernel, Launch
-from pyinfer.kernels_gpu.matvec import RowNorm, can_fuse_norm, norm_define
+from pyinfer.kernels_gpu.matvec import RowNorm, can_fuse_norm, norm_define, normed_cut
 from pyinfer.kernels_gpu.matvec_tuning import MAX_TOKENS, Problem, Tuning, gated_tuning_of
 from pyinfer.kernels_gpu.operand import FORMS, Operand
 from pyinfer.kernels_gpu.weights import DeviceWeight
@@ -47,6 +47,7 @@ def build_gated_matvec(
     assert can_fuse_gated(gate, up) and 1 <= n_rows <= MAX_TOKENS and out.form in ("f32", "a8")
     problem = gated_problem(gate, n_rows)
     cut = tuning or gated_tuning_of(problem, n_sms, arch)
+    cut = normed_cut(cut, problem.n_columns) if norm else cut
     form = "a8" if norm else x.form
     assert norm is None or (x.form == "f32" and can_fuse_norm(problem, cut)), problem
     assert (
