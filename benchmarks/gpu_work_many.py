@@ -37,11 +37,11 @@ def _args(launch: Launch, places: Sequence[int]) -> list[int]:
 def _matmul_mma(launch: Launch, facts: StepFacts) -> Work:
     """Every warp goes through its block's chunks; weights are read once, x and shared tiles stay in the L2."""
     d = dict(launch.kernel.defines)
-    m, columns, n_units, share, *widths = _args(launch, (5, 6, 7, 8, 12, 16, 20))
+    m, columns, n_units, share, *widths = _args(launch, (6, 7, 8, 9, 13, 17, 21))
     kind, warps = str(d["TYPE"]), int(d["WARPS"])
     units = int(d.get("UNITS", 2))
     packed = sum(part.row_bytes for part in layout_of(kind, 1, 256).parts) / 256
-    n_bytes = sum(widths) * (columns * packed + 4 * m * (2 if launch.args[2] else 1))
+    n_bytes = sum(widths) * (columns * packed + 4 * m * (2 if launch.args[3] else 1))
     ring = (int(d["W_STAGES"]) - 1) * int(d["MT"]) * 16 * chunk_row_bytes(kind, units)
     tiles = launch.grid[0] * max(1.0, share / ceil(columns / (32 * units)))
     return Work(n_bytes, (Share(launch.kernel, float(n_units * warps), tiles * warps),), ring, True)

@@ -40,14 +40,17 @@ def normed_lengths(weight: npt.NDArray[np.float32]) -> Lengths:
     return Lengths(math.sqrt(weight.size) * float(np.abs(weight).max()), float(np.linalg.norm(weight)))
 
 
-def fits_float16(x: Lengths | None, gate: Lengths | None, up: Lengths | None, columns: int) -> bool:
-    """Whether x @ gate.T, x @ up.T and activation(the one) * the other do: SiLU and GELU enlarge nothing, and halve what is
-    small. How usual numbers come out is known if x has nothing to do with the weights; without lengths nothing is."""
+def float16_factor(x: Lengths | None, gate: Lengths | None, up: Lengths | None, columns: int) -> float | None:
+    """By which power of two activation(x @ gate.T) * (x @ up.T) is to be divided so that it fits, as both products do without
+    one; None if it is not known to. SiLU and GELU enlarge nothing, and halve what is small. How usual numbers come out is known
+    if x has nothing to do with the weights; without lengths nothing is."""
     if x is None or gate is None or up is None:
-        return False
+        return None
     g, u = x.longest * gate.longest, x.longest * up.longest
-    usual = x.usual**2 * gate.usual * up.usual / columns / 4
-    return max(g, u, g * u) <= _LARGEST and usual >= _USUAL
+    factor = 2.0 ** max(0, math.ceil(math.log2(max(g * u, 1.0) / _LARGEST)))
+    usual_g, usual_u = x.usual * gate.usual / math.sqrt(columns), x.usual * up.usual / math.sqrt(columns)
+    fits = max(g, u) <= _LARGEST and min(usual_g, usual_u, usual_g * usual_u / 4 / factor) >= _USUAL
+    return factor if fits else None
 
 
 def lengths_of_gates(device: Device, groups: Iterable[Group], weights: DeviceWeights) -> dict[int, Lengths]:

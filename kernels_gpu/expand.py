@@ -1,7 +1,7 @@
 """Float16 copies of packed matrices, kept beside them for cuBLAS (`--gpu-expand auto|on|off`).
 
-A prompt's step through a copy need not make the weights float16 first. By the model of `matmul_route`, not yet measured, that
-is 2 to 4 ms less of 17 to 51 for 512 to 2,048 rows of Llama-3.1-8B on an H200, at 14 GB of memory that KV pages could have.
+A prompt's step through a copy need not make the weights float16 first. By `benchmarks/gpu_limits.py`, not yet measured, that
+is 3 to 5 ms less of 16 to 48 for 512 to 2,048 rows of Llama-3.1-8B on an H200, at 14 GB of memory that KV pages could have.
 Decode goes on reading the packed matrix, which is a quarter of it. The head is not copied: few rows go through it.
 `runtime.offload` decides whether there is room.
 """

@@ -31,7 +31,7 @@ from pyinfer.graph.ops import (
     SelectRows,
     StoreKV,
 )
-from pyinfer.kernels_gpu.bounds import Lengths, fits_float16, normed_lengths
+from pyinfer.kernels_gpu.bounds import Lengths, float16_factor, normed_lengths
 from pyinfer.kernels_gpu.buckets import DECODE_ROWS
 from pyinfer.kernels_gpu.fusion import AttentionGroup, CombineNormGroup, GatedGroup, Group, NormGroup, SingleOp
 from pyinfer.kernels_gpu.launch import Buffer, Reduce
@@ -240,12 +240,14 @@ class _Lowering(AttentionRules, ExpertRules):
         n, x, lengths = self._rows(op.out), self.values[matmul.x], self._lengths.get(id(matmul.x))
         products = [Product(self.memory.weights[weight], Buffer(0, 0)) for weight in matmul.weights]
         rows = [self.memory.lengths.get(product.weight.buffer.ptr) for product in products]
-        fits = fits_float16(lengths, rows[0], rows[1], x.width)
-        halves = fits and x.form == "h16" and x.scales is None and goes_to_cublas(products, n, self.memory)
+        factor = float16_factor(lengths, rows[0], rows[1], x.width)
+        halves = (
+            factor is not None and x.form == "h16" and x.scales is None and goes_to_cublas(products, n, self.memory)
+        )
         outs = [self.values.write(out, "h16" if halves else "f32", n, scaled=False).data for out in matmul.outs]
         self._multiply(matmul, outs, halves=halves)
         gate, up = self.values[op.gate].data, self.values[op.up].data
-        out = self.values.write(op.out, self._form(op.out), n, scaled=not fits)
+        out = self.values.write(op.out, self._form(op.out), n, scaled=factor is None, factor=factor or 1.0)
         self.steps += build_gated(out, gate, up, op.activation, n, halves=halves)
 
     def _add(self, op: Add) -> None:

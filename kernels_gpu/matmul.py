@@ -108,7 +108,7 @@ def build_mma(
             grid=(n_blocks, 1, 1),
             block=(cut.warps * 32, 1, 1),
             args=(
-                x.data, x.scales, residual, memory.scratch, memory.arrivals, problem.m, problem.columns,
+                x.data, x.scales, float(x.factor), residual, memory.scratch, memory.arrivals, problem.m, problem.columns,
                 cut.n_units(problem.m, problem.widths, problem.columns), cut.units_per_block,
                 *(field for matrix in matrices[:MAX_MATRICES] for field in matrix),
             ),
@@ -167,7 +167,7 @@ def _slice(
     if x.scales is None and bias is None and (residual is None or adds):
         yield Gemm(
             out, x.data, weights, m, n, columns, width,
-            accumulate=adds, alpha=1.0 / gain, kind=kind, w_stride=stride, halves=halves,
+            accumulate=adds, alpha=x.factor / gain, kind=kind, w_stride=stride, halves=halves,
         )  # fmt: skip
         return
     result = memory.scratch.at(_slice_bytes(n, problem), 4 * m * n)
@@ -177,7 +177,7 @@ def _slice(
         grid=(-(-n // (4 * _FINISH_THREADS)), m, 1),
         block=(_FINISH_THREADS, 1, 1),
         args=(
-            out, width, result, n, x.scales, 1.0 / gain, bias, residual.at(4 * first) if residual else None, n,
+            out, width, result, n, x.scales, x.factor / gain, bias, residual.at(4 * first) if residual else None, n,
         ),
         overlap=True,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Which way a product with many rows goes: packed weights into the tensor cores (`cuda/matmul_mma.cu`), or cuBLAS on float16.
 
 The first reads each weight once for 128 rows and should reach 55 to 60 % of what cuBLAS can (`mma.sync` against wgmma on
-sm_90); the second has to make float16 of all weights first. By the model, `default_route`, they meet between
-512 and 1,024 rows of Llama-3.1-8B (near 256 where a float16 copy is kept). `RouteTable` holds what was measured at load
-(`route_measure`), which wins.
+sm_90); the second has to make float16 of all weights first. By the model, `default_route`, they meet near 512 rows
+of Llama-3.1-8B, where a float16 copy is kept near 100. `RouteTable` holds what was measured at load (`route_measure`), which
+wins.
 """
 
 from __future__ import annotations
@@ -111,5 +111,4 @@ def _slice_cycles(problem: Problem, n: int, gpu: GPU, is_float16: bool) -> float
     tiled = waves * 2 * _GEMM_TILE[0] * _GEMM_TILE[1] * columns / flops
     least = 2 * max(m, _GEMM_TILE[0] // 2) * n * columns / flops / gpu.n_sms
     multiply = min(tiled, 1.5 * least + _START_CYCLES)  # of few tiles cuBLAS cuts the columns too, which costs some
-    finish = (results / beside + results / _MEMORY_BYTES) / gpu.n_sms
-    return unpack + max(read, multiply) + finish + 2 * _START_CYCLES
+    return unpack + max(read, multiply, results / _MEMORY_BYTES / gpu.n_sms) + _START_CYCLES

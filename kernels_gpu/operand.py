@@ -25,8 +25,9 @@ class Operand:
     form: Form
     width: int
     data: Buffer  # float32, int8 or float16 [n, width]
-    scales: Buffer | None = None  # float32: a8 [n, width / 32], h16 [n] or None: all are 1
+    scales: Buffer | None = None  # float32: a8 [n, width / 32], h16 [n] or None: all are `factor`
     sums: Buffer | None = None  # float32, a8 only [n, width / 32]: scale * sum of the block's codes
+    factor: float = 1.0  # of h16 rows without scales: a power of two
 
 
 def operand_bytes(form: Form, n_rows: int, width: int) -> int:
@@ -36,11 +37,13 @@ def operand_bytes(form: Form, n_rows: int, width: int) -> int:
 
 def operand_at(form: Form, n_rows: int, width: int, memory: Buffer) -> Operand:
     """An operand in this memory; its parts are multiples of 256 bytes apart."""
-    parts, start = [], 0
+    parts, start = list[Buffer](), 0
     for n_bytes in _part_bytes(form, n_rows, width):
         parts.append(memory.at(start, n_bytes))
         start += n_bytes
-    return Operand(form, width, *parts)
+    data, scales, sums, *_ = (*parts, None, None)
+    assert data is not None
+    return Operand(form, width, data, scales, sums)
 
 
 def _part_bytes(form: Form, n_rows: int, width: int) -> list[int]:

@@ -132,8 +132,7 @@ class _Bench:
             "h16", problem.m, problem.columns, plan.scratch(operand_bytes("h16", problem.m, problem.columns))
         )
         memory.device.zero(self._x.data)
-        if len(products) > 1:  # q, k, v and gate, up follow a norm (lower)
-            self._x = replace(self._x, scales=None)
+        self._x = replace(self._x, scales=None)  # as most rows have none: behind a norm, attention or a bounded gate
         self._products = [
             Product(product.weight, plan.scratch(4 * problem.m * product.weight.layout.n_rows)) for product in products
         ]
@@ -155,7 +154,9 @@ class _Bench:
         scratch = self._plan.scratch(scratch_bytes(self._problem, route, gpu))
         counters = memory.counters(arrival_bytes(self._problem, route, gpu))
         work = MatmulMemory(scratch, counters, memory.copies)
-        steps = build_matmul(self._x, self._problem, self._products, route, work, gpu)
+        # what stands alone is mostly added to rows that are there
+        residual = self._products[0].out if len(self._products) == 1 else None
+        steps = build_matmul(self._x, self._problem, self._products, route, work, gpu, residual=residual)
         self._plan.release(scratch)
         return steps * _REPEATS
 

@@ -83,7 +83,7 @@ def build_gated(
 ) -> list[Launch]:
     """out = activation(gate) * up, which are float16 with `halves`."""
     defines: Defines = (("ACTIVATION", _ACTIVATIONS[activation]), ("GATED", "__half" if halves else "float"))
-    return _map("gated", out, (gate, up), n_rows, defines)
+    return _map("gated", out, (gate, up, 1.0 / out.factor), n_rows, defines)
 
 
 def build_add(out: Operand, a: Buffer, b: Buffer, n_rows: int) -> list[Launch]:
@@ -115,7 +115,7 @@ def build_place_columns(out: Buffer, x: Buffer, part: int, first: int, total: in
     ]
 
 
-def _map(name: str, out: Operand, args: tuple[Buffer | None, ...], n_rows: int, defines: Defines = ()) -> list[Launch]:
+def _map(name: str, out: Operand, args: tuple[Buffer | float | None, ...], n_rows: int, defines: Defines = ()) -> list[Launch]:
     """A kernel that computes each column by itself: blocks share a row, but for "h16", which needs its maximum."""
     whole = out.form == "h16"
     threads = _threads(out.width, n_rows) if whole else min(256, 32 * _warps(out.width))

@@ -51,11 +51,11 @@ class ValuePlan:
     def __contains__(self, value: Value) -> bool:
         return id(value) in self._operands
 
-    def write(self, value: Value, form: Form, n_rows: int, *, scaled: bool = True) -> Operand:
-        """Memory for a value that is about to be written; an h16 one without `scaled` has no scales of its rows."""
+    def write(self, value: Value, form: Form, n_rows: int, *, scaled: bool = True, factor: float = 1.0) -> Operand:
+        """Memory for a value that is about to be written; an h16 one without `scaled` has no scales of its rows, but `factor`."""
         operand, slab = self.operand_scratch(form, n_rows, value.width)
         if form == "h16" and not scaled:
-            operand = replace(operand, scales=None)
+            operand = replace(operand, scales=None, factor=factor)
         self._operands[id(value)] = (operand, slab)
         self._holders[slab.ptr] += 1
         return operand

@@ -33,7 +33,8 @@ struct Cursor {
 
 struct Task {
   const half* x;  // [rows, columns]
-  const float* scale;
+  const float* scale;  // of each row, or null: all are `factor`
+  float factor;
   const float* residual;
   float4* workspace;
   int* arrivals;
@@ -138,7 +139,7 @@ DEVICE void write_out(const Task& task, const float (&sums)[MT][kGroups][4], int
     for (int e = 0; e < 2; e++) {
       const int row = m0 + j * 8 + 2 * t + e;
       if (row >= task.rows) continue;
-      const float scale = (task.scale ? task.scale[row] : 1.f) * (1.f / Format::kGain);
+      const float scale = (task.scale ? task.scale[row] : task.factor) * (1.f / Format::kGain);
 #pragma unroll
       for (int i = 0; i < MT * 2; i++) {
         const int n = n0 + ((threadIdx.x >> 5) * MT + i / 2) * 16 + i % 2 * 8 + g;
@@ -154,11 +155,11 @@ DEVICE void write_out(const Task& task, const float (&sums)[MT][kGroups][4], int
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
-    matmul_mma(const half* x, const float* scale, const float* residual, float4* workspace,
-               int* arrivals, int rows, int columns, int n_units, int units_per_block, const uint8_t* w0, float* out0,
+    matmul_mma(const half* x, const float* scale, float factor, const float* residual, float4* workspace, int* arrivals,
+               int rows, int columns, int n_units, int units_per_block, const uint8_t* w0, float* out0,
                const float* bias0, int n0, const uint8_t* w1, float* out1, const float* bias1, int n1, const uint8_t* w2,
                float* out2, const float* bias2, int n2) {
-  Task task = {x, scale, residual, workspace, arrivals, rows, columns, ceil_div(columns, kColumns), ceil_div(rows, BM),
+  Task task = {x, scale, factor, residual, workspace, arrivals, rows, columns, ceil_div(columns, kColumns), ceil_div(rows, BM),
                n_units, units_per_block, {{w0, out0, bias0, n0}, {w1, out1, bias1, n1}, {w2, out2, bias2, n2}}};
   DYNAMIC_SHARED(uint8_t, shared);
   const int first = blockIdx.x * units_per_block;

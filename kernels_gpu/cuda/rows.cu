@@ -140,15 +140,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) add(const float* a, const 
 }
 
 #ifdef ACTIVATION
-extern "C" __global__ void __launch_bounds__(THREADS) gated(const GATED* gate, const GATED* up, void* out, float* scales,
-                                                           float* sums) {
+// out = activation(gate) * up * share.
+extern "C" __global__ void __launch_bounds__(THREADS) gated(const GATED* gate, const GATED* up, float share, void* out,
+                                                           float* scales, float* sums) {
   let_next_start();
   wait_for_previous();
   map_row(
       [=](int row, int chunk) {
         const float4 g = load_chunk(row_of(gate, row), chunk);
         const float4 u = load_chunk(row_of(up, row), chunk);
-        return make_float4(activated(g.x) * u.x, activated(g.y) * u.y, activated(g.z) * u.z, activated(g.w) * u.w);
+        return make_float4(activated(g.x) * u.x * share, activated(g.y) * u.y * share, activated(g.z) * u.z * share,
+                           activated(g.w) * u.w * share);
       },
       out, scales, sums);
 }

@@ -15,8 +15,9 @@ from cuda_emulator.device import EmulatedDevice
 from pyinfer.graph.backend import StageConfig
 from pyinfer.graph.passes import optimize
 from pyinfer.graph.reference import ReferenceStage
+from pyinfer.kernels_gpu import bounds
 from pyinfer.kernels_gpu import stage as stage_module
-from pyinfer.kernels_gpu.bounds import Lengths, build_row_squares, fits_float16, normed_lengths
+from pyinfer.kernels_gpu.bounds import Lengths, build_row_squares, float16_factor, normed_lengths
 from pyinfer.kernels_gpu.launch import Gemm, Launch, Step
 from pyinfer.kernels_gpu.matmul_route import Route
 from pyinfer.kernels_gpu.route_measure import _problems
@@ -59,17 +60,20 @@ def test_what_fits() -> None:
     x = normed_lengths(np.array([1, -2, 1, 1], np.float32))
     assert x.longest == 4 and x.usual == pytest.approx(7**0.5)
     row = Lengths(10, 8)
-    assert fits_float16(x, row, row, 4)
-    assert not fits_float16(x, Lengths(1000, 8), row, 4), "40,000 is more than may be"
-    assert not fits_float16(x, Lengths(400, 8), Lengths(400, 8), 4), "each fits, their product does not"
-    assert not fits_float16(x, Lengths(10, 1e-3), Lengths(10, 1e-2), 4), "usual numbers would lose digits"
-    assert not fits_float16(None, row, row, 4) and not fits_float16(x, None, row, 4)
+    assert float16_factor(x, row, row, 4) == 1
+    assert float16_factor(x, Lengths(10000, 8), row, 4) is None, "40,000 is more than may be"
+    assert float16_factor(x, Lengths(400, 8), Lengths(400, 8), 4) == 128, "each fits, their product is up to 2,560,000"
+    assert float16_factor(x, Lengths(10, 1e-2), Lengths(10, 1e-2), 4) is None, "usual numbers would lose digits"
+    assert float16_factor(x, Lengths(8000, 1e-1), Lengths(8000, 1e-1), 4) is None, (
+        "as they would under so large a factor"
+    )
+    assert float16_factor(None, row, row, 4) is None and float16_factor(x, None, row, 4) is None
 
 
 @pytest.mark.parametrize("kind", ["Q5_1", "Q8_0"])
-@pytest.mark.parametrize("by_cublas", [False, True])
+@pytest.mark.parametrize("by_cublas, largest", [(False, 32768.0), (True, 32768.0), (False, 64.0), (True, 64.0)])
 def test_a_stage_with_bounds_gives_the_same_logits(
-    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str, by_cublas: bool
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str, by_cublas: bool, largest: float
 ) -> None:
     """By cuBLAS gate and up are float16 and sums are added in place; either way the second product's rows have no factors."""
     graph = optimize(build_graph(GGUFFile.open(tiny_model(codec=kind))))
@@ -82,6 +86,7 @@ def test_a_stage_with_bounds_gives_the_same_logits(
     before = without.run(batch).copy()
     without.close()
     monkeypatch.setattr(stage_module, "BOUNDED_ROWS", 16)
+    monkeypatch.setattr(bounds, "_LARGEST", largest)
     device = EmulatedDevice()
     stage = GPUStage(device, graph, replace(CONFIG, gpu_expand=by_cublas))
     if by_cublas:
@@ -99,7 +104,8 @@ def test_a_stage_with_bounds_gives_the_same_logits(
     stage.close()
     gated = [step for step in launched if isinstance(step, Launch) and step.kernel.name == "gated"]
     assert any(("GATED", "__half") in step.kernel.defines for step in gated) == by_cublas
-    assert [step.args[3] for step in gated] == [None] * len(gated), "factors of rows"
+    assert [step.args[4] for step in gated] == [None] * len(gated), "factors of rows"
+    assert any(step.args[2] != 1.0 for step in gated) == (largest < 1000)
     if by_cublas:
         gemms = [step for step in launched if isinstance(step, Gemm)]
         assert any(step.halves for step in gemms) and any(step.accumulate for step in gemms)

@@ -135,7 +135,7 @@ def test_the_model_without_measurements() -> None:
     for widths, columns in (((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336)):
         routes = [default_route(Problem("Q4_K", m, widths, columns), H200, is_float16=False) for m in (16, 64, 2048)]
         assert [bool(route.slice_rows) for route in routes] == [False, False, True]
-    down = Problem("Q4_K", 512, (4096,), 14336)
+    down = Problem("Q4_K", 256, (4096,), 14336)
     assert not default_route(down, H200, is_float16=False).slice_rows
     assert default_route(down, H200, is_float16=True).slice_rows
     table = RouteTable(H200, {(down, False): Route(1024)})
