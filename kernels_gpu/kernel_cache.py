@@ -55,7 +55,7 @@ class KernelCache:
                     self._binaries[unit] = code
         if not missing:
             return
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for done, (unit, code) in enumerate(zip(missing, pool.map(self._compile, missing), strict=True)):
                 self._binaries[unit] = code
                 if self.on_compile is not None:
