@@ -16,7 +16,7 @@ WORKSPACE_BYTES = 32 << 20  # what NVIDIA recommends for sm_90
 R_32F, R_16F = 0, 2  # library_types.h
 OP_N, OP_T, DEFAULT_ALGORITHM = 0, 1, -1  # cublas_api.h
 # CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: parts of sums are not float16, even if results are
-_SUMS_IN_FLOAT32 = 16
+SUMS_IN_FLOAT32 = 16
 # the type of operands and the arithmetic: sums are float32; "pedantic" is never TF32, whatever the environment asks for
 TYPES: dict[GemmType, tuple[int, int]] = {"f16": (R_16F, 68), "f32": (R_32F, 69)}
 
@@ -29,7 +29,7 @@ class CuBLAS:
         self._handle = ctypes.c_void_p()
         self._check(self._library.cublasCreate_v2(ctypes.byref(self._handle)), "cublasCreate")
         self._check(self._library.cublasSetStream_v2(self._handle, ctypes.c_void_p(stream)), "cublasSetStream")
-        self._check(self._library.cublasSetMathMode(self._handle, _SUMS_IN_FLOAT32), "cublasSetMathMode")
+        self._check(self._library.cublasSetMathMode(self._handle, SUMS_IN_FLOAT32), "cublasSetMathMode")
         size = ctypes.c_size_t(workspace.n_bytes)
         done = self._library.cublasSetWorkspace_v2(self._handle, ctypes.c_void_p(workspace.ptr), size)
         self._check(done, "cublasSetWorkspace")

@@ -63,6 +63,7 @@ def value_of(header: Path, name: str) -> int:
         ("cublas_api.h", "CUBLAS_OP_N", cublas.OP_N),
         ("cublas_api.h", "CUBLAS_OP_T", cublas.OP_T),
         ("cublas_api.h", "CUBLAS_GEMM_DEFAULT", cublas.DEFAULT_ALGORITHM),
+        ("cublas_api.h", "CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION", cublas.SUMS_IN_FLOAT32),
         ("cublas_api.h", "CUBLAS_COMPUTE_32F", cublas.TYPES["f16"][1]),
         ("cublas_api.h", "CUBLAS_COMPUTE_32F_PEDANTIC", cublas.TYPES["f32"][1]),
     ],
