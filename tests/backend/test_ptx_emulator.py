@@ -63,17 +63,20 @@ def test_misuse_is_found(run: Run, body: str, message: str) -> None:
 
 
 def test_an_overlapping_kernel_waits_before_it_touches_what_others_write(tmp_path: Path) -> None:
-    wait = "  griddepcontrol.wait;\n"
+    read, write = "  ld.global.u32 %r2, [%rd1];\n", "  st.global.u32 [%rd2], %r1;\n"
+    wait, start = "  griddepcontrol.wait;\n", "  griddepcontrol.launch_dependents;\n"
     texts = {
-        "early": f"  ld.global.u32 %r2, [%rd1];\n{wait}  st.global.u32 [%rd2], %r2;",
-        "late": f"{wait}  ld.global.u32 %r2, [%rd1];\n  st.global.u32 [%rd2], %r2;",
-        "writes": f"  st.global.u32 [%rd2], %r1;\n{wait}",
-        "never": "  ld.global.u32 %r2, [%rd1];",
+        "early": read + wait + write,
+        "late": wait + read + write,
+        "late, opens early": start + wait + read + write,
+        "writes": write + wait,
+        "never": read,
+        "read only": wait + write + "  ld.global.nc.u32 %r2, [%rd2];\n",
     }
     for name, body in texts.items():
         (tmp_path / f"{name}.ptx").write_text(snippet(body))
     device = PTXDevice()
-    a, b, d = (device.array(np.zeros((32, 16), np.uint32)) for _ in range(3))
+    a, b, d, e = (device.array(np.zeros((32, 16), np.uint32)) for _ in range(4))
 
     def launch(name: str, source: Any, target: Any, overlap: bool = True) -> None:
         kernel = Kernel(str(tmp_path / f"{name}.ptx"), "test")
@@ -81,13 +84,22 @@ def test_an_overlapping_kernel_waits_before_it_touches_what_others_write(tmp_pat
 
     launch("late", a, b)
     launch("early", a, d)  # nobody writes what it reads
-    with pytest.raises(EmulatorError, match=r"a read of what an earlier kernel writes before griddepcontrol\.wait"):
-        launch("early", b, d)
+    launch("late", a, b)
+    launch("late", a, e)
+    launch("early", b, d)  # starts when the one before it has waited for what wrote b
+    for between in ("late", "late, opens early"):
+        launch(between, a, b)
+        if between != "late":
+            launch(between, a, e)
+        with pytest.raises(EmulatorError, match=r"a read of what an earlier kernel writes before griddepcontrol\.wait"):
+            launch("early", b, d)
     launch("early", b, d, overlap=False)
     with pytest.raises(EmulatorError, match=r"a write to global memory before griddepcontrol\.wait"):
         launch("writes", a, b)
     with pytest.raises(EmulatorError, match="no thread has waited"):
         launch("never", a, b)
+    with pytest.raises(EmulatorError, match=r"ld\.global\.nc of what this kernel writes"):
+        launch("read only", a, b)
     device.close()
 
 

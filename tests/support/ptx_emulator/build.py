@@ -103,12 +103,12 @@ class PTXKernel:
         self.call = ctypes.cast(library.emulator_call, ctypes.c_void_p)
         self.poison = ctypes.cast(library.emulator_poison, ctypes.c_void_p)
         library.ptx_launch.argtypes = [
-            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_int
+            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint, *[ctypes.c_int] * 3
         ]  # fmt: skip
         library.ptx_launch.restype = None
         library.ptx_site.restype = ctypes.c_uint32
         self.begin, self.finish, self.site = library.ptx_launch, library.ptx_finish, library.ptx_site
-        self.has_waited = library.ptx_has_waited
+        self.has_waited, self.opens_late = library.ptx_has_waited, library.ptx_opens_late
 
 
 def _kernel_path(kernel: Kernel, arch: int, trace: bool) -> Path:

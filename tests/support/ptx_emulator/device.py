@@ -35,7 +35,7 @@ class PTXDevice(EmulatedDevice):
         options.setdefault("shared_bytes", _SHARED_BYTES[max(known for known in ARCHS if known <= arch)])
         super().__init__(arch=arch, **options)
         self.name, self.trace = "PTX", trace
-        self._mark = 1
+        self._oldest = self._mark = 1
 
     def alloc(self, n_bytes: int) -> Buffer:
         buffer = super().alloc(n_bytes)
@@ -64,9 +64,13 @@ class PTXDevice(EmulatedDevice):
         super().zero(target)
 
     def _all_is_done(self) -> None:
+        """Launches from now on overlap nothing that was."""
+        self._oldest = self._mark + 1
+
+    def _next_mark(self) -> None:
         self._mark += 1
-        if self._mark > 255:
-            self._mark = 1
+        if self._mark > 255:  # what was written is forgotten
+            self._oldest = self._mark = 1
             for _, marks in _BUFFERS.values():
                 marks[:] = 0
 
@@ -89,15 +93,11 @@ class PTXDevice(EmulatedDevice):
             grid, block = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.block)
             known = sorted((at, at + n, marks.ctypes.data) for at, (n, marks) in _BUFFERS.items())
             ranges, overlaps = np.array(known, np.uint64).reshape(-1, 3), launch.overlap and self.arch >= 90
+            self._next_mark()
             kernel.begin(
-                ranges.ctypes.data,
-                len(ranges),
-                launch.shared_bytes,
-                ctypes.addressof(grid),
-                n_threads,
-                overlaps,
-                self._mark,
-            )
+                ranges.ctypes.data, len(ranges), launch.shared_bytes, ctypes.addressof(grid), n_threads,
+                overlaps, self._oldest, self._mark,
+            )  # fmt: skip
             text = runtime().emulator_launch(
                 kernel.call, kernel.poison, ctypes.cast(pointers, ctypes.c_void_p), ctypes.cast(grid, ctypes.c_void_p),
                 ctypes.cast(block, ctypes.c_void_p), launch.shared_bytes, int(self.descending),
@@ -107,6 +107,8 @@ class PTXDevice(EmulatedDevice):
                 problem = f"{text.decode()}; {place_of(launch.kernel, self.arch, kernel.site())}"
             elif overlaps and not kernel.has_waited():
                 problem = "no thread has waited for the kernels before this one, so those behind it do not either"
+            if kernel.opens_late() or not overlaps:  # those before it have ended when the next one starts
+                self._oldest = self._mark
         if problem:
             raise EmulatorError(
                 f"{launch.kernel} <<<{launch.grid}, {launch.block}, {launch.shared_bytes}>>>: {problem}"

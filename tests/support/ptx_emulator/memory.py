@@ -26,12 +26,14 @@ def _access(op: Operation) -> tuple[str, str, int, str]:
     order, scope = op.take(*_ORDERS), op.take(*_SCOPES)
     while op.take(*_CACHE):
         pass
-    if op.flag("nc") and space != "global":
-        raise op.error(".nc without .global")
+    read_only = op.flag("nc")
+    if read_only and (space != "global" or op.base != "ld"):
+        raise op.error("an unknown .nc")
     vector = op.take("v2", "v4")
     op.finish(2)
     fences = f"fence(c, {op.line}, {_SCOPES[scope or 'sys']}); " if order in ("acquire", "release", "acq_rel") else ""
-    return kind, "param" if space == "param" else _SPACES[space], int(vector[1]) if vector else 1, fences
+    memory = "read_only_memory" if read_only else "param" if space == "param" else _SPACES[space]
+    return kind, memory, int(vector[1]) if vector else 1, fences
 
 
 @rule("ld")

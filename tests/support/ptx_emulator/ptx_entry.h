@@ -4,9 +4,9 @@
 
 extern "C" {
 // Before every launch: the buffers there are, ascending, and the size of dynamic shared memory; whether it overlaps those before
-// it and the mark of what this row of launches writes.
-void ptx_launch(const Range* ranges, size_t n, uint64_t dynamic_bytes, const unsigned* grid, unsigned n_threads, int overlaps, int mark) {
-  overlap = Overlap{overlaps != 0, false, static_cast<unsigned char>(mark)};
+// it, the mark of the first of them and its own.
+void ptx_launch(const Range* ranges, size_t n, uint64_t dynamic_bytes, const unsigned* grid, unsigned n_threads, int overlaps, int oldest, int mark) {
+  overlap = Overlap{overlaps != 0, false, false, false, false, uint8_t(oldest), uint8_t(mark)};
   static std::vector<Range> all;
   all.assign(ranges, ranges + n);
   for (const auto& own : module_ranges) {
@@ -19,9 +19,16 @@ void ptx_launch(const Range* ranges, size_t n, uint64_t dynamic_bytes, const uns
 }
 void ptx_finish() { TRACE(trace_end()); }
 int ptx_has_waited() { return overlap.has_waited; }
+// Whether the next kernel starts only after those before this one have ended: some block waits for them before it lets it start.
+int ptx_opens_late() {
+  end_of_block();
+  return overlap.opens_late;
+}
 uint32_t ptx_site() { return site; }
 // Called by the runtime when a block begins.
 void emulator_poison(unsigned char value) {
+  end_of_block();
+  overlap.block_waits = overlap.block_opens_early = false;
   memset(static_shared, value, kStaticBytes);
   dynamic_shared = static_cast<unsigned char*>(emulator_dynamic_shared());
   for (Copies& c : copies) c.open.clear(), c.groups.clear();

@@ -31,9 +31,13 @@ static uint64_t n_dynamic;
 static const Range* buffers;
 static size_t n_buffers;
 static Range last_hit;
-// Programmatic dependent launch: a kernel may run while those before it do, back to the last that nothing overlapped. What they
-// write is marked; until a thread has executed griddepcontrol.wait it must neither read that nor write anything.
-struct Overlap { bool is_on, has_waited; unsigned char mark; };
+// Programmatic dependent launch: a kernel may run while those before it do, back to the one that `oldest` marks. What each has
+// written is marked; until a thread has executed griddepcontrol.wait it must neither read that nor write anything. The next one may
+// start when every block has executed launch_dependents or has ended.
+struct Overlap {
+  bool is_on, has_waited, block_waits, block_opens_early, opens_late;
+  unsigned char oldest, mark;
+};
 static Overlap overlap;
 static Copies copies[1024];
 static uint32_t barrier_generation, n_at_barrier, warp_generation[32], warp_site[32];
@@ -58,7 +62,7 @@ static __attribute__((noinline)) void find_buffer(uint64_t a, uint32_t n_bytes) 
     return;
   }
   const Range* nearest = low ? &buffers[low - 1] : nullptr;
-  if (low < n_buffers && (!nearest || buffers[low].low - a < a - nearest->high)) nearest = &buffers[low];
+  if (low < n_buffers && (!nearest || int64_t(buffers[low].low - a) < int64_t(a - nearest->high))) nearest = &buffers[low];
   if (nearest && int64_t(a - nearest->low) > -(1 << 20) && int64_t(a - nearest->high) < 1 << 20)
     fail("an access at byte %lld of a buffer of %llu bytes", (long long)(a - nearest->low), (unsigned long long)(nearest->high - nearest->low));
   fail("an access at address %#llx, near no buffer", (unsigned long long)a);
@@ -67,7 +71,7 @@ static __attribute__((noinline)) void find_buffer(uint64_t a, uint32_t n_bytes) 
 static __attribute__((noinline)) void before_wait(uint64_t a, uint32_t n_bytes, char kind) {
   if (kind != 'r') fail("a write to global memory before griddepcontrol.wait");
   for (uint64_t at = a; last_hit.marks && at < a + n_bytes; at += 4)
-    if (last_hit.marks[(at - last_hit.low) >> 2] == overlap.mark)
+    if (const unsigned char mark = last_hit.marks[(at - last_hit.low) >> 2]; mark >= overlap.oldest && mark < overlap.mark)
       fail("a read of what an earlier kernel writes before griddepcontrol.wait: byte %llu of a buffer of %llu bytes", (unsigned long long)(at - last_hit.low), (unsigned long long)(last_hit.high - last_hit.low));
 }
 
@@ -82,6 +86,13 @@ static inline unsigned char* global_memory(Context& c, uint32_t line, uint64_t a
   if (kind != 'r' && last_hit.marks) memset(last_hit.marks + ((a - last_hit.low) >> 2), overlap.mark, (n_bytes + 3) / 4);
   TRACE(trace_access(line, kind, 'g', a, n_bytes, c.thread));
   return reinterpret_cast<unsigned char*>(a);
+}
+// ld.global.nc: of memory that this kernel does not write
+static inline unsigned char* read_only_memory(Context& c, uint32_t line, uint64_t a, uint32_t n_bytes, char kind) {
+  unsigned char* const p = global_memory(c, line, a, n_bytes, kind);
+  for (uint64_t at = a; last_hit.marks && at < a + n_bytes; at += 4)
+    if (last_hit.marks[(at - last_hit.low) >> 2] == overlap.mark) fail("ld.global.nc of what this kernel writes");
+  return p;
 }
 static inline unsigned char* shared_place(uint64_t a, uint32_t n_bytes) {
   const uint64_t at = a - kSharedBase;
@@ -162,7 +173,9 @@ static void cp_async_wait_all(Context& c, uint32_t line) {
   cp_async_wait(c, line, 0);
 }
 
-static inline void grid_wait(Context& c) { c.has_waited = overlap.has_waited = true; }
+static inline void grid_wait(Context& c) { c.has_waited = overlap.has_waited = overlap.block_waits = true; }
+static inline void launch_dependents(Context& c) { overlap.block_opens_early |= !c.has_waited; }
+static inline void end_of_block() { overlap.opens_late |= overlap.block_waits && !overlap.block_opens_early; }
 
 // ---- atomics: `f` makes the new value of the old one
 template <class T, class F> static ALWAYS T atomic(unsigned char* p, F f) {

@@ -161,7 +161,7 @@ def _dependent_launch(op: Operation) -> str:
     op.finish(0)
     if action is None:
         raise op.error("an unknown action")
-    return "grid_wait(c);" if action == "wait" else ";"
+    return "grid_wait(c);" if action == "wait" else "launch_dependents(c);"
 
 
 @rule("bra")
