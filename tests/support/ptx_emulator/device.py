@@ -12,13 +12,12 @@ from cuda_emulator import device as base
 from cuda_emulator.build import EmulatorError, runtime
 from cuda_emulator.device import EmulatedDevice, check_limits
 
-from ptx_emulator.build import ARCHS, PTXKernel, compile_all, compiled, place_of
+from ptx_emulator.build import PTXKernel, compile_all, compiled, place_of
 from pyinfer.kernels_gpu.cuda_launch import as_word, kind_of
 from pyinfer.kernels_gpu.launch import Buffer, Kernel, Launch, Step
 
 Marks = npt.NDArray[np.uint8]
 _BUFFERS: dict[int, tuple[int, Marks]] = {}  # address -> bytes and marks, of all devices: one may read another's
-_SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}
 
 
 class PTXDevice(EmulatedDevice):
@@ -31,9 +30,7 @@ class PTXDevice(EmulatedDevice):
     default_arch = 90
 
     def __init__(self, *, arch: int | None = None, trace: bool = False, **options: Any) -> None:
-        arch = arch or self.default_arch
-        options.setdefault("shared_bytes", _SHARED_BYTES[max(known for known in ARCHS if known <= arch)])
-        super().__init__(arch=arch, **options)
+        super().__init__(arch=arch or self.default_arch, **options)
         self.name, self.trace = "PTX", trace
         self._oldest = self._mark = 1
 
