@@ -239,7 +239,11 @@ def main() -> None:
     for model, mix, n, depth, goal in rows:
         print(f"\n{model} {mix}, {n} sequences at depth {depth}: a model, not a measurement")
         steps = steps_of(
-            graph_of(model, mix), card, ProgramShape("decode", n, n, n, all_rows=True), max(1024, depth + 256)
+            graph_of(model, mix),
+            card,
+            ProgramShape("decode", n, n, n, all_rows=True),
+            max(1024, depth + 256),
+            copies=options.copies,
         )
         report(steps, estimates(steps, StepFacts(n, depth, n), card, disassembler), n, goal)
 
