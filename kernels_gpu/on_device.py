@@ -30,12 +30,14 @@ class OnDevice:
             raise self._told(error) from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, (BackendError, *self._errors)) and not isinstance(error, DeviceLostError):
+        if error is None or isinstance(error, DeviceLostError):
+            return
+        if isinstance(error, (BackendError, *self._errors)):
             told = self._told(error)
             if told is not error:
                 raise told from error
 
-    def _told(self, error: BackendError | Exception) -> Exception:
+    def _told(self, error: BaseException) -> BaseException:
         text = f"{self.name} failed: {error}"
         try:
             self._runtime.deviceSynchronize()
