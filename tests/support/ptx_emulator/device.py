@@ -44,6 +44,11 @@ class PTXDevice(EmulatedDevice):
             self._all_is_done()
         super().launch(step)
 
+    def run(self, executable: list[Step]) -> None:
+        """On a card a graph, which starts when all before it is done."""
+        self._all_is_done()
+        super().run(executable)
+
     def upload(self, target: Buffer, source: npt.NDArray[Any], offset: int = 0) -> None:
         self._all_is_done()
         super().upload(target, source, offset)
