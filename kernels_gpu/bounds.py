@@ -47,10 +47,11 @@ def float16_factor(x: Lengths | None, gate: Lengths | None, up: Lengths | None, 
     if x is None or gate is None or up is None:
         return None
     g, u = x.longest * gate.longest, x.longest * up.longest
+    if not (g <= _LARGEST and u <= _LARGEST):  # NaN does not fit either
+        return None
     factor = 2.0 ** max(0, math.ceil(math.log2(max(g * u, 1.0) / _LARGEST)))
     usual_g, usual_u = x.usual * gate.usual / math.sqrt(columns), x.usual * up.usual / math.sqrt(columns)
-    fits = max(g, u) <= _LARGEST and min(usual_g, usual_u, usual_g * usual_u / 4 / factor) >= _USUAL
-    return factor if fits else None
+    return factor if min(usual_g, usual_u, usual_g * usual_u / 4 / factor) >= _USUAL else None
 
 
 def lengths_of_gates(device: Device, groups: Iterable[Group], weights: DeviceWeights) -> dict[int, Lengths]:

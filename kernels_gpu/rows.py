@@ -115,7 +115,9 @@ def build_place_columns(out: Buffer, x: Buffer, part: int, first: int, total: in
     ]
 
 
-def _map(name: str, out: Operand, args: tuple[Buffer | float | None, ...], n_rows: int, defines: Defines = ()) -> list[Launch]:
+def _map(
+    name: str, out: Operand, args: tuple[Buffer | float | None, ...], n_rows: int, defines: Defines = ()
+) -> list[Launch]:
     """A kernel that computes each column by itself: blocks share a row, but for "h16", which needs its maximum."""
     whole = out.form == "h16"
     threads = _threads(out.width, n_rows) if whole else min(256, 32 * _warps(out.width))

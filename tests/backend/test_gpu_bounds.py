@@ -67,6 +67,8 @@ def test_what_fits() -> None:
     assert float16_factor(x, Lengths(8000, 1e-1), Lengths(8000, 1e-1), 4) is None, (
         "as they would under so large a factor"
     )
+    for broken in (float("nan"), float("inf")):
+        assert float16_factor(x, Lengths(broken, broken), row, 4) is None
     assert float16_factor(None, row, row, 4) is None and float16_factor(x, None, row, 4) is None
 
 
