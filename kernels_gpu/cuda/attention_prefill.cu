@@ -33,12 +33,18 @@ constexpr float kNothing = -3.0e38f;  // a score below all others
 constexpr float kSlack = 8.0f;        // weights may come to 2^this: float16 holds them, and float32 their sums
 static_assert(TOKENS * GROUP <= kRows && COLUMNS % 16 == 0 && HEAD % 16 == 0, "sizes");
 
-// q: float32 rows, with N_DIMS rotated here by angles [n_tokens][N_DIMS / 2], else already rotated; scale_log2: the scale of scores times log2(e). Grid (tiles, N_KV * passes, SPLITS), tiles
-// >= n_tokens / TOKENS + n_sequences. partial: [tiles][N_KV * passes][SPLITS][kRecord]; tickets: [tiles][N_KV *
-// passes], zero before and after; both only with SPLITS > 1. sequence_starts [n_sequences + 1]: sequences that are not there are empty; tokens from
-// the last start on are padding and get zeros. Dynamic shared memory: queries, then STAGES times
-// (keys, values), each row of kStride halves.
-extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill(
+#if __CUDA_ARCH__ == 750
+#define RESIDENT , 1  // by itself the compiler would spill for a third block, which shared memory has no room for
+#else
+#define RESIDENT
+#endif
+
+// q: float32 rows, with N_DIMS rotated here by angles [n_tokens][N_DIMS / 2], else already rotated; scale_log2: the scale of
+// scores times log2(e). Grid (tiles, N_KV * passes, SPLITS), tiles >= n_tokens / TOKENS + n_sequences. partial: [tiles][N_KV *
+// passes][SPLITS][kRecord]; tickets: [tiles][N_KV * passes], zero before and after; both only with SPLITS > 1. sequence_starts
+// [n_sequences + 1]: sequences that are not there are empty; tokens from the last start on are padding and get zeros. Dynamic
+// shared memory: queries, then STAGES times (keys, values), each row of kStride halves.
+extern "C" __global__ void __launch_bounds__(kThreads RESIDENT) attention_prefill(
     const float* q, const float2* angles, float scale_log2, const void* k_pages, const __half* k_scales, const void* v_pages,
     const __half* v_scales, const int* positions, const int* sequence_starts, int n_sequences, const int* page_tables,
     int table_stride, int n_tokens, float* partial, int* tickets, void* out, float* scales) {
