@@ -130,5 +130,7 @@ def test_some_kernels() -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("arch", [90, 80, 75])
 def test_all_kernels(arch: int) -> None:
-    files = sorted(path.name for path in HERE.glob("test_gpu_*.py") if "compile" not in path.name)
+    # races are looked for, and accesses counted, with the copies that sm_80 has brought
+    others = ("compile", "races") if arch < 80 else ("compile",)
+    files = sorted(path.name for path in HERE.glob("test_gpu_*.py") if not any(name in path.name for name in others))
     assert " passed" in _pytest(arch, "-n", str(os.cpu_count()), "--timeout", "3600", *files, "test_mma_fragments.py")
