@@ -3,8 +3,8 @@
 //
 // A warp owns 32 / LANES * ROWS rows of w; LANES lanes go along a row together. Each lane has a ring of DEPTH * ROWS tiles in
 // shared memory that cp.async fills; it reads only what it asked for itself, so the ring needs no barrier, and nothing waits
-// between the end of some rows and the next that the warp takes: their tiles are on the way. SPLIT warps share the same rows and add their
-// sums in a fixed order. The order of additions depends on LANES and SPLIT only, so a row of x gives the same numbers whatever
+// between the end of some rows and the next that the warp takes: their tiles are on the way. SPLIT warps share the same rows
+// and add their sums in a fixed order. The order of additions depends on LANES and SPLIT only, so a row of x gives the same numbers whatever
 // comes with it.
 //
 // Up to three matrices that read the same x (q, k, v; gate, up) go in one launch; blocks are dealt out to them in order.

@@ -54,7 +54,8 @@ DEVICE void make_columns(const Source& source, const void* gate, const void* up,
   const int first_step = lane % LANES;
   const int place = warp * kWarpPairs + lane / LANES * kPairs;  // of this lane's first pair in a pass
   Supply supply{TYPE::Parts(gate, total, COLUMNS), TYPE::Parts(up, total, COLUMNS),
-                ring + warp * DEPTH * ROWS * 32 * TYPE::kTileBytes, first_step, first_column + place, first_column + kColumns, above, first_step, 0};
+                ring + warp * DEPTH * ROWS * 32 * TYPE::kTileBytes, first_step, first_column + place,
+                first_column + kColumns, above, first_step, 0};
 #pragma unroll
   for (int d = 0; d < DEPTH; d++) supply.ask();
   const Input in = wait_for_rows(source);
