@@ -166,7 +166,8 @@ class Engine:
         looks at this one's tokens.
         """
         flight, self._flight = self._flight, None
-        self._unforeseen = {request for request in self._unforeseen if not request.is_finished}
+        if self._unforeseen:
+            self._unforeseen = {request for request in self._unforeseen if not request.is_finished}
         if not self._overlaps or self._unforeseen:
             return self._run() if flight is None else self._land(flight)
         outputs: list[RequestOutput] = []

@@ -51,15 +51,19 @@ def _base_hash() -> str:
 
 
 def _compile(name: str, text: str, options: Sequence[str]) -> Path:
-    """The shared object of a source text, compiled unless it is in the cache."""
-    path = CACHE / f"{hashlib.sha256(f'{_base_hash()}{text}{options}'.encode()).hexdigest()[:24]}.so"
+    key = hashlib.sha256(f"{_base_hash()}{text}{options}".encode()).hexdigest()[:24]
+    return compile_library(CACHE / f"{key}.so", name, text, (*options, f"-I{HERE}"))
+
+
+def compile_library(path: Path, name: str, text: str, options: Sequence[str]) -> Path:
+    """The shared object of a source text at `path`, unless it is there; its name must say what it is made of."""
     if path.exists():
         return path
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, target = Path(folder) / "source.cpp", Path(folder) / "kernel.so"
         source.write_text(text)
-        command = [*NICE, "g++", *FLAGS, *host_flags(), *options, f"-I{HERE}", "-o", str(target), str(source)]
+        command = [*NICE, "g++", *FLAGS, *host_flags(), *options, "-o", str(target), str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise EmulatorError(f"g++ cannot compile {name}:\n{done.stderr[:6000]}")

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from cuda_emulator.build import FLAGS, NICE, EmulatorError, host_flags, runtime
+from cuda_emulator.build import FLAGS, compile_library, host_flags, runtime
 
 from ptx_emulator.parse import Module, parse
 from ptx_emulator.translate import translate
@@ -77,18 +77,7 @@ def place_of(kernel: Kernel, arch: int, line: int) -> str:
 
 def _compile(name: str, source: str, options: Sequence[str], sources: Sequence[Path] = ()) -> Path:
     path = CACHE / f"{_key(_base_hash(), source, options, *(s.read_bytes() for s in sources))}.so"
-    if path.exists():
-        return path
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        file, target = Path(folder) / "source.cpp", Path(folder) / "kernel.so"
-        file.write_text(source)
-        command = [*NICE, "g++", *FLAGS, *host_flags(), *options, f"-I{HERE}", "-o", str(target), str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise EmulatorError(f"g++ cannot compile the PTX of {name}:\n{done.stderr[:6000]}")
-        os.replace(target, path)
-    return path
+    return compile_library(path, f"the PTX of {name}", source, (*options, f"-I{HERE}"))
 
 
 class PTXKernel:
